@@ -76,14 +76,22 @@ def parse(assignment: str) -> tuple[str, object]:
     known = names()
     if not equals:
         raise InputError(f"--set wants NAME=VALUE, not '{assignment}'.")
+    declared = _declared(name, known)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text  # a bare word is a string
+    if str in (declared, *typing.get_args(declared)) and not isinstance(value, (str, type(None))):
+        value = text  # RESULTS_DIR=1e3 is a name, not a number
+    return name, _coerce(name, value, declared)
+
+
+def _declared(name: str, known: dict[str, object]) -> object:
+    """The declared type of a constant, or an `InputError` that offers the nearest name."""
     if name not in known:
         near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
         raise InputError(f"There is no setting '{name}'; the nearest is {near[0]}.")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word is a string
-    return name, _coerce(name, value, known[name])
+    return known[name]
 
 
 def _coerce(name: str, value: object, kind: object) -> object:
@@ -109,11 +117,8 @@ def _coerce(name: str, value: object, kind: object) -> object:
 def apply(assignments: dict[str, object]) -> None:
     """Set constants of this module by name, with the same checks as ``--set`` (for notebooks and papermill)."""
     known = names()
-    for name, value in assignments.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise InputError(f"There is no setting '{name}'; the nearest is {near[0]}.")
-        globals()[name] = _coerce(name, value, known[name])
+    values = {name: _coerce(name, value, _declared(name, known)) for name, value in assignments.items()}
+    globals().update(values)  # all or none
 
 
 def _check(condition: bool, sentence: str) -> None:
@@ -147,15 +152,16 @@ class Settings:
     @classmethod
     def current(cls, **overrides) -> "Settings":
         """The constants of this module as they are now, with `overrides` by field name."""
-        known, values = names(), {}
-        for field in fields(cls):
-            name = field.name.upper()
-            values[field.name] = _coerce(name, overrides.pop(field.name, globals()[name]), known[name])
+        values = {field.name: overrides.pop(field.name, globals()[field.name.upper()]) for field in fields(cls)}
         if overrides:
             raise InputError(f"There is no setting '{next(iter(overrides)).upper()}'.")
         return cls(**values)
 
     def __post_init__(self) -> None:
+        known = names()
+        for field in fields(self):  # equal settings are of equal types, and so of equal hash
+            name = field.name.upper()
+            object.__setattr__(self, field.name, _coerce(name, getattr(self, field.name), known[name]))
         sizes = self.hidden_sizes
         _check(len(sizes) >= 2, f"HIDDEN_SIZES needs two hidden layers or more to have a tracked matrix, not {sizes}.")
         _check(all(size > 0 for size in sizes), f"HIDDEN_SIZES must be positive, not {sizes}.")

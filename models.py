@@ -7,10 +7,13 @@ from logging import getLogger
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import config
 from config import InputError
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # older and newer name
 
 
 class FeedforwardClassifier(nn.Module):
@@ -171,10 +174,12 @@ def _load_backbone(name: str) -> nn.Module:
     logging.disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+        missing = looks_like_path and not Path(name).exists()
+        why = "there is no such folder" if missing else str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
         raise InputError(
-            f"The model '{name}' cannot be had ({first}): give VIT_MODEL a hub name with network access, "
+            f"The model '{name}' cannot be had ({why}): give VIT_MODEL a hub name with network access, "
             "or a local directory that holds config.json and the weights."
         ) from error
     finally:
@@ -182,6 +187,8 @@ def _load_backbone(name: str) -> nn.Module:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    if getattr(model.config, "mask_ratio", None):
+        raise InputError(f"The model '{name}' drops patches at random (a masked autoencoder); use another ViT.")
     model = getattr(model, "vision_model", model)  # the image half of a two-tower model such as CLIP
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # unused, and random where the checkpoint has none
@@ -207,14 +214,20 @@ def _load_processor(name: str):
 
 def _has_processor(name: str) -> bool:
     if Path(name).is_dir():
-        return (Path(name) / "preprocessor_config.json").is_file()
-    from huggingface_hub import hf_hub_download
+        return any((Path(name) / file).is_file() for file in PROCESSOR_FILES)
+    return any(_hub_has(name, file) for file in PROCESSOR_FILES)
+
+
+def _hub_has(name: str, file: str) -> bool:
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(name, "preprocessor_config.json")
-    except LocalEntryNotFoundError as error:  # offline is not "has none"
-        raise InputError(f"The preprocessor of '{name}' cannot be had: no network and none in the cache.") from error
+        hf_hub_download(name, file)
+    except LocalEntryNotFoundError as error:
+        if try_to_load_from_cache(name, file) is _CACHED_NO_EXIST:
+            return False  # the hub said so once
+        raise InputError(f"'{file}' of '{name}' cannot be had: no network, and it is not in the cache.") from error
     except EntryNotFoundError:
         return False
     return True

@@ -22,6 +22,23 @@ Params = dict[str, Tensor]  # parameter name -> [S, V, *shape]
 EVALUATION_FLOATS = 2**23  # size of the largest hidden activation made at once when whole domains are evaluated
 
 
+def prepare_machine() -> str:
+    """Set the CPU threads as `config.THREADS` says; the device is `config.DEVICE`, or CUDA where there is one.
+
+    Raises:
+        InputError: no thread, an unknown device, or CUDA is asked for and there is none.
+    """
+    if config.THREADS is not None:
+        if config.THREADS < 1:
+            raise config.InputError(f"THREADS must be at least 1, not {config.THREADS}.")
+        torch.set_num_threads(config.THREADS)
+    if config.DEVICE not in (None, "cpu", "cuda"):
+        raise config.InputError(f"DEVICE must be 'cpu', 'cuda' or None, not '{config.DEVICE}'.")
+    if config.DEVICE == "cuda" and not torch.cuda.is_available():
+        raise config.InputError("There is no CUDA device here: use 'cpu' as DEVICE (--device cpu).")
+    return config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class TrainingFailedError(RuntimeError):
     """A network cannot be used: its loss is no longer finite, or its importance is all equal."""
 

@@ -1,0 +1,390 @@
+"""The settings: parsing, validation, when they take effect, and their hash."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+import importance
+from config import InputError, Settings, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DOCUMENTED = {
+    *("DATA_ROOT", "VIT_MODEL", "BATCH_SIZE", "HIDDEN_SIZES", "SPLIT_SEED", "RESULTS_DIR"),
+    *("PH1_NUM_EPOCHS", "PH1_LEARNING_RATE", "IMPORTANCE_THRESHOLD_PERCENTILE", "PH2_NUM_EPOCHS", "PH2_LR_IMPORTANT"),
+    *("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE", "PH2_FREEZE_EPOCH", "PH2_INIT"),
+}
+
+# Another valid value than the default, for each field of Settings.
+OTHERS = {
+    "split_seed": 1,
+    "out_fraction": 0.25,
+    "hidden_sizes": (10, 10),
+    "batch_size": 16,
+    "ph1_num_epochs": 3,
+    "ph1_learning_rate": 0.01,
+    "ph1_data": "in",
+    "importance_threshold_percentile": 40.0,
+    "importance_aggregation": "max",
+    "ph2_num_epochs": 3,
+    "ph2_lr_important": 0.01,
+    "ph2_lr_unimportant_start": 0.0,
+    "ph2_lr_decay_rate": 1.0,
+    "ph2_freeze_epoch": 0,
+    "ph2_init": "phase1",
+}
+
+
+@pytest.fixture(autouse=True)
+def constants():
+    """Put every constant back after the test."""
+    before = {name: value for name, value in vars(config).items() if name.isupper()}
+    yield before
+    vars(config).update(before)
+
+
+def constant_assignments() -> list[ast.stmt]:
+    """Top-level statements of config.py that give a name in capitals a value."""
+    found = []
+    for node in ast.parse((ROOT / "config.py").read_text("utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and all(t.id.isupper() for t in targets):
+            found.append(node)
+    return found
+
+
+# --- the constants ----------------------------------------------------------------------------------------
+
+
+def test_every_constant_is_annotated():
+    bare = [node.targets[0].id for node in constant_assignments() if isinstance(node, ast.Assign)]
+    assert bare == ["AGGREGATIONS"]  # a list of what is known, not a setting
+    annotated = {node.target.id for node in constant_assignments() if isinstance(node, ast.AnnAssign)}
+    assert set(config.names()) == annotated
+    assert annotated >= DOCUMENTED
+
+
+def test_defaults_are_of_their_declared_types_and_those_of_the_method():
+    for name, kind in config.names().items():
+        options = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+        classes = tuple(getattr(option, "__origin__", option) for option in options)
+        assert type(getattr(config, name)) in classes, name
+    assert config.DATA_ROOT is None
+    assert (config.HIDDEN_SIZES, config.BATCH_SIZE) == ((10,) * 5, 32)
+    assert (config.PH1_NUM_EPOCHS, config.PH1_LEARNING_RATE, config.PH1_DATA) == (10, 1e-3, "all")
+    assert (config.PH2_NUM_EPOCHS, config.PH2_LR_IMPORTANT, config.PH2_LR_UNIMPORTANT_START) == (10, 1e-3, 1e-4)
+    assert (config.PH2_LR_DECAY_RATE, config.PH2_FREEZE_EPOCH, config.PH2_INIT) == (0.5, 7, "fresh")
+    assert (config.IMPORTANCE_THRESHOLD_PERCENTILE, config.IMPORTANCE_AGGREGATION) == (60, "sum")
+    assert (config.OUT_FRACTION, config.NUM_SEEDS) == (0.2, 10)
+
+
+def test_aggregations_are_those_of_the_importance_module():
+    assert tuple(importance.AGGREGATIONS) == config.AGGREGATIONS
+
+
+@pytest.mark.parametrize("name", sorted(config.names()))
+def test_every_constant_can_be_given_its_own_default(name):
+    default = getattr(config, name)
+    parsed = parse(f"{name}={default}")
+    assert parsed == (name, default)
+    assert type(parsed[1]) is type(default)
+
+
+# --- parse --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("BATCH_SIZE=64", 64),
+        (" BATCH_SIZE = 64 ", 64),
+        ("PH1_LEARNING_RATE=1", 1.0),
+        ("PH1_LEARNING_RATE=3e-4", 0.0003),
+        ("HIDDEN_SIZES=10,20", (10, 20)),
+        ("HIDDEN_SIZES=(10, 20, 30)", (10, 20, 30)),
+        ("HIDDEN_SIZES=[10, 20]", (10, 20)),
+        ("HIDDEN_SIZES=10", (10,)),
+        ("PH2_INIT=phase1", "phase1"),
+        ("PH2_INIT='phase1'", "phase1"),
+        ("DATA_ROOT=None", None),
+        ("DATA_ROOT=/data/pacs=new", "/data/pacs=new"),
+        ("THREADS=2", 2),
+        ("THREADS=None", None),
+        ("EXTRACTION_WORKERS=0", 0),
+    ],
+)
+def test_parse(assignment, value):
+    name, parsed = parse(assignment)
+    assert name == assignment.partition("=")[0].strip()
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e3", "007", "1_0", "0x10", "2024", "1.50", "run-1", "results/a b", "[a]", "True"])
+def test_a_name_that_looks_like_a_number_stays_as_it_was_written(text):
+    assert parse(f"RESULTS_DIR={text}") == ("RESULTS_DIR", text)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "BATCH_SIZE=many",
+        "BATCH_SIZE=1.5",
+        "BATCH_SIZE=32.0",
+        "BATCH_SIZE=True",
+        "BATCH_SIZE=None",
+        "BATCH_SIZE=",
+        "BATCH_SIZE={[]: 1}",
+        "PH1_LEARNING_RATE=fast",
+        "PH1_LEARNING_RATE=True",
+        "PH1_LEARNING_RATE=nan",
+        "PH1_LEARNING_RATE=None",
+        "HIDDEN_SIZES=10.5,10",
+        "HIDDEN_SIZES=True",
+        "HIDDEN_SIZES=ten",
+        "HIDDEN_SIZES=None",
+        "VIT_MODEL=None",
+        "THREADS=two",
+    ],
+)
+def test_values_of_another_type_are_refused(assignment):
+    name = assignment.partition("=")[0]
+    with pytest.raises(InputError, match=name):
+        parse(assignment)
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [
+        ("BATCHSIZE", "BATCH_SIZE"),
+        ("batch_size", "BATCH_SIZE"),
+        ("PH2_FREEZE_EPOCHS", "PH2_FREEZE_EPOCH"),
+        ("hidden_size", "HIDDEN_SIZES"),
+        ("IMPORTANCE_AGREGATION", "IMPORTANCE_AGGREGATION"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(typed, nearest):
+    with pytest.raises(InputError, match=f"'{typed}'.* {nearest}\\.$"):
+        parse(f"{typed}=1")
+    with pytest.raises(InputError, match=f"'{typed}'.* {nearest}\\.$"):
+        config.apply({typed: 1})
+
+
+@pytest.mark.parametrize("name", ["", "AGGREGATIONS", "InputError", "json", "__name__"])
+def test_what_is_no_setting_cannot_be_set(name):
+    with pytest.raises(InputError, match=f"'{name}'"):
+        parse(f"{name}=1")
+    with pytest.raises(InputError, match=f"'{name}'"):
+        config.apply({name: "1"})
+
+
+def test_an_assignment_needs_an_equals_sign():
+    with pytest.raises(InputError, match="NAME=VALUE, not 'BATCH_SIZE'"):
+        parse("BATCH_SIZE")
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_parse_never_raises_anything_else(text):
+    for name in ("BATCH_SIZE", "PH1_LEARNING_RATE", "HIDDEN_SIZES", "DATA_ROOT"):
+        try:
+            known, value = parse(f"{name}={text}")
+        except InputError:
+            continue
+        assert known == name
+        assert isinstance(
+            value, {"BATCH_SIZE": int, "PH1_LEARNING_RATE": float, "HIDDEN_SIZES": tuple}.get(name, object)
+        )
+
+
+def test_apply_sets_constants_and_checks_their_types():
+    config.apply({"BATCH_SIZE": 5, "PH1_LEARNING_RATE": 1, "HIDDEN_SIZES": [4, 4], "THREADS": None})
+    assert (config.BATCH_SIZE, config.PH1_LEARNING_RATE, config.HIDDEN_SIZES) == (5, 1.0, (4, 4))
+    assert type(config.PH1_LEARNING_RATE) is float
+    with pytest.raises(InputError, match="BATCH_SIZE"):
+        config.apply({"BATCH_SIZE": "5"})
+    assert config.BATCH_SIZE == 5
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def test_settings_are_the_constants_as_they_are_now():
+    assert {f.name for f in dataclasses.fields(Settings)} == set(OTHERS)
+    before = Settings.current()
+    for field, value in OTHERS.items():
+        assert getattr(before, field) == getattr(config, field.upper()) != value
+        setattr(config, field.upper(), value)
+    assert Settings.current() == Settings(**OTHERS)
+    assert before != Settings.current()  # made earlier, stays as it was
+
+
+def test_constants_set_in_a_notebook_are_coerced_and_checked():
+    config.HIDDEN_SIZES, config.PH1_LEARNING_RATE = [8, 8], 1
+    settings = Settings.current()
+    assert settings.hidden_sizes == (8, 8)
+    assert type(settings.ph1_learning_rate) is float
+    config.BATCH_SIZE = "32"
+    with pytest.raises(InputError, match="BATCH_SIZE must be of type int, not '32'"):
+        Settings.current()
+
+
+def test_overrides_go_before_constants():
+    config.BATCH_SIZE = 8
+    assert Settings.current(batch_size=4, hidden_sizes=[3, 3]).batch_size == 4
+    assert Settings.current(hidden_sizes=[3, 3]).hidden_sizes == (3, 3)
+    assert config.BATCH_SIZE == 8
+    with pytest.raises(InputError, match="'BATCHSIZE'"):
+        Settings.current(batchsize=4)
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings.current().batch_size = 1
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_sizes", ()),
+        ("hidden_sizes", (10,)),
+        ("hidden_sizes", (10, 0)),
+        ("hidden_sizes", (10, -1, 10)),
+        ("hidden_sizes", (10.0, 10.0)),
+        ("out_fraction", 0.0),
+        ("out_fraction", 1.0),
+        ("out_fraction", -0.2),
+        ("out_fraction", NAN),
+        ("batch_size", 0),
+        ("batch_size", -1),
+        ("batch_size", 2.0),
+        ("ph1_num_epochs", 0),
+        ("ph2_num_epochs", 0),
+        ("ph1_learning_rate", 0.0),
+        ("ph1_learning_rate", -1e-3),
+        ("ph1_learning_rate", INF),
+        ("ph1_learning_rate", NAN),
+        ("ph2_lr_important", 0.0),
+        ("ph2_lr_important", INF),
+        ("ph2_lr_important", NAN),
+        ("ph2_lr_unimportant_start", -1e-9),
+        ("ph2_lr_unimportant_start", INF),
+        ("ph2_lr_unimportant_start", NAN),
+        ("ph2_lr_decay_rate", -0.5),
+        ("ph2_lr_decay_rate", INF),
+        ("ph2_lr_decay_rate", NAN),
+        ("ph2_freeze_epoch", -1),
+        ("ph2_freeze_epoch", 7.0),
+        ("ph1_data", "out"),
+        ("ph2_init", "random"),
+        ("importance_threshold_percentile", -0.1),
+        ("importance_threshold_percentile", 100.1),
+        ("importance_threshold_percentile", NAN),
+        ("importance_aggregation", "median"),
+        ("split_seed", 0.5),
+        ("split_seed", None),
+    ],
+)
+def test_bad_values_are_refused_by_the_constant_s_name(field, value):
+    with pytest.raises(InputError, match=field.upper()) as caught:
+        Settings.current(**{field: value})
+    assert str(caught.value).endswith(".")
+    setattr(config, field.upper(), value)
+    with pytest.raises(InputError, match=field.upper()):
+        Settings.current()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_sizes", (1, 1)),
+        ("hidden_sizes", (3, 7, 5)),
+        ("batch_size", 1),
+        ("ph2_lr_unimportant_start", 0),
+        ("ph2_lr_decay_rate", 0),
+        ("ph2_lr_decay_rate", 1.5),
+        ("ph2_freeze_epoch", 10**6),
+        ("importance_threshold_percentile", 0),
+        ("importance_threshold_percentile", 100),
+        *(("importance_aggregation", method) for method in config.AGGREGATIONS),
+    ],
+)
+def test_values_at_the_edge_are_good(field, value):
+    assert getattr(Settings.current(**{field: value}), field) == value
+
+
+def test_bad_input_is_a_value_error():
+    assert issubclass(InputError, ValueError)
+
+
+# --- hash ---------------------------------------------------------------------------------------------------
+
+
+def test_hash_changes_with_each_field():
+    hashes = {Settings.current().hash, *(Settings.current(**{name: value}).hash for name, value in OTHERS.items())}
+    assert len(hashes) == len(OTHERS) + 1
+
+
+def test_hash_is_of_the_settings_as_sorted_json():
+    settings = Settings(**OTHERS)
+    by_hand = {name.upper(): list(value) if name == "hidden_sizes" else value for name, value in OTHERS.items()}
+    assert settings.as_dict() == by_hand == json.loads(json.dumps(settings.as_dict()))
+    text = json.dumps(dict(sorted(by_hand.items())))
+    assert settings.hash == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert Settings(**dict(reversed(OTHERS.items()))).hash == settings.hash
+
+
+def test_equal_settings_have_equal_hashes():
+    settings = Settings.current()
+    other = dataclasses.replace(settings, importance_threshold_percentile=60)  # an int, as one types it
+    assert other == settings
+    assert other.hash == settings.hash
+
+
+def test_what_does_not_determine_a_result_is_not_in_the_hash():
+    before = Settings.current().hash
+    config.apply({"NUM_SEEDS": 3, "SEEDS_PER_CHUNK": 2, "DEVICE": "cpu", "RESULTS_DIR": "x", "DATA_ROOT": "y"})
+    assert Settings.current().hash == before
+
+
+# --- import -------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import ast, dataclasses, difflib, hashlib, json, random, socket, sys, time, types, typing
+def refuse(*args, **kwargs): raise AssertionError("config did more than define names")
+socket.socket = time.time = time.time_ns = random.seed = refuse
+sys.path.insert(0, sys.argv[1])
+state, before = random.getstate(), set(sys.modules)
+import config
+assert random.getstate() == state
+heavy = {"torch", "numpy", "matplotlib", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+sys.stderr.write(config.Settings.current().hash)
+"""
+
+
+def test_import_has_no_side_effects_and_the_hash_is_the_same_in_every_process(tmp_path):
+    hashes = set()
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", IMPORT, str(ROOT)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        hashes.add(done.stderr)
+    assert hashes == {Settings.current().hash}
+    assert list(tmp_path.iterdir()) == []
