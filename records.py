@@ -1,0 +1,223 @@
+"""Results on disk: one directory, one set of settings.
+
+`records.jsonl` holds one JSON line per result and is only ever appended to; a line torn by a crash is cut off by the
+next run. `weights/`, `histories/` and `importance/` hold one file per domain or holdout with a leading seed axis,
+written whole. `settings.json` says what made them. Nothing here holds a clock time or a path: equal runs, equal bytes.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import InputError, Settings
+from files import whole
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = ("weights", "histories", "importance", "plots", "records.jsonl", "summary_report.txt", "settings.json")
+PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn")
+
+
+def record_key(record: Mapping) -> str:
+    """Identity of a result: 16 hex digits over features, algorithm, settings, holdout, seed and selection."""
+    names = ("features", "algorithm", "settings", "holdout", "seed", "selection")
+    return hashlib.sha256(json.dumps([record[name] for name in names]).encode()).hexdigest()[:16]
+
+
+def environment(device: str, threads: int) -> dict[str, object]:
+    """What a result may depend on beside its settings: versions, device, threads and the commit of this code."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a git checkout
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"versions": {p: version(p) for p in PACKAGES}, "device": name, "threads": threads, "commit": commit}
+
+
+class Results:
+    """A results directory. Write inside ``with results:``, which locks it against a second writer.
+
+    Args:
+        directory: where; made when something is written.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._lock = FileLock(self.directory / ".lock")  # counts its holders: `with` may be nested
+
+    def __enter__(self) -> "Results":
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"Another run is writing to '{self.directory}': wait for it or give another RESULTS_DIR."
+            ) from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    # --- settings -----------------------------------------------------------------------------------------
+
+    def claim(self, settings: Settings, features: Mapping, environment: Mapping) -> None:
+        """Make this directory that of one set of settings and features, or check that it already is.
+
+        Raises:
+            InputError: it holds results of others; the first differing setting is named.
+        """
+        mine = {"hash": settings.hash, "settings": settings.as_dict(), "features": dict(features)}
+        there = self.read_settings()
+        if there is None and (left := [name for name in OUTPUTS if (self.directory / name).exists()]):
+            raise InputError(f"'{self.directory}' has {left[0]} but no settings.json: give another RESULTS_DIR.")
+        if there is not None:
+            self._compare(mine, there)
+            if environment in there["environments"]:
+                return
+        environments = [*(there or {}).get("environments", []), dict(environment)]
+        self.write_text("settings.json", json.dumps({**mine, "environments": environments}, indent=1) + "\n")
+
+    def _compare(self, mine: Mapping, there: Mapping) -> None:
+        pairs = {**mine["settings"], "features": mine["features"]["fingerprint"]}
+        others = {**there["settings"], "features": there["features"]["fingerprint"]}
+        for name, value in pairs.items():
+            if others.get(name) != value:
+                raise InputError(
+                    f"'{self.directory}' holds results with {name} = {others.get(name)!r}, not {value!r}: give another "
+                    "RESULTS_DIR (--results-dir), or delete them with OVERWRITE (--overwrite)."
+                )
+
+    def read_settings(self) -> dict | None:
+        """The content of settings.json, or None where there is none."""
+        path = self.directory / "settings.json"
+        if not path.is_file():
+            return None
+        try:
+            there = json.loads(path.read_text("utf-8"))
+            if not {"hash", "settings", "features", "environments"} <= there.keys():
+                raise ValueError("it lacks entries")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"'{path}' is not this project's ({error}): give another RESULTS_DIR.") from error
+        return there
+
+    def clear(self) -> None:
+        """Delete what a run writes, and nothing else."""
+        for name in OUTPUTS:
+            path = self.directory / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    # --- records ------------------------------------------------------------------------------------------
+
+    @property
+    def _records_path(self) -> Path:
+        return self.directory / "records.jsonl"
+
+    def records(self) -> list[dict]:
+        """All complete records, in the order written; a torn last line is passed over.
+
+        Raises:
+            InputError: a line that is not the last is not JSON.
+        """
+        if not self._records_path.is_file():
+            return []
+        *lines, torn = self._records_path.read_bytes().split(b"\n")
+        if torn:
+            log.warning("The last line of %s is torn and passed over.", self._records_path)
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise InputError(f"'{self._records_path}' is damaged ({error}); restore it or use --overwrite.") from error
+
+    def append(self, records: Iterable[Mapping]) -> None:
+        """Append those records whose key is not there yet; a torn last line is cut off first."""
+        have = {record["key"] for record in self.records()}
+        new = [record for record in records if record["key"] not in have and not have.add(record["key"])]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._records_path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(b"".join(json.dumps(record).encode() + b"\n" for record in new))
+            file.flush()
+
+    # --- arrays, one file per domain or holdout --------------------------------------------------------------
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.directory / kind / f"{name}.{'safetensors' if kind == 'weights' else 'npz'}"
+
+    def save(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
+        """Write arrays with a leading seed axis, merged with the seeds that are already there.
+
+        Args:
+            kind: "weights" (safetensors), "histories" or "importance" (npz).
+            name: file name without ending.
+            seeds: S seeds.
+            arrays: name -> ``[S, …]``.
+            header: what the file is, as JSON.
+        """
+        new = {"seeds": torch.tensor(list(seeds)), **arrays}
+        if self._path(kind, name).is_file():
+            old, _ = self.load(kind, name)
+            keep = ~torch.isin(old["seeds"], new["seeds"])
+            new = {key: torch.cat([old[key][keep], value]) for key, value in new.items()}
+        order = new["seeds"].argsort()
+        new = {key: value[order].contiguous() for key, value in new.items()}
+        text = json.dumps(header, sort_keys=True)
+        with whole(self._path(kind, name)) as path:
+            if kind == "weights":
+                save_file(new, path, metadata={"header": text})
+            else:
+                np.savez_compressed(path, header=np.array(text), **{k: v.numpy() for k, v in new.items()})
+
+    def load(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
+        """What `save` wrote: arrays (with "seeds"), and the header.
+
+        Raises:
+            InputError: there is no such file, or it cannot be read.
+        """
+        return load_arrays(self._path(kind, name))
+
+    def seeds(self, kind: str, name: str) -> set[int]:
+        """Seeds that a file holds; none if it does not exist."""
+        path = self._path(kind, name)
+        return set(self.load(kind, name)[0]["seeds"].tolist()) if path.is_file() else set()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a UTF-8 text file whole."""
+        with whole(self.directory / name) as path:
+            path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def load_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Arrays with a leading seed axis and the header, from a file that `Results.save` wrote.
+
+    Raises:
+        InputError: the file is missing or is not of that format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file '{path}'.")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "header"}
+                return arrays, json.loads(str(file["header"]))
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["header"])  # noqa: SIM118
+    except Exception as error:  # whatever the libraries raise on a foreign file
+        raise InputError(f"'{path}' is not a file of this project's results ({error}).") from error

@@ -1,0 +1,312 @@
+"""Variants of Phase 2 on the same seeds, starts and batches: Phase 1, masks, Phase 2, everything on disk.
+
+A `Study` is resumable: it trains what its results directory does not hold yet, in units of (phase, domain or holdout,
+chunk of seeds), and each unit is on disk before the next begins. Which seeds form a chunk depends on the seed
+numbers alone.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import config
+from config import InputError, Settings
+from evaluation import report
+from features import FeatureSet, get_features
+from importance import normalize, top_k_mask
+from records import Results, environment, record_key
+from trainer_phase1 import DomainNetworks, train_domain
+from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, select_epoch, train_holdout
+from training import Problem, accuracies, failure_reason, prepare_machine, tracked
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS = ("erm", "importance")  # trained side by side; a study may add controls
+SELECTIONS = ("last", "val")
+
+
+class Study:
+    """One set of settings on one set of features.
+
+    Args:
+        data: the features.
+        settings: of training.
+        results: where results are kept; the directory becomes that of these settings and features.
+        seeds: seed numbers.
+        holdouts: domains to leave out, one after the other; None = all.
+        device: "cpu" or "cuda".
+        strict: stop at the first failed network instead of recording it. (A single seed is always strict.)
+        progress: show a progress bar per phase.
+        overwrite: delete what an earlier run left in the results directory.
+
+    Raises:
+        InputError: an unknown holdout, or a results directory of other settings.
+    """
+
+    def __init__(
+        self,
+        data: FeatureSet,
+        settings: Settings,
+        results: Results,
+        seeds: Sequence[int],
+        holdouts: Sequence[str] | None = None,
+        *,
+        device: str = "cpu",
+        strict: bool = False,
+        progress: bool = True,
+        overwrite: bool = False,
+    ):
+        unknown = [name for name in holdouts or () if name not in data.domain_names]
+        if unknown:
+            raise InputError(
+                f"There is no domain '{unknown[0]}' to hold out; there are {', '.join(data.domain_names)}."
+            )
+        self.data, self.settings, self.results = data, settings, results
+        self.seeds = tuple(sorted(set(seeds)))
+        self.holdouts = tuple(holdouts) if holdouts else data.domain_names
+        self.strict, self.progress = strict or len(self.seeds) == 1, progress
+        self.problem = Problem.from_features(data, settings, device)
+        self.facts = feature_facts(data)
+        with results:
+            if overwrite:
+                results.clear()
+            with self._writing():
+                pass  # an unfit directory is refused now, not after Phase 1
+
+    @classmethod
+    def from_config(
+        cls,
+        seeds: Sequence[int] | None = None,
+        holdouts: Sequence[str] | None = None,
+        *,
+        verify: bool = False,
+        **options,
+    ) -> "Study":
+        """The study that the constants of `config` describe: features, settings, device, results directory.
+
+        Args:
+            seeds: default 0 … `NUM_SEEDS` - 1.
+            holdouts: default each domain in turn.
+            verify: see `features.extract`.
+            options: `strict`, `progress`, `overwrite`, see the class.
+        """
+        settings, device = Settings.current(), prepare_machine()
+        data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=verify)
+        results = Results(config.RESULTS_DIR)
+        seeds = range(config.NUM_SEEDS) if seeds is None else seeds
+        return cls(data, settings, results, seeds, holdouts, device=device, **options)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains that Phase 1 is needed for: the sources of any holdout."""
+        needed = {name for holdout in self.holdouts for name in self.problem.sources(holdout)}
+        return tuple(name for name in self.data.domain_names if name in needed)
+
+    def phase1(self) -> None:
+        """Train what is missing of Phase 1: one network per domain and seed."""
+        units = [(domain, chunk) for domain in self.domains for chunk in self._missing(domain)]
+        with self._writing():
+            for domain, seeds, bar in self._with_bar("Phase 1", units, self.settings.ph1_num_epochs):
+                options = {"strict": self.strict, "on_epoch": lambda bar=bar: bar.update()}
+                self._save_domain(train_domain(self.problem, domain, seeds, self.settings, **options))
+
+    def phase2(self) -> None:
+        """Train what is missing of Phase 2: both algorithms per holdout and seed, from masks of Phase 1."""
+        units = [(holdout, chunk) for holdout in self.holdouts for chunk in self._missing_records(holdout)]
+        with self._writing():
+            for holdout, seeds, bar in self._with_bar("Phase 2", units, self.settings.ph2_num_epochs):
+                masks = self._masks(holdout, seeds)
+                networks = train_holdout(
+                    self.problem,
+                    holdout,
+                    seeds,
+                    {"erm": [torch.ones_like(layer) for layer in masks.mask], "importance": masks.mask},
+                    self.settings,
+                    failed=torch.stack([torch.zeros_like(masks.failed), masks.failed], dim=1),
+                    strict=self.strict,
+                    on_epoch=lambda bar=bar: bar.update(),
+                )
+                self._save_holdout(networks, masks)
+                self.results.append(self._records(networks))
+
+    def report(self) -> str:
+        """The answer as text, written to ``summary_report.txt`` as well."""
+        with self._writing():
+            text = report(self.records(), self.results.read_settings(), self.failures())
+            self.results.write_text("summary_report.txt", text)
+        return text
+
+    def records(self) -> list[dict]:
+        """What is on disk of these seeds and holdouts."""
+        return [r for r in self.results.records() if r["seed"] in self.seeds and r["holdout"] in self.holdouts]
+
+    def load(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
+        """`records.Results.load`, these seeds only."""
+        arrays, header = self.results.load(kind, name)
+        mine = torch.isin(arrays["seeds"], torch.tensor(self.seeds))
+        return {key: value[mine] for key, value in arrays.items()}, header
+
+    def failures(self) -> list[str]:
+        """One sentence per failed network, for the warning at the end."""
+        return [
+            f"{record['algorithm']}, holdout {record['holdout']}, seed {record['seed']}: {record['failed']}"
+            for record in self.records()
+            if record["failed"] and record["selection"] == "last"
+        ]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The results directory locked, and made sure to be that of these settings."""
+        device = self.problem.features.device.type
+        with self.results:
+            self.results.claim(self.settings, self.facts, environment(device, torch.get_num_threads()))
+            yield
+
+    # --- what is there, what is missing ---------------------------------------------------------------------
+
+    def _chunks(self, seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(group) for _, group in groupby(sorted(seeds), key=lambda seed: seed // config.SEEDS_PER_CHUNK)]
+
+    def _missing(self, domain: str) -> list[tuple[int, ...]]:
+        there = [self.results.seeds(kind, f"phase1_{domain}") for kind in ("importance", "histories", "weights")]
+        return self._chunks(set(self.seeds) - set.intersection(*there))
+
+    def _missing_records(self, holdout: str) -> list[tuple[int, ...]]:
+        names = [f"phase2_{holdout}_{algorithm}" for algorithm in ALGORITHMS]
+        there = [self.results.seeds(kind, name) for kind in ("histories", "weights") for name in names]
+        there.append(self.results.seeds("importance", f"holdout_{holdout}"))
+        found = {(r["algorithm"], r["seed"], r["selection"]) for r in self.results.records() if r["holdout"] == holdout}
+        wanted = [(algorithm, selection) for algorithm in ALGORITHMS for selection in SELECTIONS]
+        there.append({s for s in self.seeds if all((a, s, selection) in found for a, selection in wanted)})
+        return self._chunks(set(self.seeds) - set.intersection(*there))
+
+    def _with_bar(self, phase: str, units: list, epochs: int) -> Iterator[tuple[str, tuple[int, ...], tqdm]]:
+        quiet = {} if self.progress and units else {"disable": True}  # else as TQDM_DISABLE in the environment says
+        with tqdm(total=len(units) * epochs, unit="epoch", **quiet) as bar:
+            for name, seeds in units:
+                bar.set_description(f"{phase}, {name}, seeds {seeds[0]}–{seeds[-1]}")
+                yield name, seeds, bar
+            bar.set_description(phase)
+
+    # --- to disk and back -----------------------------------------------------------------------------------
+
+    def header(self, **facts) -> dict[str, object]:
+        """What a file of networks must say to be used later: names, sizes, features."""
+        return {
+            "class_names": list(self.data.class_names),
+            "domain_names": list(self.data.domain_names),
+            "hidden_sizes": list(self.settings.hidden_sizes),
+            "features": self.facts,
+            "settings": self.settings.hash,
+            **facts,
+        }
+
+    def _save_domain(self, networks: DomainNetworks) -> None:
+        name, seeds = f"phase1_{networks.domain}", networks.seeds
+        header = self.header(phase=1, domain=networks.domain)
+        layers = {
+            "initial": tracked(networks.start, self.settings.hidden_sizes),
+            "final": tracked(networks.final, self.settings.hidden_sizes),
+            "importance": networks.importance,
+            "normalized": normalize(networks.importance),
+            "mask": top_k_mask(networks.importance, self.settings.importance_threshold_percentile),
+        }
+        history = {key: getattr(networks, key) for key in ("loss", "train_accuracy", "validation_accuracy", "failed")}
+        self.results.save("importance", name, seeds, _numbered(layers), header)
+        self.results.save("histories", name, seeds, history, header)
+        self.results.save("weights", name, seeds, _both(networks.start, networks.final), header)
+
+    def _save_holdout(self, networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
+        for index, algorithm in enumerate(networks.algorithms):
+            name, seeds = f"phase2_{networks.holdout}_{algorithm}", networks.seeds
+            header = self.header(phase=2, holdout=networks.holdout, algorithm=algorithm)
+            start, final = ({k: v[:, index] for k, v in p.items()} for p in (networks.start, networks.final))
+            keys = ("loss", "train_accuracy", "validation_accuracy", "correct", "failed")
+            self.results.save("histories", name, seeds, {k: getattr(networks, k)[:, index] for k in keys}, header)
+            self.results.save("weights", name, seeds, _both(start, final), header)
+            if algorithm == "importance":
+                layers = {
+                    "initial": tracked(start, self.settings.hidden_sizes),
+                    "final": tracked(final, self.settings.hidden_sizes),
+                    "importance": masks.scores,
+                    "normalized": masks.normalized,
+                    "mask": masks.mask,
+                }
+                self.results.save("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), header)
+
+    def _masks(self, holdout: str, seeds: Sequence[int]) -> HoldoutMasks:
+        importances, failed = {}, {}
+        for domain in self.problem.sources(holdout):
+            arrays, _ = self.results.load("importance", f"phase1_{domain}")
+            rows = torch.isin(arrays["seeds"], torch.tensor(seeds))
+            importances[domain] = [layer[rows] for layer in layers_of(arrays, "importance")]
+            failed[domain] = self.results.load("histories", f"phase1_{domain}")[0]["failed"][rows]
+        return masks_for(importances, failed, self.settings)
+
+    def _records(self, networks: HoldoutNetworks) -> list[dict]:
+        """One record per algorithm, seed and selection rule."""
+        plain = accuracies(networks.correct, self.problem.totals.cpu())
+        balanced = accuracies(networks.correct, self.problem.totals.cpu(), balanced=True)
+        target = self.data.domain_names.index(networks.holdout)
+        records = []
+        for v, algorithm in enumerate(networks.algorithms):
+            for selection in SELECTIONS:
+                epochs = select_epoch(networks.validation_accuracy[:, v], selection).tolist()
+                for s, (seed, epoch) in enumerate(zip(networks.seeds, epochs, strict=True)):
+                    record = self._identity(algorithm, networks.holdout, seed, selection)
+                    code = int(networks.failed[s, v])
+                    values = ({k: float(a[s, v, epoch, target]) for k, a in p.items()} for p in (plain, balanced))
+                    names = ("accuracy", "balanced_accuracy")
+                    record |= dict.fromkeys(names) if code else dict(zip(names, values, strict=True))
+                    record |= {"epoch": None if code else epoch + 1, "failed": failure_reason(code) if code else None}
+                    records.append(record)
+        return records
+
+    def _identity(self, algorithm: str, holdout: str, seed: int, selection: str) -> dict[str, object]:
+        record = {
+            "algorithm": algorithm,
+            "dataset": self.data.dataset,
+            "features": self.data.fingerprint,
+            "holdout": holdout,
+            "sources": list(self.problem.sources(holdout)),
+            "seed": seed,
+            "selection": selection,
+            "settings": self.settings.hash,
+        }
+        if algorithm == "importance" and selection == "val" and self.settings.ph1_data == "all":
+            record["note"] = "Phase 1 trained on all images, so the mask saw the validation images."
+        return {"key": record_key(record), **record}
+
+
+def feature_facts(data: FeatureSet) -> dict[str, object]:
+    """Where features come from, for headers and settings.json; no paths."""
+    facts = {"dataset": data.dataset, "fingerprint": data.fingerprint, "feature_size": data.feature_size}
+    facts |= {key: data.header.get(key) for key in ("model", "preprocessing")}
+    return {**facts, "counts": _counts(data)}
+
+
+def _counts(data: FeatureSet) -> dict[str, dict[str, int]]:
+    """Number of images: domain -> class -> count."""
+    counts = {domain: dict.fromkeys(data.class_names, 0) for domain in data.domain_names}
+    for domain, label in zip(data.domains.tolist(), data.labels.tolist(), strict=True):
+        counts[data.domain_names[domain]][data.class_names[label]] += 1
+    return counts
+
+
+def layers_of(arrays: Mapping[str, Tensor], kind: str) -> list[Tensor]:
+    """Tracked layers of one kind ("initial", "final", "importance", "normalized", "mask") of an importance file."""
+    names = sorted((k for k in arrays if k.startswith(f"{kind}_")), key=lambda k: int(k.rpartition("_")[2]))
+    return [arrays[name] for name in names]
+
+
+def _numbered(layers: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {f"{kind}_{i}": layer for kind, stack in layers.items() for i, layer in enumerate(stack, start=1)}
+
+
+def _both(start: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{when}.{k}": v for when, params in (("start", start), ("final", final)) for k, v in params.items()}
