@@ -1,0 +1,184 @@
+"""The experiment without a notebook: ``python experiment.py run``, ``features`` or ``predict``; see ``--help``.
+
+Exit codes: 0 done; 1 a training run failed (one seed, or --strict); 2 bad input, one sentence on stderr; 130 Ctrl-C.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import config
+from config import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports bad input in one sentence."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{message[0].upper()}{message[1:].rstrip('.')}; see {self.prog} --help.\n")
+
+
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="experiment.py", description="Domain generalization with importance-based weight masking.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    run = commands.add_parser("run", help="train both phases, write table, report and figures")
+    run.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
+    run.add_argument("--holdouts", metavar="A,B", help="domains to leave out (default: each in turn)")
+    run.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
+    run.add_argument("--results-dir", metavar="DIR", help=f"default {config.RESULTS_DIR}")
+    run.add_argument("--overwrite", action="store_true", help="delete the results of other settings that are there")
+    run.add_argument("--strict", action="store_true", help="stop at the first network that fails")
+    run.add_argument("--no-figures", action="store_true", help="write numbers only")
+    features = commands.add_parser("features", help="run the frozen ViT over a folder of images, nothing else")
+    features.add_argument("--output", metavar="FILE", help="copy the features there")
+    for command in (run, features):
+        command.add_argument("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
+        command.add_argument("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
+        command.add_argument("--verify", action="store_true", help="read all image files again, trust no time stamp")
+    predict = commands.add_parser("predict", help="class probabilities of images")
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")
+    predict.add_argument("--vit-model", metavar="ID_OR_DIR", help="the model the weights were trained on")
+    predict.add_argument("--seed", type=int, metavar="N", help="which network of the file (default: its first)")
+    for command in (run, features, predict):
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        command.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="any name of config.py; may be repeated"
+        )
+    return parser
+
+
+def apply_options(options: argparse.Namespace) -> None:
+    """Put the options into `config`.
+
+    Raises:
+        InputError: an unknown setting, a value of the wrong type, options that exclude each other.
+    """
+    config.apply(dict(config.parse(assignment) for assignment in options.set))
+    names = {"data_root": "DATA_ROOT", "vit_model": "VIT_MODEL", "features": "FEATURES_FILE", "device": "DEVICE"}
+    names |= {"results_dir": "RESULTS_DIR", "seeds": "NUM_SEEDS", "threads": "THREADS"}
+    config.apply({n: v for option, n in names.items() if (v := getattr(options, option, None)) is not None})
+    if config.NUM_SEEDS < 1:
+        raise InputError(f"--seeds must be at least 1, not {config.NUM_SEEDS}.")
+    if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
+        raise InputError("--data-root and --features exclude each other: images or features, not both.")
+    if options.command == "run" and options.vit_model and config.DATA_ROOT is None:
+        raise InputError("--vit-model needs --data-root: without images there is nothing to run a model on.")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train both phases and write everything a run writes."""
+    from evaluation import finding, lodo_table, wide_table
+    from figures import save_all
+    from study import Study
+
+    holdouts = options.holdouts.split(",") if options.holdouts else None
+    choice = {"overwrite": options.overwrite, "verify": options.verify, "strict": options.strict}
+    study = Study.from_config(None, holdouts, **choice)
+    print(study.data.describe(), flush=True)
+    study.phase1()
+    study.phase2()
+    study.report()
+    if not options.no_figures:
+        save_all(study, config.DATA_ROOT)
+    print(f"\n{wide_table(lodo_table(study.records())).to_string()}\n")
+    print(finding(study.records()))
+    print(f"Everything is in {config.RESULTS_DIR}: start with summary_report.txt.")
+    if failures := study.failures():
+        print(f"Warning: {len(failures)} networks failed and are left out, first {failures[0]}.", file=sys.stderr)
+
+
+def features(options: argparse.Namespace) -> None:
+    """Extract features, and copy them where asked."""
+    from features import copy_features, get_features
+    from training import prepare_machine
+
+    if config.DATA_ROOT is None:
+        raise InputError("--data-root is missing: which images?")
+    data = get_features(config.DATA_ROOT, device=prepare_machine(), verify=options.verify)
+    print(data.describe())
+    if options.output:
+        copy_features(data, options.output)
+        print(f"Copied to {options.output}.")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Print the class probabilities of images, best first, a line per image."""
+    from dataset import load_image
+    from records import load_arrays
+    from training import prepare_machine
+
+    arrays, header = load_arrays(options.weights)
+    if not any(name.startswith("final.") for name in arrays):
+        raise InputError(f"'{options.weights}' holds no networks: give a file of results/weights/.")
+    seeds = arrays["seeds"].tolist()
+    seed = seeds[0] if options.seed is None else options.seed
+    if seed not in seeds:
+        raise InputError(f"'{options.weights}' has no seed {seed}; it has {', '.join(map(str, seeds))}.")
+    images = []
+    for path in options.images:
+        try:
+            images.append(load_image(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"'{path}' cannot be read as an image ({error}).") from error
+    model = joined_model(arrays, header, seeds.index(seed)).to(prepare_machine())
+    for path, chances in zip(options.images, model.predict(images), strict=True):
+        ranked = sorted(zip(chances.tolist(), model.class_names, strict=True), reverse=True)
+        print(f"{path}: " + ", ".join(f"{name} {chance:.3f}" for chance, name in ranked))
+
+
+def joined_model(arrays: dict, header: dict, index: int):
+    """Frozen ViT and network number `index` of a weights file, as one model.
+
+    Raises:
+        InputError: the ViT is not the one whose features the network was trained on.
+    """
+    from models import FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
+
+    trained_on = header["features"]["model"]
+    extractor = ViTFeatureExtractor.from_pretrained()
+    if trained_on and extractor.weights_hash() != trained_on["weights_sha256"]:
+        raise InputError(
+            f"The weights were trained on features of '{trained_on['name']}', and '{extractor.name}' is another "
+            "model: give the right one with --vit-model."
+        )
+    classes = header["class_names"]
+    classifier = FeedforwardClassifier(extractor.feature_size, len(classes), header["hidden_sizes"])
+    state = {n.removeprefix("final."): v[index] for n, v in arrays.items() if n.startswith("final.")}
+    classifier.load_state_dict(state)
+    return ImageClassifier(extractor, classifier, classes).eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    from training import TrainingFailedError
+
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        apply_options(options)
+        {"run": run, "features": features, "predict": predict}[options.command](options)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        print(f"The file{where} cannot be used: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    except TrainingFailedError as error:
+        print(
+            f"{error} Without --strict and with more seeds, failed networks are recorded and left out.", file=sys.stderr
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,392 @@
+"""Figures from results: plain arrays, tensors or tables in, a `Figure` out; only `save` writes.
+
+A returned figure shows itself as the last expression of a notebook cell. Accuracies come in as fractions and are
+drawn in per cent.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+import drawing
+from drawing import COLORS, MAX_NUMBERED, OUTLINE, add_legend, as_array, new_figure, settled, styled, wrap
+from files import whole
+
+DPI = 120
+PANELS = {"loss": "training loss", "train_accuracy": "training accuracy", "validation_accuracy": "validation accuracy"}
+BANDS = {"t95": "95 % t interval of the mean", "std": "± one standard deviation", "range": "lowest to highest"}
+
+
+@styled
+def save(figure: Figure, path: str | Path) -> None:
+    """Write `figure` to `path` as PNG at 120 dpi: whole or not at all, and the same figure as the same bytes.
+
+    There is nothing to close: no registry holds a figure of this module, and it can still be shown after saving.
+    """
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+
+
+@styled
+def weight_grids(layers: Sequence, title: str, kind: str = "weights", limits: tuple | None = None) -> Figure:
+    """Tracked matrices side by side, a numbered circle per weight.
+
+    Args:
+        layers: matrices `[out, in]`, first layer first; column = unit the weight comes from, row = unit it goes to.
+            Weights that are not finite leave a gap; matrices of more than 20 units go without numbers.
+        kind: "weights" (colours symmetric around 0), "importance" (0 … 1) or "mask" (1 = important).
+        limits: `(low, high)` ends of the colour scale instead, e.g. for importance summed over domains.
+    """
+    arrays = [as_array(layer) for layer in layers]
+    norm, cmap = _weight_colours(arrays, kind, limits)
+    biggest = max(max(array.shape) for array in arrays)
+    cell = 0.4 if biggest <= MAX_NUMBERED else 8 / biggest  # inches, as all lengths here
+    text = None if biggest > MAX_NUMBERED else "{:.0f}".format if kind == "mask" else drawing.short
+    left, gap, right, bottom = 0.65, 0.75, 0.85, 0.6
+    room = [max(array.shape[1] * cell, 0.95) + gap for array in arrays]  # a grid, the title above it, the gap after it
+    tall = max(2.0, *(len(array) * cell for array in arrays))
+    width = max(5.0, left + sum(room) + right)
+    figure = new_figure(width, 1.0, title, layout="none")
+    height = bottom + tall + 0.65 + 0.2 * len(figure.get_suptitle().splitlines())
+    figure.set_figheight(height)
+    figure.suptitle(figure.get_suptitle(), y=1 - 0.1 / height)
+    x = left
+    for index, array in enumerate(arrays, start=1):
+        rows, columns = array.shape
+        position = (x / width, (bottom + tall - rows * cell) / height, columns * cell / width, rows * cell / height)
+        circles = drawing.draw_circles(figure.add_axes(position), array, norm, cmap, text)
+        circles.axes.set_title(f"hidden {index} → hidden {index + 1}")
+        x += room[index - 1]
+    cax = figure.add_axes(((x - gap + 0.3) / width, bottom / height, 0.2 / width, tall / height))
+    if kind == "mask":
+        bar = figure.colorbar(circles, cax=cax, ticks=[0, 1])
+        bar.ax.set_yticklabels(["0\nnot\nimportant", "1\nimportant"])
+    else:
+        ends = np.any([[np.any(array < norm.vmin), np.any(array > norm.vmax)] for array in arrays], axis=0)
+        extend = ("neither", "max", "min", "both")[2 * ends[0] + ends[1]]
+        figure.colorbar(circles, cax=cax, extend=extend, label=kind.removesuffix("s"))
+    return figure
+
+
+def _weight_colours(arrays: list[np.ndarray], kind: str, limits: tuple | None) -> tuple:
+    """Norm and colour map of a kind of grid."""
+    if kind == "mask":
+        return BoundaryNorm([-0.5, 0.5, 1.5], 2), ListedColormap(["#E4E4E4", COLORS[0]])
+    if kind == "weights":
+        values = np.concatenate([array.ravel() for array in arrays]) if limits is None else np.asarray(limits, float)
+        bound = np.max(np.abs(values), where=np.isfinite(values), initial=0.0) or 1.0
+        return Normalize(-bound, bound), matplotlib.colormaps[drawing.DIVERGING]
+    if kind == "importance":
+        return Normalize(*(limits or (0.0, 1.0))), matplotlib.colormaps[drawing.SEQUENTIAL]
+    raise ValueError(f"kind must be 'weights', 'importance' or 'mask', not {kind!r}.")
+
+
+@styled
+def training_curves(
+    histories: Mapping[str, Mapping], title: str, freeze_epoch: int | None = None, bands: str = "t95"
+) -> Figure:
+    """Loss and accuracies by epoch: mean over seeds with a band, one line per entry of `histories`.
+
+    Args:
+        histories: label -> any of "loss", "train_accuracy", "validation_accuracy", each `[E, S]` (fractions). A seed
+            with a value that is not finite anywhere is a failed network: it is left out, and the legend says so.
+        freeze_epoch: epochs done when a learning rate became 0; a line between that epoch and the next.
+        bands: "t95" (95 % t interval of the mean), "std" or "range", over seeds; none where there is one seed.
+    """
+    keys = [key for key in PANELS if any(key in history for history in histories.values())]
+    if not keys or bands not in BANDS:
+        raise ValueError(f"Nothing to draw: histories need one of {tuple(PANELS)}, and bands one of {tuple(BANDS)}.")
+    figure = new_figure(4.2 * len(keys) if len(keys) > 1 else 6.0, 3.8, title)
+    axes = dict(zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True))
+    handles, epochs, several = [], 1, False
+    for index, (label, history) in enumerate(histories.items()):
+        arrays, note = _sound_networks({key: history[key] for key in keys if key in history})
+        for key, array in arrays.items():
+            epochs, several = max(epochs, len(array)), several or array.shape[1] > 1
+            if array.size:
+                band = drawing.mean_band(array if key == "loss" else 100 * array, bands)
+                drawing.draw_curve(axes[key], np.arange(1, len(array) + 1), *band, index)
+        handles.append(Line2D([], [], **drawing.line_style(index), label=label + note))
+    if freeze_epoch is not None and freeze_epoch < epochs:
+        style = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1}
+        for ax in axes.values():
+            ax.axvline(freeze_epoch + 0.5, **style)
+        handles.append(Line2D([], [], **style, label=f"unimportant weights frozen after epoch {freeze_epoch}"))
+    for key, ax in axes.items():
+        ax.set(title=PANELS[key], xlabel="epoch", xlim=(0.5, epochs + 0.5))
+        ax.set_ylabel("loss" if key == "loss" else "accuracy (%)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    drawing.share_percent([ax for key, ax in axes.items() if key != "loss"])
+    add_legend(figure, handles, f"mean over seeds; band: {BANDS[bands]}" if several else "one seed")
+    return settled(figure)
+
+
+def _sound_networks(history: Mapping) -> tuple[dict[str, np.ndarray], str]:
+    """Arrays `[E, S]` without the seeds that have a value that is not finite, and a note on how many are left."""
+    arrays = {key: as_array(values) for key, values in history.items()}
+    sound = np.logical_and.reduce([np.isfinite(array).all(axis=0) for array in arrays.values()])
+    note = "" if sound.all() else f" ({sound.sum()} of {sound.size} seeds)"
+    return {key: array[:, sound] for key, array in arrays.items()}, note
+
+
+@styled
+def accuracy_bars(table, title: str, chance: float | None = None, majority: Mapping | None = None) -> Figure:
+    """Held-out accuracy as bars with intervals, grouped by holdout.
+
+    Args:
+        table: rows of algorithm, holdout, mean, low, high (fractions); the holdout "average" becomes the last group.
+        chance: accuracy of guessing, a dashed line.
+        majority: holdout -> share of its largest class, short marks across its group.
+    """
+    algorithms = list(dict.fromkeys(table["algorithm"]))
+    holdouts = sorted(dict.fromkeys(table["holdout"]), key=lambda name: name == "average")
+    step, few = len(algorithms) + 1, len(algorithms) <= 4
+    bar = max(0.52 if few else 0.26, 5.0 / (step * len(holdouts)))  # inches of a bar; it is 1 wide in data units
+    figure = new_figure(bar * step * len(holdouts) + 1.2, 4.4, title)
+    ax = figure.subplots()
+    for index, algorithm in enumerate(algorithms):
+        rows = table[table["algorithm"] == algorithm]
+        x = [holdouts.index(name) * step + index for name in rows["holdout"]]
+        mean, low, high = (100 * rows[key].to_numpy(float) for key in ("mean", "low", "high"))
+        ax.bar(x, mean, width=1, **drawing.bar_style(index))
+        errors = np.clip(np.nan_to_num([mean - low, high - mean]), 0, None)
+        known = np.isfinite(low + high)
+        ax.errorbar(np.array(x)[known], mean[known], yerr=errors[:, known], **drawing.ERROR_BARS)
+        for place, value, top in zip(x, mean, mean + errors[1], strict=True):
+            drawing.write_bar_value(ax, place, top, value, rotation=0 if few else 90)
+    handles = [Patch(**drawing.bar_style(index), label=name) for index, name in enumerate(algorithms)]
+    handles += _bar_references(ax, holdouts, step, chance, majority or {})
+    names = [wrap(name, int(bar * step * 11)) for name in holdouts]
+    ax.set_xticks([group * step + (step - 2) / 2 for group in range(len(holdouts))], names)
+    ax.set(xlim=(-1, step * len(holdouts) - 1), ylim=(0, ax.dataLim.y1 * 1.13 or 1), ylabel="accuracy (%)")
+    ax.set_yticks(
+        [tick for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, ax.dataLim.y1) if 0 <= tick <= 100]
+    )
+    ax.set_xlabel("held-out domain")
+    ax.tick_params(axis="x", length=0)
+    add_legend(figure, handles)
+    return settled(figure)
+
+
+def _bar_references(ax, holdouts: list[str], step: int, chance: float | None, majority: Mapping) -> list[Line2D]:
+    """Draw what a bar is to be compared with; returns the entries for the legend."""
+    handles = []
+    if chance is not None:
+        style = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+        ax.axhline(100 * chance, path_effects=OUTLINE, zorder=4, **style)
+        handles.append(Line2D([], [], **style, label=f"chance ({100 * chance:.1f} %)"))
+    known = [(index * step, 100 * majority[name]) for index, name in enumerate(holdouts) if name in majority]
+    if known:
+        start, height = np.array(known).T
+        style = {"color": "black", "linewidth": 2.2}
+        ax.hlines(height, start - 0.65, start + step - 1.35, path_effects=OUTLINE, zorder=4, **style)
+        handles.append(Line2D([], [], **style, label="share of the largest class"))
+    return handles
+
+
+@styled
+def confusion_matrices(matrices: Mapping, class_names: Sequence[str], title: str) -> Figure:
+    """Per cent of each true class (row) that was given each label (column), a panel per holdout.
+
+    Args:
+        matrices: holdout -> counts `[C, C]`, rows true. A class without images is left blank.
+        class_names: C names. Above 20 classes no numbers are written.
+    """
+    classes, count = len(class_names), len(matrices)
+    columns = count if count <= 3 else int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    cell = 0.4 if classes <= MAX_NUMBERED else 0.15
+    side = max(2.0, classes * cell) + 1.3
+    figure = new_figure(max(4.5, columns * side + 0.9), rows * (side + 0.3) + 0.4, title)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for ax, (holdout, matrix) in zip(grid.flat, matrices.items(), strict=False):
+        counts = as_array(matrix)
+        totals = counts.sum(axis=1, keepdims=True)
+        percent = np.divide(100 * counts, totals, where=totals > 0, out=np.full_like(counts, np.nan))
+        image = drawing.draw_matrix(ax, percent, class_names, Normalize(0, 100), "{:.0f}".format)
+        ax.set(title=f"held out: {wrap(holdout, 28)}", xlabel="predicted class", ylabel="true class")
+    for ax in grid.flat[count:]:
+        ax.set_axis_off()
+    figure.colorbar(image, ax=grid, label="% of the true class", fraction=0.05, pad=0.02, aspect=30)
+    return settled(figure)
+
+
+@styled
+def difference_plot(table, title: str, xlabel: str = "difference in accuracy (percentage points)") -> Figure:
+    """Forest plot: a row per difference, its interval as a line and as numbers at the right, and a line at 0.
+
+    Args:
+        table: rows of label, mean, low, high (fractions, drawn times 100) and optionally group (colour and marker).
+    """
+    groups = list(table["group"]) if "group" in table else [None] * len(table)
+    kinds = list(dict.fromkeys(groups))
+    figure = new_figure(7.5, 1.5 + 0.34 * len(table), title)
+    ax = figure.subplots()
+    ax.axvline(0, color="black", linewidth=1)
+    columns = (100 * table[key].to_numpy(float) for key in ("mean", "low", "high"))
+    for row, (mean, low, high, group) in enumerate(zip(*columns, groups, strict=True)):
+        style = drawing.line_style(kinds.index(group))
+        ax.plot([low, high], [row, row], color=style["color"], linewidth=2)
+        ax.plot([mean], [row], **(style | {"markersize": 7}))
+        interval = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if np.isfinite(low + high) else f"{mean:+.1f}"
+        ax.text(1.02, row, interval, transform=ax.get_yaxis_transform(), va="center")
+    ax.text(1.02, 1.0, "mean [low, high]", transform=ax.transAxes, va="bottom")
+    ax.set_yticks(range(len(table)), [wrap(label, 40) for label in table["label"]])
+    ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel)
+    ax.margins(x=0.08)
+    ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    ax.set_axisbelow(True)
+    if "group" in table:
+        add_legend(figure, [Line2D([], [], **drawing.line_style(i), label=str(kind)) for i, kind in enumerate(kinds)])
+    return settled(figure)
+
+
+@styled
+def feature_projection(
+    features,
+    labels,
+    domains,
+    class_names: Sequence[str],
+    domain_names: Sequence[str],
+    title: str,
+    method: str = "tsne",
+    max_points: int = 1500,
+    seed: int = 0,
+) -> Figure:
+    """One 2-D projection of the features twice: coloured by domain and by class.
+
+    Args:
+        features: `[N, D]`; of more than `max_points` rows every k-th is taken, in order of domain and class.
+        labels, domains: `[N]` indices into `class_names` and `domain_names`.
+        method: "tsne" (van der Maaten and Hinton, 2008; starts from PCA) or "pca".
+        seed: of t-SNE. Same input, same figure.
+    """
+    labels, domains = as_array(labels).astype(int), as_array(domains).astype(int)
+    order = np.lexsort((labels, domains))
+    chosen = order[np.linspace(0, len(order) - 1, min(max_points, len(order))).round().astype(int)]
+    points, axis_names = _project(as_array(features)[chosen].astype(np.float32), method, seed)
+    figure = new_figure(10.0, 5.0, title)
+    left, right = figure.subplots(1, 2)
+    for ax, kind, index, names in ((left, "domain", domains, domain_names), (right, "class", labels, class_names)):
+        handles = []
+        for value, name in enumerate(names):
+            style = drawing.line_style(value) | {"linestyle": ""}
+            part = points[index[chosen] == value]
+            ax.scatter(*part.T, s=14, alpha=0.75, linewidths=0, color=style["color"], marker=style["marker"])
+            handles.append(Line2D([], [], **style, label=name))
+        ax.set(title=f"by {kind} ({len(chosen)} of {len(order)} images)", xticks=[], yticks=[])
+        ax.set(xlabel=axis_names[0], ylabel=axis_names[1])
+        add_legend(figure, handles, kind, ax=ax)
+    return settled(figure)
+
+
+def _project(features: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str]]:
+    """`[N, D]` -> `[N, 2]` and what its two axes are called."""
+    if method == "pca":
+        from sklearn.decomposition import PCA
+
+        pca = PCA(2, svd_solver="full")
+        points = pca.fit_transform(features)
+        first, second = 100 * pca.explained_variance_ratio_
+        return points, (f"first component ({first:.0f} % of variance)", f"second component ({second:.0f} %)")
+    if method != "tsne":
+        raise ValueError(f"method must be 'tsne' or 'pca', not {method!r}.")
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    perplexity = max(1.0, min(30.0, (len(features) - 1) / 3))
+    with threadpool_limits(1):  # hardly slower, and many times faster where another process shares the cores
+        points = TSNE(init="pca", random_state=seed, perplexity=perplexity).fit_transform(features)
+    return points, ("t-SNE 1", "t-SNE 2")
+
+
+@styled
+def sample_sheet(images: Mapping[str, Mapping], title: str) -> Figure:
+    """One image per domain (row) and class (column).
+
+    Args:
+        images: domain -> class -> `PIL.Image` or array `[H, W, 3]`. A class that a domain lacks is left empty.
+    """
+    classes = list(dict.fromkeys(name for row in images.values() for name in row))
+    cell = min(1.3, 24 / len(classes))
+    figure = new_figure(max(4.0, cell * len(classes) + 1.6), (cell + 0.08) * len(images) + 1.0, title)
+    grid = figure.subplots(len(images), len(classes), squeeze=False)
+    for axes, (domain, row) in zip(grid, images.items(), strict=True):
+        axes[0].set_ylabel(wrap(domain, 18), rotation=0, ha="right", va="center", labelpad=6)
+        for ax, name in zip(axes, classes, strict=True):
+            ax.set(xticks=[], yticks=[], box_aspect=1)
+            ax.spines[:].set_visible(False)
+            if name in row:
+                image = row[name].convert("RGB") if hasattr(row[name], "convert") else row[name]
+                ax.imshow(np.asarray(image), cmap="gray", interpolation="antialiased")
+                ax.set_aspect("equal", adjustable="datalim")
+    for ax, name in zip(grid[0], classes, strict=True):
+        ax.set_title(wrap(name, int(cell * 11)), fontsize=9)
+    return settled(figure)
+
+
+@styled
+def overlap_matrix(values, names: Sequence[str], title: str, chance: float | None = None) -> Figure:
+    """Intersection over union of every pair of masks.
+
+    Args:
+        values: `[M, M]` in 0 … 1.
+        names: M names of the masks, or of the domains they were found on.
+        chance: value to be expected of unrelated masks, marked on the colour bar and named in the title.
+    """
+    named = "" if chance is None else f"\n(chance {chance:.2f})"
+    side = max(2.4, len(names) * (0.5 if len(names) <= MAX_NUMBERED else 0.15)) + 1.4
+    figure = new_figure(side + 1.2, side + 0.6, title + named)
+    ax = figure.subplots()
+    image = drawing.draw_matrix(ax, as_array(values), names, Normalize(0, 1), "{:.2f}".format)
+    bar = figure.colorbar(image, ax=ax, label="intersection over union", fraction=0.05, pad=0.03)
+    if chance is not None:
+        bar.ax.axhline(chance, color="black", linewidth=2, path_effects=OUTLINE)
+        bar.set_ticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    return settled(figure)
+
+
+@styled
+def accuracy_curves_by_setting(
+    table, x: str, title: str, xlabel: str, baselines: Mapping | None = None, default=None
+) -> Figure:
+    """Accuracy against a setting, a line with a band per algorithm.
+
+    Args:
+        table: rows of algorithm, mean, low, high (fractions) and the column `x`, numbers or names.
+        baselines: label -> `(mean, low, high)` of what does not depend on the setting, a level line with a band.
+        default: value of `x` used elsewhere, a dotted vertical line.
+    """
+    figure = new_figure(6.4, 4.2, title)
+    ax, handles = figure.subplots(), []
+    numeric = table[x].dtype.kind in "iuf"
+    places = {value: value if numeric else i for i, value in enumerate(dict.fromkeys(table[x]))}
+    for index, algorithm in enumerate(dict.fromkeys(table["algorithm"])):
+        rows = table[table["algorithm"] == algorithm]
+        rows = rows.sort_values(x) if numeric else rows
+        columns = (100 * rows[key].to_numpy(float) for key in ("mean", "low", "high"))
+        drawing.draw_curve(ax, [places[value] for value in rows[x]], *columns, index)
+        handles.append(Line2D([], [], **drawing.line_style(index), label=algorithm))
+    for index, (label, (mean, low, high)) in enumerate((baselines or {}).items(), start=len(handles)):
+        style = drawing.line_style(index) | {"marker": ""}
+        if np.isfinite(low + high):
+            ax.axhspan(100 * low, 100 * high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.axhline(100 * mean, **style)
+        handles.append(Line2D([], [], **style, label=label))
+    if default is not None:
+        style = {"color": "black", "linestyle": ":", "linewidth": 1.2}
+        ax.axvline(places.get(default, default), **style)
+        handles.append(Line2D([], [], **style, label=f"default ({default})"))
+    if not numeric:
+        ax.set_xticks(range(len(places)), [wrap(name, 14) for name in places])
+    ax.set(xlabel=xlabel, ylabel="accuracy (%)")
+    drawing.share_percent([ax])
+    add_legend(figure, handles)
+    return settled(figure)
