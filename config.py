@@ -50,7 +50,7 @@ PH2_INIT: str = "fresh"  # "fresh" random network, or "phase1" for Phase 1's own
 NUM_SEEDS: int = 10  # seeds 0 … N-1
 SEEDS_PER_CHUNK: int = 50  # seeds trained together and written together
 DEVICE: str | None = None  # "cpu" or "cuda"; None = CUDA where there is one
-THREADS: int | None = None  # CPU threads; None = what PyTorch chooses
+THREADS: int | None = None  # CPU threads; None = one to train, all to extract features
 RESULTS_DIR: str = "results"
 
 AGGREGATIONS = ("sum", "mean", "max", "min", "union", "intersection", "normalized_sum")

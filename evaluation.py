@@ -13,7 +13,6 @@ from scipy import stats
 from sklearn.metrics import confusion_matrix
 
 from importance import degenerate, expected_overlap, flatten, overlap, statistics
-from models import FeedforwardClassifier
 from training import Problem, predict
 
 AVERAGE = "average"
@@ -182,13 +181,12 @@ def confusion(
         int64 ``[classes, classes]``, rows are the true class.
     """
     final = {name.removeprefix("final."): value for name, value in arrays.items() if name.startswith("final.")}
-    params = {name: value[sound].unsqueeze(1).to(problem.features) for name, value in final.items()}
+    params = {name: value[sound].unsqueeze(1) for name, value in final.items()}
     rows = problem.rows([holdout], "all")
     classes = len(problem.class_names)
     if not sound.any():
         return np.zeros((classes, classes), dtype=np.int64)
-    template = FeedforwardClassifier(problem.features.shape[1], classes, hidden_sizes).to(problem.features)
-    predicted = predict(template, params, problem.features[rows]).flatten().cpu()
+    predicted = predict(params, problem.features[rows], hidden_sizes).flatten().cpu()
     true = problem.labels[rows].cpu().repeat(int(sound.sum()))
     return confusion_matrix(true, predicted, labels=range(classes))
 

@@ -39,7 +39,7 @@ def weight_figure(study: Study, name: str, kind: str, seed: int | None = None) -
     seeds = arrays["seeds"].tolist()
     seed = seeds[0] if seed is None else seed
     whose = f"Phase 1 on {header['domain']}" if header["phase"] == 1 else f"holdout {header['holdout']}"
-    style, words = (DOMAIN_GRIDS | HOLDOUT_GRIDS)[kind]
+    style, words = (DOMAIN_GRIDS if header["phase"] == 1 else HOLDOUT_GRIDS)[kind]
     layers = layers_of(arrays, kind)
     if seed == -1:
         layers, of = [layer.float().nanmean(0) for layer in layers], f"mean over {len(seeds)} seeds"

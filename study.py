@@ -164,7 +164,7 @@ class Study:
         """The results directory locked, and made sure to be that of these settings."""
         device = self.problem.features.device.type
         with self.results:
-            self.results.claim(self.settings, self.facts, environment(device, torch.get_num_threads()))
+            self.results.claim(self.settings, self.facts, environment(device, config.THREADS or 1))
             yield
 
     # --- what is there, what is missing ---------------------------------------------------------------------

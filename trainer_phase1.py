@@ -12,7 +12,8 @@ from torch import Tensor
 
 from config import Settings
 from importance import degenerate, weight_importance
-from training import BatchOrder, Params, Problem, accuracies, raise_failure, random_start, tracked, train
+from stacks import Params
+from training import BatchOrder, Problem, accuracies, raise_failure, random_start, tracked, train
 
 
 @dataclass

@@ -15,7 +15,8 @@ import importance
 from config import Settings
 from importance import Layers
 from models import FeedforwardClassifier
-from training import BatchOrder, Params, Problem, accuracies, raise_failure, random_start, train
+from stacks import Params, Rates
+from training import BatchOrder, Problem, accuracies, raise_failure, random_start, train
 
 
 @dataclass
@@ -145,12 +146,12 @@ def train_holdout(
     return HoldoutNetworks(holdout, tuple(seeds), algorithms, start, final, *(n.cpu() for n in numbers), failed)
 
 
-def _rates(masks: Sequence[Layers], settings: Settings, like: Tensor) -> Callable[[int], Mapping[str, Tensor]]:
+def _rates(masks: Sequence[Layers], settings: Settings, like: Tensor) -> Callable[[int], Rates]:
     """The factors of every epoch, for `training.train`: name -> ``[S, V, out, in]``."""
     names = FeedforwardClassifier(1, 1, settings.hidden_sizes).tracked_names
     stacked = [torch.stack(layers, dim=1).to(like.device) for layers in zip(*masks, strict=True)]
 
-    def rates(epoch: int) -> Mapping[str, Tensor]:
+    def rates(epoch: int) -> Rates:
         return dict(zip(names, learning_rates(stacked, epoch, settings, like.dtype), strict=True))
 
     return rates

@@ -2,28 +2,27 @@
 
 A *stack* holds S seeds × V variants of the same classifier: every parameter has two leading axes ``[S, V, …]``.
 Each seed has its own start and its own batch order; the variants of a seed (masks, algorithms) see the same batches,
-so their differences are paired. The network is written once as an ordinary `nn.Module` and stacked with `torch.func`.
-Networks never mix: what one does is the same, up to float rounding, whatever is trained beside it.
+so their differences are paired. How a stack computes a step is the business of `stacks`. Networks never mix: what one
+does is the same, up to float rounding, whatever is trained beside it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch import Tensor
+from torch.func import stack_module_state
 
 import config
 from dataset import split
 from models import FeedforwardClassifier
-
-Params = dict[str, Tensor]  # parameter name -> [S, V, *shape]
-EVALUATION_FLOATS = 2**23  # size of the largest hidden activation made at once when whole domains are evaluated
+from stacks import ENGINES, MatmulEngine, Params, Rates, VmapEngine, classify
 
 
 def prepare_machine() -> str:
-    """Set the CPU threads as `config.THREADS` says; the device is `config.DEVICE`, or CUDA where there is one.
+    """Set CPU threads as `config.THREADS` says; the device to use: `config.DEVICE`, or CUDA where there is one.
 
     Raises:
         InputError: no thread, an unknown device, or CUDA is asked for and there is none.
@@ -37,6 +36,21 @@ def prepare_machine() -> str:
     if config.DEVICE == "cuda" and not torch.cuda.is_available():
         raise config.InputError("There is no CUDA device here: use 'cpu' as DEVICE (--device cpu).")
     return config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def training_threads() -> Iterator[int]:
+    """`config.THREADS` CPU threads, one by default, and afterwards as many as before.
+
+    The products are small: two threads gain little, and on a busy machine they wait for each other, which was seen to
+    take thirty times as long. One thread also makes the result independent of the number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.THREADS or 1)
+    try:
+        yield config.THREADS or 1
+    finally:
+        torch.set_num_threads(before)
 
 
 class TrainingFailedError(RuntimeError):
@@ -166,61 +180,17 @@ class BatchOrder:
         return self.rows[order.to(self.rows.device)]
 
 
-def scaled_update(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
-    """A part `rate` of an optimizer's update: ``old + rate·(new − old)``, exact at rate 1 and 0.
-
-    Adam is invariant to the scale of the gradient, so a learning rate per weight has to scale the update itself.
-    """
-    return torch.where(rate == 1, new, torch.where(rate == 0, old, old + rate * (new - old)))
-
-
-@torch.no_grad()
-def step_with_rates(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, Tensor]) -> None:
-    """``optimizer.step()`` with a learning rate per weight, for any optimizer.
-
-    Args:
-        optimizer: gradients are in place, its own learning rate is that of rate 1.
-        rates: parameter -> factor on its update, of the same shape; parameters not named step in full.
-            A weight of rate 0 keeps its exact bits, momentum and weight decay notwithstanding.
-    """
-    before = {parameter: parameter.detach().clone() for parameter in rates}
-    optimizer.step()
-    for parameter, rate in rates.items():
-        parameter.copy_(scaled_update(before[parameter], parameter, rate))
+def predict(params: Params, features: Tensor, hidden_sizes: Sequence[int]) -> Tensor:
+    """Most probable class of the rows ``[N, D]`` for every network of a stack: int64 ``[S, V, N]``."""
+    classes = next(reversed(params.values())).shape[-1]
+    template = FeedforwardClassifier(features.shape[1], classes, hidden_sizes).to(features)
+    params = {name: value.to(features) for name, value in params.items()}
+    return classify(MatmulEngine(template, params), features)
 
 
-def apply_stack(template: nn.Module, params: Params, features: Tensor) -> Tensor:
-    """Logits of every network of a stack.
-
-    Args:
-        template: the network as a module (its own weights are not used).
-        params: name -> ``[S, V, *shape]``.
-        features: ``[S, B, D]``, one batch per seed shared by its variants, or ``[B, D]``, shared by all.
-
-    Returns:
-        ``[S, V, B, classes]``.
-    """
-
-    def one(network: Params, batch: Tensor) -> Tensor:
-        return functional_call(template, network, (batch,))
-
-    over_variants = vmap(one, in_dims=(0, None))
-    return vmap(over_variants, in_dims=(0, 0 if features.ndim == 3 else None))(params, features)
-
-
-@torch.no_grad()
-def predict(template: nn.Module, params: Params, features: Tensor) -> Tensor:
-    """Most probable class of every row for every network: int64 ``[S, V, N]``, in pieces that fit."""
-    seeds, variants = next(iter(params.values())).shape[:2]
-    widest = max(value.shape[2] for value in params.values())
-    piece = max(1, EVALUATION_FLOATS // (seeds * variants * widest))
-    parts = [apply_stack(template, params, rows).argmax(-1) for rows in features.split(piece)]
-    return torch.cat(parts, dim=-1)
-
-
-def count_correct(template: nn.Module, params: Params, problem: Problem) -> Tensor:
+def count_correct(engine: VmapEngine | MatmulEngine, problem: Problem) -> Tensor:
     """Right answers per domain, part and class: int64 ``[S, V, domains, 2, classes]``."""
-    right = predict(template, params, problem.features) == problem.labels
+    right = classify(engine, problem.features) == problem.labels
     counts = torch.zeros(*right.shape[:2], problem.totals.numel(), dtype=torch.long, device=right.device)
     counts.index_add_(2, problem.cells, right.long())
     return counts.view(*right.shape[:2], *problem.cell_shape)
@@ -249,6 +219,7 @@ def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[
     return {name: share(right, of) for name, (right, of) in parts.items()}
 
 
+@training_threads()
 def train(
     problem: Problem,
     start: Params,
@@ -257,8 +228,9 @@ def train(
     *,
     epochs: int,
     learning_rate: float,
-    rates: Callable[[int], Mapping[str, Tensor]] | None = None,
+    rates: Callable[[int], Rates] = lambda epoch: {},
     on_epoch: Callable[[], None] = lambda: None,
+    engine: str = "matmul",
 ) -> Trained:
     """Train a stack with Adam on cross-entropy, batches drawn without replacement, the short last one kept.
 
@@ -271,47 +243,29 @@ def train(
         learning_rate: Adam's, for every weight whose rate is 1.
         rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[S, V, *shape]``}.
         on_epoch: called after each epoch (progress).
+        engine: "matmul", or "vmap", the reference; see `stacks`.
     """
     features, device = problem.features, problem.features.device
     template = FeedforwardClassifier(features.shape[1], len(problem.class_names), settings.hidden_sizes).to(features)
-    params = {k: v.to(device, features.dtype, copy=True).requires_grad_() for k, v in start.items()}
-    optimizer = torch.optim.Adam(params.values(), lr=learning_rate, fused=True)
-    shape = next(iter(params.values())).shape[:2]
-    losses, accuracies, correct = [], [], []
+    stack = ENGINES[engine](template, {name: value.to(features) for name, value in start.items()}, learning_rate)
+    shape = next(iter(start.values())).shape[:2]
+    losses, shares, correct = [], [], []
     failed = torch.zeros(shape, dtype=torch.long, device=device)
     for epoch in range(epochs):
-        factors = {params[name]: rate.expand_as(params[name]) for name, rate in (rates or _none)(epoch).items()}
-        rows = order.next_epoch()
-        loss_sum, right = torch.zeros(2, *shape, dtype=features.dtype, device=device)
-        for batch in rows.split(settings.batch_size, dim=1):
-            targets = problem.labels[batch]  # [S, B]
-            logits = apply_stack(template, params, features[batch])
-            loss = _cross_entropy(logits, targets)  # [S, V]
-            optimizer.zero_grad()
-            loss.sum().backward()  # networks share no parameter: each gets the gradient of its own loss
-            step_with_rates(optimizer, factors)
-            loss_sum += loss.detach() * batch.shape[1]
-            right += (logits.detach().argmax(-1) == targets.unsqueeze(1)).sum(-1)
+        rows, factors = order.next_epoch(), rates(epoch)
+        loss_sum, right_sum = torch.zeros(2, *shape, dtype=features.dtype, device=device)
+        for batch in rows.split(settings.batch_size, dim=1):  # [S, B]
+            loss, right = stack.step(features[batch], problem.labels[batch], factors)
+            loss_sum += loss * batch.shape[1]
+            right_sum += right
         losses.append(loss_sum / rows.shape[1])
-        accuracies.append(right / rows.shape[1])
-        finite = losses[-1].isfinite() & torch.stack([p.isfinite().flatten(2).all(2) for p in params.values()]).all(0)
-        failed = torch.where(finite | (failed > 0), failed, epoch + 1)
-        correct.append(count_correct(template, params, problem))
+        shares.append(right_sum / rows.shape[1])
+        sound = [value.isfinite().flatten(2).all(2) for value in stack.params.values()]
+        failed = torch.where(losses[-1].isfinite() & torch.stack(sound).all(0) | (failed > 0), failed, epoch + 1)
+        correct.append(count_correct(stack, problem))
         on_epoch()
-    params = {name: value.detach() for name, value in params.items()}
-    return Trained(params, torch.stack(losses, 2), torch.stack(accuracies, 2), torch.stack(correct, 2), failed)
-
-
-def _none(epoch: int) -> Mapping[str, Tensor]:
-    return {}
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch for each network: logits ``[S, V, B, C]``, targets ``[S, B]`` -> ``[S, V]``."""
-    seeds, variants, batch, _ = logits.shape
-    spread = targets.unsqueeze(1).expand(seeds, variants, batch)
-    loss = nn.functional.cross_entropy(logits.flatten(0, 2), spread.flatten(), reduction="none")
-    return loss.view(seeds, variants, batch).mean(-1)
+    params = {name: stack.params[name].detach() for name in start}
+    return Trained(params, torch.stack(losses, 2), torch.stack(shares, 2), torch.stack(correct, 2), failed)
 
 
 def raise_failure(failed: Tensor, seeds: Sequence[int], what: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from config import InputError, Settings
 from models import FeedforwardClassifier
+from stacks import ENGINES, MatmulEngine, VmapEngine, classify, scaled_update, step_with_rates
 from training import (
     BatchOrder,
     Problem,
@@ -23,8 +24,6 @@ from training import (
     predict,
     raise_failure,
     random_start,
-    scaled_update,
-    step_with_rates,
     tracked,
     train,
 )
@@ -49,10 +48,11 @@ def orders(data, seed, epochs):
     return [order.next_epoch()[0] for _ in range(epochs)]
 
 
-def test_a_stack_of_one_follows_the_plain_loop():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stack_of_one_follows_the_plain_loop(engine):
     data = problem()
     epochs = math.ceil(50 / math.ceil(144 / 16))  # at least 50 steps
-    result = run(data, [3], epochs=epochs)
+    result = run(data, [3], epochs=epochs, engine=engine)
     start = {name: value[0, 0] for name, value in stack_start([3]).items()}
     state, losses, right = plain_loop(data, start, orders(data, 3, epochs), SETTINGS, 1e-2)
     for name, value in state.items():
@@ -61,18 +61,20 @@ def test_a_stack_of_one_follows_the_plain_loop():
     np.testing.assert_allclose(result.train_accuracy[0, 0], right)
 
 
-def test_a_network_of_a_stack_follows_the_same_network_alone():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_of_a_stack_follows_the_same_network_alone(engine):
     data = problem()
-    together = run(data, [0, 1, 2, 7], variants=2, epochs=6)
+    together = run(data, [0, 1, 2, 7], variants=2, epochs=6, engine=engine)
     for index, seed in enumerate([0, 1, 2, 7]):
-        alone = run(data, [seed], epochs=6)
+        alone = run(data, [seed], epochs=6, engine=engine)
         for variant in range(2):
             for name, value in alone.params.items():
                 torch.testing.assert_close(together.params[name][index, variant], value[0, 0], rtol=0, atol=1e-9)
             assert torch.equal(together.correct[index, variant], alone.correct[0, 0])
 
 
-def test_rates_scale_the_step_as_in_the_plain_loop():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rates_scale_the_step_as_in_the_plain_loop(engine):
     data = problem()
     torch.manual_seed(1)
     marked = torch.rand(2, 2, 5, 6) > 0.5  # two seeds, two variants
@@ -81,7 +83,7 @@ def test_rates_scale_the_step_as_in_the_plain_loop():
         low = 0.1 * 0.5**epoch if epoch < 3 else 0.0
         return {"layers.1.weight": torch.where(marked, 1.0, low).double()}
 
-    result = run(data, [0, 1], variants=2, epochs=6, rates=rates)
+    result = run(data, [0, 1], variants=2, epochs=6, rates=rates, engine=engine)
     for s in range(2):
         for v in range(2):
 
@@ -94,17 +96,20 @@ def test_rates_scale_the_step_as_in_the_plain_loop():
                 torch.testing.assert_close(result.params[name][s, v], value, rtol=0, atol=1e-9)
 
 
-def test_rate_one_is_plain_adam_bit_for_bit():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rate_one_is_plain_adam_bit_for_bit(engine):
     data = problem(dtype=torch.float32)
     ones = {f"layers.{i}.weight": torch.ones(()) for i in (1, 2)}
-    with_rates, without = run(data, [0, 1], rates=lambda epoch: ones), run(data, [0, 1])
+    with_rates = run(data, [0, 1], rates=lambda epoch: ones, engine=engine)
+    without = run(data, [0, 1], engine=engine)
     for name, value in without.params.items():
         assert torch.equal(with_rates.params[name], value)
 
 
-def test_rate_zero_keeps_every_bit_and_the_rest_learns():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rate_zero_keeps_every_bit_and_the_rest_learns(engine):
     data = problem(dtype=torch.float32)
-    result = run(data, [0, 1], rates=lambda epoch: {"layers.1.weight": torch.zeros(())})
+    result = run(data, [0, 1], rates=lambda epoch: {"layers.1.weight": torch.zeros(())}, engine=engine)
     start = stack_start([0, 1])
     for name, value in result.params.items():
         same = value == start[name]
@@ -230,10 +235,9 @@ def test_tracked_matrices_lie_between_hidden_layers():
 
 def test_counts_and_accuracies_against_sklearn():
     data = problem(per_cell=13)
-    template = FeedforwardClassifier(8, 3, (6, 5, 4)).double()
     params = {name: value.double() for name, value in stack_start([0, 1], 2).items()}
-    predicted = predict(template, params, data.features)
-    counted = count_correct(template, params, data)
+    predicted = predict(params, data.features, (6, 5, 4))
+    counted = count_correct(MatmulEngine(FeedforwardClassifier(8, 3, (6, 5, 4)), params), data)
     for balanced in (False, True):
         values = accuracies(counted, data.totals, balanced)
         for d in range(3):
@@ -248,16 +252,39 @@ def test_counts_and_accuracies_against_sklearn():
                     assert float(values[part][s, v, d]) == pytest.approx(expected)
 
 
-def test_predictions_do_not_depend_on_the_pieces(monkeypatch):
+@pytest.mark.parametrize("engine", [VmapEngine, MatmulEngine])
+def test_predictions_are_the_modules_and_do_not_depend_on_the_pieces(engine, monkeypatch):
     data = problem()
+    params = {name: value.double() for name, value in stack_start([0, 1], 2).items()}
     template = FeedforwardClassifier(8, 3, (6, 5, 4)).double()
-    params = {name: value.double() for name, value in stack_start([0, 1]).items()}
-    whole = predict(template, params, data.features)
-    monkeypatch.setattr("training.EVALUATION_FLOATS", 100)
-    assert torch.equal(predict(template, params, data.features), whole)
-    for s in range(2):
-        template.load_state_dict({name: value[s, 0] for name, value in params.items()})
-        assert torch.equal(whole[s, 0], template(data.features).argmax(1))
+    stack = engine(template, params)
+    whole = classify(stack, data.features)
+    monkeypatch.setattr("stacks.PIECE_FLOATS", 100)
+    assert torch.equal(classify(stack, data.features), whole)
+    for s, v in np.ndindex(2, 2):
+        template.load_state_dict({name: value[s, v] for name, value in params.items()})
+        assert torch.equal(whole[s, v], template(data.features).argmax(1))
+
+
+@pytest.mark.parametrize("sizes", [(10,) * 5, (10,) * 4, (7, 5, 9), (3, 4)])
+def test_the_engines_agree_for_every_shape_and_a_short_last_batch(sizes):
+    settings = Settings.current(hidden_sizes=sizes, batch_size=20)
+    data = problem(classes=("a", "b", "c", "d"), per_cell=9)
+    start = {
+        n: v.unsqueeze(1).repeat(1, 3, *[1] * (v.ndim - 1)) for n, v in random_start([0, 5], "x", (8, sizes, 4)).items()
+    }
+    rate = {"layers.1.weight": torch.rand(2, 3, sizes[1], sizes[0], dtype=torch.float64)}
+    results = []
+    for engine in ENGINES:
+        order = BatchOrder([0, 5], "all", data.rows(data.domain_names, "in"))
+        options = {"epochs": 10, "learning_rate": 1e-2, "rates": lambda epoch: rate, "engine": engine}
+        results.append(train(data, start, order, settings, **options))
+    a, b = results
+    for name in start:
+        torch.testing.assert_close(a.params[name], b.params[name], rtol=0, atol=1e-9)
+    torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=1e-9)
+    assert torch.equal(a.train_accuracy, b.train_accuracy)
+    assert torch.equal(a.correct, b.correct)
 
 
 def test_rows_and_totals_of_a_problem():

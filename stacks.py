@@ -1,0 +1,190 @@
+"""A stack of S × V small classifiers computed at once: the reference by `vmap`, and a fast path by matrix products.
+
+Every parameter of a stack has two leading axes ``[S, V, …]``: S seeds, each with its own batches, and V variants that
+see the same batches of their seed. An engine holds the parameters, takes training steps and classifies rows.
+
+- `VmapEngine` is the reference. The network is the ordinary `nn.Module`, stacked by `torch.func`; autograd gives the
+  gradients, one Adam takes the step.
+- `MatmulEngine` computes the same for a `FeedforwardClassifier` under cross-entropy, with the gradients written out:
+  activations lie as ``[networks, units, batch]``, the first layer of all variants of a seed is one matrix product, and
+  all parameters lie in one flat buffer, so that Adam is one fused kernel.
+
+Both are tested against a plain PyTorch loop in float64.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from models import FeedforwardClassifier
+
+Params = dict[str, Tensor]  # parameter name -> [S, V, *shape]
+Rates = Mapping[str, Tensor]  # parameter name -> factor on its update, broadcastable to [S, V, *shape]
+PIECE_FLOATS = 2**22  # size of the largest activation made at once when many rows are classified
+
+
+def scaled_update(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
+    """A part `rate` of an optimizer's update: ``old + rate·(new − old)``, exact at rate 1 and 0.
+
+    Adam is invariant to the scale of the gradient, so a learning rate per weight has to scale the update itself.
+    """
+    return torch.where(rate == 1, new, torch.where(rate == 0, old, old + rate * (new - old)))
+
+
+@torch.no_grad()
+def step_with_rates(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, Tensor]) -> None:
+    """``optimizer.step()`` with a learning rate per weight, for any optimizer.
+
+    Args:
+        optimizer: gradients are in place, its own learning rate is that of rate 1.
+        rates: parameter -> factor on its update, of the same shape; parameters not named step in full.
+            A weight of rate 0 keeps its exact bits, momentum and weight decay notwithstanding.
+    """
+    before = {parameter: parameter.detach().clone() for parameter in rates}
+    optimizer.step()
+    for parameter, rate in rates.items():
+        parameter.copy_(scaled_update(before[parameter], parameter, rate))
+
+
+class VmapEngine:
+    """The reference.
+
+    Args:
+        template: the network as a module; its own weights are not used.
+        params: initial parameters, name -> ``[S, V, *shape]``, on the device and of the type to train in.
+        learning_rate: of Adam.
+    """
+
+    def __init__(self, template: FeedforwardClassifier, params: Params, learning_rate: float = 1e-3):
+        self.template = template
+        self.params = {name: value.clone().requires_grad_() for name, value in params.items()}
+        self.optimizer = torch.optim.Adam(self.params.values(), lr=learning_rate, fused=True)
+
+    def step(self, features: Tensor, targets: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
+        """One step of Adam on the mean cross-entropy of each network's batch.
+
+        Args:
+            features: ``[S, B, D]``.
+            targets: ``[S, B]``.
+            rates: parameter name -> factor on its update.
+
+        Returns:
+            Loss and number of right answers before the step, both ``[S, V]``.
+        """
+        logits = apply_stack(self.template, self.params, features)
+        spread = targets.unsqueeze(1).expand(logits.shape[:3])
+        loss = nn.functional.cross_entropy(logits.movedim(-1, 1), spread, reduction="none").mean(-1)
+        self.optimizer.zero_grad()
+        loss.sum().backward()  # networks share no parameter: each gets the gradient of its own loss
+        factors = {self.params[name]: rate.expand_as(self.params[name]) for name, rate in rates.items()}
+        step_with_rates(self.optimizer, factors)
+        return loss.detach(), (logits.detach().argmax(-1) == spread).sum(-1)
+
+    @torch.no_grad()
+    def classify(self, features: Tensor) -> Tensor:
+        """Most probable class of the rows ``[N, D]`` for every network: int64 ``[S, V, N]``."""
+        return apply_stack(self.template, self.params, features).argmax(-1)
+
+
+def apply_stack(template: nn.Module, params: Params, features: Tensor) -> Tensor:
+    """Logits of every network of a stack.
+
+    Args:
+        template: the network as a module (its own weights are not used).
+        params: name -> ``[S, V, *shape]``.
+        features: ``[S, B, D]``, one batch per seed shared by its variants, or ``[B, D]``, shared by all.
+
+    Returns:
+        ``[S, V, B, classes]``.
+    """
+
+    def one(network: Params, batch: Tensor) -> Tensor:
+        return functional_call(template, network, (batch,))
+
+    over_variants = vmap(one, in_dims=(0, None))
+    return vmap(over_variants, in_dims=(0, 0 if features.ndim == 3 else None))(params, features)
+
+
+class MatmulEngine:
+    """The fast path for `FeedforwardClassifier`; arguments and methods as in `VmapEngine`."""
+
+    def __init__(self, template: FeedforwardClassifier, params: Params, learning_rate: float = 1e-3):
+        self.shape = next(iter(params.values())).shape[:2]
+        depth = len(template.layers)
+        names = [f"layers.{i}.{kind}" for kind in ("weight", "bias") for i in range(depth)]
+        like = params[names[0]]
+        flat = torch.cat([params[name].reshape(-1) for name in names])
+        self.params = dict(zip(names, self._views(flat, [params[n] for n in names]), strict=True))
+        flat.grad = torch.zeros_like(flat)
+        self.gradients = dict(zip(names, self._views(flat.grad, [params[n] for n in names]), strict=True))
+        self.optimizer = torch.optim.Adam([flat], lr=learning_rate, fused=True)
+        # Per layer, with the axes S and V as one: weights [K, out, in], biases [K, out, 1], and their gradients.
+        self.weights = [self.params[f"layers.{i}.weight"].flatten(0, 1) for i in range(depth)]
+        self.biases = [self.params[f"layers.{i}.bias"].flatten(0, 1).unsqueeze(-1) for i in range(depth)]
+        self.weight_gradients = [self.gradients[f"layers.{i}.weight"].flatten(0, 1) for i in range(depth)]
+        self.bias_gradients = [self.gradients[f"layers.{i}.bias"].flatten(0, 1) for i in range(depth)]
+        self.first = self.weights[0].view(self.shape[0], -1, like.shape[-1])  # [S, V·out, D]
+        self.first_gradient = self.weight_gradients[0].view_as(self.first)
+
+    @staticmethod
+    def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+
+    @torch.no_grad()
+    def step(self, features: Tensor, targets: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
+        batch = features.shape[1]
+        hidden = [self._first_layer(features)]
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
+            hidden.append(torch.baddbmm(bias, weight, hidden[-1]).relu_())  # [K, out, B]
+        logits = torch.baddbmm(self.biases[-1], self.weights[-1], hidden[-1])  # [K, classes, B]
+        spread = targets.unsqueeze(1).expand(*self.shape, batch).reshape(-1, 1, batch)  # [K, 1, B]
+        log_p = logits.log_softmax(1)
+        loss = -log_p.gather(1, spread).mean(-1)
+        right = (logits.argmax(1, keepdim=True) == spread).sum(-1)
+        gradient = log_p.exp_().scatter_add_(1, spread, log_p.new_full((), -1.0).expand_as(spread)).div_(batch)
+        for i in range(len(self.weights) - 1, 0, -1):
+            torch.bmm(gradient, hidden[i - 1].transpose(1, 2), out=self.weight_gradients[i])
+            torch.sum(gradient, 2, out=self.bias_gradients[i])
+            gradient = torch.bmm(self.weights[i].transpose(1, 2), gradient)
+            gradient = torch.ops.aten.threshold_backward(gradient, hidden[i - 1], 0)  # of ReLU, from its output
+        torch.sum(gradient, 2, out=self.bias_gradients[0])
+        torch.bmm(gradient.view(self.shape[0], -1, batch), features, out=self.first_gradient)
+        step_with_rates_by_name(self.optimizer, self.params, rates)
+        return loss.view(self.shape), right.view(self.shape)
+
+    def _first_layer(self, features: Tensor) -> Tensor:
+        """``[S, B, D]`` or ``[B, D]`` -> ``[K, out, B]``, all variants of a seed in one product."""
+        if features.ndim == 3:
+            product = torch.bmm(self.first, features.transpose(1, 2))
+        else:
+            product = self.first.flatten(0, 1) @ features.T
+        return product.view(len(self.weights[0]), -1, features.shape[-2]).add_(self.biases[0]).relu_()
+
+    @torch.no_grad()
+    def classify(self, features: Tensor) -> Tensor:
+        hidden = self._first_layer(features)
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
+            hidden = torch.baddbmm(bias, weight, hidden).relu_()
+        logits = torch.baddbmm(self.biases[-1], self.weights[-1], hidden)
+        return logits.argmax(1).view(*self.shape, -1)
+
+
+def step_with_rates_by_name(optimizer: torch.optim.Optimizer, params: Params, rates: Rates) -> None:
+    """`step_with_rates` for parameters that are views of what the optimizer knows."""
+    before = {name: params[name].clone() for name in rates}
+    optimizer.step()
+    for name, rate in rates.items():
+        params[name].copy_(scaled_update(before[name], params[name], rate))
+
+
+ENGINES = {"matmul": MatmulEngine, "vmap": VmapEngine}
+
+
+def classify(engine: VmapEngine | MatmulEngine, features: Tensor) -> Tensor:
+    """An engine's `classify` in pieces that fit: rows ``[N, D]`` -> int64 ``[S, V, N]``."""
+    seeds, variants = next(iter(engine.params.values())).shape[:2]
+    widest = max(value.shape[2] for value in engine.params.values())
+    piece = max(1, PIECE_FLOATS // (seeds * variants * widest))
+    return torch.cat([engine.classify(rows) for rows in features.split(piece)], dim=-1)

@@ -1,0 +1,69 @@
+"""The notebook from a clean kernel on a small setting, its parameters set by papermill."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from problems import features as blobs
+
+from feature_file import save_features
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "train.ipynb"
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebook")
+    d = blobs(per_cell=30)
+    names = d.class_names, d.domain_names, d.files
+    save_features(folder / "blobs.safetensors", d.features.half(), d.labels, d.domains, *names, dataset="blobs")
+    parameters = {
+        "SEEDS": 2,
+        "HOLDOUTS": ["photo"],
+        "FEATURES_FILE": str(folder / "blobs.safetensors"),
+        "RESULTS_DIR": str(folder / "results"),
+        "SETTINGS": {"PH1_NUM_EPOCHS": 1, "PH2_NUM_EPOCHS": 2, "HIDDEN_SIZES": [6, 5, 4], "THREADS": 1},
+    }
+    out = folder / "out.ipynb"
+    papermill.execute_notebook(NOTEBOOK, out, parameters, cwd=ROOT, progress_bar=False, kernel_name="python3")
+    return folder, nbformat.read(out, as_version=4)
+
+
+def texts(notebook):
+    return "\n".join(o.text for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "text" in o)
+
+
+def test_parameters_take_effect(executed):
+    folder, notebook = executed
+    assert "blobs features: 270 × 8-d" in texts(notebook)
+    settings = json.loads((folder / "results" / "settings.json").read_text("utf-8"))["settings"]
+    assert (settings["PH1_NUM_EPOCHS"], settings["PH2_NUM_EPOCHS"], settings["HIDDEN_SIZES"]) == (1, 2, [6, 5, 4])
+    records = [json.loads(line) for line in (folder / "results" / "records.jsonl").read_text().splitlines()]
+    assert {(r["holdout"], r["seed"]) for r in records} == {("photo", 0), ("photo", 1)}
+
+
+def test_it_runs_without_an_error_and_shows_every_figure(executed):
+    _, notebook = executed
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    # projection, curves of both phases, grids of two domains and one holdout, overlap, bars, forest, confusions
+    assert len(pictures) == 1 + 2 + 4 * 2 + 3 + 1 + 2 + 2
+
+
+def test_the_committed_notebook_was_run_from_top_to_bottom():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert "parameters" in code[0].metadata["tags"]
+    assert "9991 × 192-d, vit-tiny-patch16-224" in texts(notebook)
+
+
+def test_the_committed_notebook_names_no_path_of_a_machine():
+    text = NOTEBOOK.read_text("utf-8")
+    assert str(Path.home()) not in text
+    assert str(ROOT) not in text

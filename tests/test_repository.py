@@ -1,0 +1,63 @@
+"""What the repository promises about itself: commands, layering, imports without side effects."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
+# A module imports only from floors below its own.
+FLOORS = {
+    "config": 0, "files": 0, "drawing": 0,
+    "dataset": 1, "models": 1,
+    "importance": 2, "stacks": 2, "feature_file": 2, "features": 3,
+    "training": 3,
+    "trainer_phase1": 4, "trainer_phase2": 4, "records": 4,
+    "evaluation": 5, "visualization": 5,
+    "study": 6, "figures": 7, "experiment": 8,
+}  # fmt: skip
+
+
+def test_every_module_has_its_floor_and_imports_from_below():
+    assert set(MODULES) == set(FLOORS)
+    for name, floor in FLOORS.items():
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))):
+            targets = [node.module] if isinstance(node, ast.ImportFrom) else []
+            targets += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            above = [target for target in targets if FLOORS.get(target, -1) >= floor]
+            assert not above, f"{name} (floor {floor}) imports {above}"
+
+
+def test_files_stay_readable():
+    for path in ROOT.glob("*.py"):
+        assert len(path.read_text("utf-8").splitlines()) <= 400, path.name
+
+
+def test_importing_a_module_has_no_side_effect(tmp_path):
+    code = f"""
+import importlib, sys
+import numpy as np, torch
+before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+for module in {MODULES}:
+    importlib.import_module(module)
+    assert torch.equal(before[0], torch.random.get_rng_state()), module
+    assert (before[1] == np.random.get_state()[1]).all(), module
+    heavy = [m for m in ("matplotlib.pyplot", "transformers", "torchvision") if m in sys.modules]
+    assert not heavy, (module, heavy)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ci_runs_the_command_of_the_readme():
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    run, test = commands
+    assert "nbconvert" in run
+    assert "pytest" in test
+    assert test.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
