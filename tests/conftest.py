@@ -1,0 +1,83 @@
+"""What several test files need: small trees of images, and a tiny random ViT in a local directory."""
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+OLD = 1_000_000_000  # seconds since the epoch: images that were not written a moment ago
+
+
+def make_images(root, domains=("art", "photo"), classes=("dog", "horse"), per_class=3, size=(36, 30), ending="png"):
+    """Write root/domain/class/NNN.png with random pixels that depend on the path below `root` only."""
+    for domain in domains:
+        for label in classes:
+            folder = Path(root) / domain / label
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                name = f"{domain}/{label}/{number:03d}.{ending}"
+                write_image(Path(root) / name, seed=zlib.crc32(name.encode()), size=size)
+    return Path(root)
+
+
+def write_image(path, seed=0, size=(36, 30), time=OLD):
+    """Write random RGB pixels and date the file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    os.utime(path, (time, time))
+
+
+def make_vit(folder, seed=0, hidden=24, processor=True, **processor_settings):
+    """Save a random ViT (2 layers, patches of 8) and, if asked, its image processor; images of 32×32."""
+    import torch
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    size = 32 if processor else 224
+    settings = ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=size,
+        patch_size=8 if processor else 56,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ViTModel(settings).save_pretrained(folder)
+    if processor:
+        ViTImageProcessor(size={"height": size, "width": size}, **processor_settings).save_pretrained(folder)
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+    """Directory of a tiny random ViT, 24-d."""
+    return make_vit(tmp_path_factory.mktemp("models") / "tiny-vit")
+
+
+@pytest.fixture
+def image_root(tmp_path) -> Path:
+    """Two domains, two classes, three images of each."""
+    return make_images(tmp_path / "toy")
+
+
+@pytest.fixture(scope="session")
+def shared_pacs() -> Path:
+    """The real PACS images beside the checkout, where there are any."""
+    root = SHARED / "data" / "pacs"
+    if not root.is_dir():
+        pytest.skip("no ../shared/data/pacs here")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared_vit() -> Path:
+    """The real ViT-Tiny beside the checkout, where there is one."""
+    model = SHARED / "models" / "vit-tiny-patch16-224"
+    if not model.is_dir():
+        pytest.skip("no ../shared/models/vit-tiny-patch16-224 here")
+    return model
