@@ -1,0 +1,259 @@
+"""Features on disk: the format, its checks, and `FeatureSet`, what everything after the ViT works on.
+
+One safetensors file holds a data set's features:
+
+=============  =======  ======  ================================================
+tensor         type     shape   meaning
+=============  =======  ======  ================================================
+``features``   float16  [N, D]  one row per image (other float types are read too)
+``labels``     int64    [N]     index into ``class_names``
+``domains``    int64    [N]     index into ``domain_names``
+=============  =======  ======  ================================================
+
+Its metadata has one key, ``header``: JSON with ``format_version`` (1), ``class_names``, ``domain_names``, and, where
+known, ``files`` (N unique names), ``dataset``, ``counts``, ``model``, ``preprocessing``, ``pixels_sha256`` and
+``versions``. One key only, because safetensors writes several in random order; neither times nor paths, so that the
+same features are the same bytes. ``data/README.md`` tells the same to people who bring their own.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import InputError
+from files import whole
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """Features of every image of a data set, with labels and domains.
+
+    Attributes:
+        features: ``[N, D]``, float16 where this project made them; memory-mapped when loaded.
+        labels: int64 ``[N]``, index into `class_names`.
+        domains: int64 ``[N]``, index into `domain_names`.
+        class_names, domain_names: unique names; every domain holds every class.
+        files: unique name of each row, ``"domain/class/file.jpg"`` where it comes from an image.
+        header: the file's header, see the module's docstring.
+        source: where it came from, for announcements.
+    """
+
+    features: Tensor
+    labels: Tensor
+    domains: Tensor
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    files: tuple[str, ...]
+    header: dict
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def feature_size(self) -> int:
+        """D, the length of a feature vector."""
+        return self.features.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_domains(self) -> int:
+        return len(self.domain_names)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return self.header["dataset"]
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model that made the features."""
+        return self.header.get("model", {}).get("name", "unknown model")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 over the tensors' bytes and all names."""
+        digest = hashlib.sha256()
+        for tensor in (self.features, self.labels, self.domains):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(json.dumps([self.class_names, self.domain_names, self.files]).encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line: what these features are and where they came from."""
+        return (
+            f"{self.dataset} features: {len(self)} × {self.feature_size}-d, {self.model_name}, "
+            f"{self.num_domains} domains, {self.num_classes} classes ({self.source})"
+        )
+
+
+_OWN_KEYS = {"format_version", "class_names", "domain_names", "files", "counts"}  # save_features writes these itself
+
+
+def save_features(
+    path: str | os.PathLike,
+    features: Tensor,
+    labels: Tensor,
+    domains: Tensor,
+    class_names: Sequence[str],
+    domain_names: Sequence[str],
+    files: Sequence[str] | None = None,
+    **header,
+) -> Path:
+    """Write a feature file, whole or not at all; what `load_features` would refuse is refused here too.
+
+    Args:
+        path: the file, by custom ``*.safetensors``; folders above it are made.
+        features: floating point ``[N, D]``, kept in its type. float16 is what this project writes.
+        labels, domains: integers ``[N]``, indexes into the names.
+        class_names, domain_names: unique names; every domain must hold every class.
+        files: unique name of each row; default ``row000000`` and on.
+        **header: more for the header, JSON-ready: ``dataset="name"``, ``model={"name": …}``, ….
+
+    Raises:
+        InputError: the parts do not fit together, or the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if taken := sorted(_OWN_KEYS & header.keys()):
+        raise InputError(f"The header entry '{taken[0]}' is written by save_features itself.")
+    tensors = {"features": features, "labels": labels, "domains": domains}
+    tensors = {name: torch.as_tensor(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"dataset": path.stem, **header, "format_version": FORMAT_VERSION}
+    header.update(class_names=list(class_names), domain_names=list(domain_names))
+    header["files"] = _row_names(len(tensors["features"])) if files is None else list(files)
+    _check(f"'{path}'", tensors, header)
+    tensors["labels"], tensors["domains"] = tensors["labels"].long(), tensors["domains"].long()
+    header["counts"] = _counts(tensors["labels"], tensors["domains"], header["class_names"], header["domain_names"])
+    try:
+        with whole(path) as temporary:
+            save_file(tensors, temporary, {"header": json.dumps(header, sort_keys=True)})
+    except OSError as error:
+        raise InputError(f"The features cannot be written to '{path}': {error.strerror or error}.") from error
+    return path
+
+
+def copy_features(features: FeatureSet, output: str | os.PathLike) -> Path:
+    """Write features to another file; of features that were loaded, the bytes are those of their file."""
+    header = {key: features.header[key] for key in features.header.keys() - _OWN_KEYS}
+    names = features.class_names, features.domain_names, features.files
+    return save_features(output, features.features, features.labels, features.domains, *names, **header)
+
+
+def load_features(path: str | os.PathLike, source: str | None = None) -> FeatureSet:
+    """Load a feature file, this project's or a user's own; the features stay on disk, mapped into memory.
+
+    Args:
+        path: the file.
+        source: how `FeatureSet.describe` shall call it; default the file's name.
+
+    Raises:
+        InputError: no such file, another format, or parts that do not fit together; names the file and the fault.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no feature file '{path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"'{path}' is not a whole safetensors file: {error}.") from error
+    header = _read_header(f"'{path}'", metadata)
+    header.setdefault("dataset", path.stem)
+    if header.get("files") is None and "features" in tensors:
+        header["files"] = _row_names(len(tensors["features"]))
+    _check(f"'{path}'", tensors, header)
+    return FeatureSet(
+        features=tensors["features"],
+        labels=tensors["labels"].long(),
+        domains=tensors["domains"].long(),
+        class_names=tuple(header["class_names"]),
+        domain_names=tuple(header["domain_names"]),
+        files=tuple(header["files"]),
+        header=header,
+        source=path.name if source is None else source,
+    )
+
+
+def _read_header(where: str, metadata: dict[str, str]) -> dict:
+    try:
+        header = json.loads(metadata["header"])
+    except (KeyError, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{where} has no JSON under 'header' in its metadata; write it with save_features.")
+    if header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version")
+        raise InputError(f"{where} has format version {version}; this version of the project reads {FORMAT_VERSION}.")
+    return header
+
+
+def _check(where: str, tensors: dict[str, Tensor], header: dict) -> None:
+    """Raise an `InputError` at the first fault of a feature file's parts."""
+    _check_tensors(where, tensors)
+    rows = len(tensors["features"])
+    for key in ("class_names", "domain_names", "files"):
+        names = header.get(key)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            raise InputError(f"{where} must name its {key} in the header, as a list of strings that are not empty.")
+        if len(set(names)) < len(names):
+            double = next(name for i, name in enumerate(names) if name in names[:i])
+            raise InputError(f"{where} has '{double}' twice in its {key}.")
+    if len(header["files"]) != rows:
+        raise InputError(f"{where} has {rows} rows of features but {len(header['files'])} names in files.")
+    if len(header["domain_names"]) < 2:
+        raise InputError(f"{where} has one domain only; leave-one-domain-out needs two or more.")
+    for tensor, key in (("labels", "class_names"), ("domains", "domain_names")):
+        low, high, count = int(tensors[tensor].min()), int(tensors[tensor].max()), len(header[key])
+        if low < 0 or high >= count:
+            raise InputError(f"{where} has {tensor} from {low} to {high}, but {count} {key} (0 to {count - 1}).")
+    names = header["class_names"], header["domain_names"]
+    for domain, classes in _counts(tensors["labels"], tensors["domains"], *names).items():
+        for label, count in classes.items():
+            if not count:
+                raise InputError(f"{where} has no images of class '{label}' in domain '{domain}'.")
+
+
+def _check_tensors(where: str, tensors: dict[str, Tensor]) -> None:
+    if missing := [name for name in ("features", "labels", "domains") if name not in tensors]:
+        raise InputError(f"{where} has no tensor '{missing[0]}'; needed are features, labels and domains.")
+    features = tensors["features"]
+    if features.ndim != 2 or 0 in features.shape:
+        raise InputError(f"{where} must have features of shape [N, D], not {list(features.shape)}.")
+    if not features.is_floating_point():
+        raise InputError(f"{where} must have floating-point features, not {features.dtype}.")
+    for name in ("labels", "domains"):
+        kind, shape = tensors[name].dtype, list(tensors[name].shape)
+        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+            raise InputError(f"{where} must have integer {name}, not {kind}.")
+        if shape != [len(features)]:
+            raise InputError(f"{where} has {name} of shape {shape} for {len(features)} rows of features.")
+    if not (finite := features.isfinite().all(1)).all():
+        raise InputError(f"{where} has features that are not finite, first in row {int((~finite).nonzero()[0])}.")
+
+
+def _row_names(count: int) -> list[str]:
+    return [f"row{row:06d}" for row in range(count)]
+
+
+def _counts(labels: Tensor, domains: Tensor, class_names: list, domain_names: list) -> dict[str, dict[str, int]]:
+    """Number of images by domain and class name."""
+    size = len(class_names)
+    table = torch.bincount(domains.long() * size + labels.long(), minlength=size * len(domain_names)).view(-1, size)
+    return {d: dict(zip(class_names, row, strict=True)) for d, row in zip(domain_names, table.tolist(), strict=True)}

@@ -1,0 +1,307 @@
+"""Runs the frozen ViT over a data set once, and caches the result so that it can be trusted.
+
+A cache file's name holds a hash of all that determines the features: the model's weights and configuration, the
+preprocessing, the precision, and every image's path and content. Nothing is ever looked up by name or date alone,
+so a file found is the right one. Its format is described in `feature_file`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import config
+from config import InputError
+from dataset import DECODING_VERSION, ImageDataset, check_images, default_workers, find_dataset, load_image
+from feature_file import FORMAT_VERSION, FeatureSet, copy_features, load_features, save_features
+from files import whole
+from models import ViTFeatureExtractor
+
+__all__ = [
+    "FeatureSet",
+    "bundled_features",
+    "copy_features",
+    "extract",
+    "get_features",
+    "load_features",
+    "save_features",
+]
+
+log = getLogger(__name__)
+
+BUNDLED_FILE = Path(__file__).resolve().parent / "data" / "pacs_vit_tiny_patch16_224.safetensors"
+SHARD_ROWS = 512  # rows written at once; batches do not cross shards, so a resumed run gives the same bytes
+# Entries of a model's configuration that say nothing of what it computes, or change between equal runs.
+_CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "num_labels"}
+
+
+def bundled_features() -> FeatureSet:
+    """The features that come with the project: PACS through ViT-Tiny/16, 9,991 × 192.
+
+    Raises:
+        InputError: the file is missing.
+    """
+    if not BUNDLED_FILE.is_file():
+        raise InputError(
+            f"The bundled features '{BUNDLED_FILE}' are missing: restore the file, or make it with "
+            f"'python experiment.py features --data-root DIR --vit-model DIR --output {BUNDLED_FILE}'."
+        )
+    return load_features(BUNDLED_FILE, "bundled file")
+
+
+def get_features(
+    data_root: str | os.PathLike | None = None,
+    features_file: str | os.PathLike | None = None,
+    vit_model: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> FeatureSet:
+    """The features to work with: of the images in `data_root`, else of `features_file`, else the bundled ones.
+
+    Args:
+        data_root: folder of images, see `dataset.find_dataset`.
+        features_file: a feature file, see `feature_file`; not together with `data_root`.
+        vit_model: hub name or local directory, with `data_root`; default `config.VIT_MODEL`.
+        cache_dir: default `config.CACHE_DIR`.
+        device: where the ViT runs; default `config.DEVICE`, else CUDA where there is one.
+        verify, progress: see `extract`.
+
+    Raises:
+        InputError: both are given; the folder, the file or the model cannot be used. Never a return to the bundle.
+    """
+    if data_root is not None and features_file is not None:
+        raise InputError("DATA_ROOT and FEATURES_FILE exclude each other: set one of them to None.")
+    if features_file is not None:
+        return load_features(features_file)
+    if data_root is None:
+        return bundled_features()
+    dataset = find_dataset(data_root)
+    device = device or config.DEVICE or ("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = ViTFeatureExtractor.from_pretrained(vit_model).to(device)
+    return extract(dataset, extractor, cache_dir, verify=verify, progress=progress)
+
+
+def extract(
+    dataset: ImageDataset,
+    extractor: ViTFeatureExtractor,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> FeatureSet:
+    """Features of all images: from the cache if it has them, else by one pass of the frozen ViT, kept there.
+
+    An interrupted pass goes on where it stopped, to within 512 images. A second process that wants the same
+    features waits for the first. If the device runs out of memory, the batch is halved until it fits.
+
+    Args:
+        dataset: images, from `dataset.find_dataset`.
+        extractor: model, on the device where it shall run.
+        cache_dir: made if missing; default `config.CACHE_DIR`.
+        batch_size: images per forward pass, at most 512; default `config.EXTRACTION_BATCH_SIZE`.
+        workers: decoding processes, 0 = threads of this one; default `config.EXTRACTION_WORKERS`, and where that is
+            None: one per core (at most 16) with a GPU, 0 without.
+        verify: read every image file again, even if its size and time are those of the last time.
+        progress: show progress bars.
+
+    Raises:
+        InputError: unreadable images (all are listed before the pass begins), an image that changes meanwhile,
+            features that are not finite, no memory for even one image, a cache folder that cannot be used.
+    """
+    batch_size = config.EXTRACTION_BATCH_SIZE if batch_size is None else batch_size
+    workers = config.EXTRACTION_WORKERS if workers is None else workers
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"EXTRACTION_BATCH_SIZE must be at least 1, not {batch_size}.")
+    if workers is not None and workers < 0:
+        raise InputError(f"EXTRACTION_WORKERS must be 0 or more, not {workers}.")
+    folder = Path(config.CACHE_DIR if cache_dir is None else cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The cache folder '{folder}' cannot be made: {error.strerror}.") from error
+    contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
+    header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
+    header["preprocessing"] = extractor.preprocessing.describe()
+    header["pixels_sha256"] = hashlib.sha256("".join(pixels).encode()).hexdigest()
+    name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
+    path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
+    if not path.exists():
+        with _exclusive(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have made it while this one waited
+                parts = path.with_suffix(".parts")
+                features = _run(dataset, contents, extractor, parts, batch_size, workers, progress)
+                names = dataset.class_names, dataset.domain_names, dataset.files
+                save_features(path, features, dataset.labels, dataset.domains, *names, **header)
+                shutil.rmtree(parts)
+    return load_features(path, f"images in {dataset.name}")
+
+
+def _describe_model(extractor: ViTFeatureExtractor) -> dict[str, object]:
+    return {
+        "name": extractor.name,
+        "type": extractor.model.config.model_type,
+        "feature_size": extractor.feature_size,
+        "weights_sha256": extractor.weights_hash(),
+        "precision": extractor.precision,
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that can change a feature."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "torchvision", "transformers", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # torchvision is optional to transformers
+    return found
+
+
+def _key(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, header: dict) -> str:
+    """SHA-256 over everything that determines the features."""
+    parts = {
+        "versions": [FORMAT_VERSION, DECODING_VERSION],
+        "model": {key: value for key, value in header["model"].items() if key != "name"},
+        "config": {k: v for k, v in extractor.model.config.to_dict().items() if k not in _CONFIG_NOISE},
+        "preprocessing": header["preprocessing"],
+        "files": list(zip(dataset.files, contents, strict=True)),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes respect."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("Another process extracts these features; waiting for it (%s).", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    dataset: ImageDataset,
+    contents: list[str],
+    extractor: ViTFeatureExtractor,
+    parts: Path,
+    batch_size: int | None,
+    workers: int | None,
+    progress: bool,
+) -> Tensor:
+    """Features ``[N, D]`` of all images, float16: those in `parts` are loaded, the others computed and left there."""
+    from safetensors.torch import load_file, save_file
+    from tqdm.auto import tqdm
+
+    limit = batch_size or (256 if extractor.device.type == "cuda" else 8)  # a CPU gains nothing from larger ones
+    parts.mkdir(exist_ok=True)
+    starts = range(0, len(dataset), SHARD_ROWS)
+    shards = {start: parts / f"{start:09d}.safetensors" for start in starts}
+    rows = {start: range(start, min(start + SHARD_ROWS, len(dataset))) for start in starts}
+    missing = [start for start in starts if not shards[start].exists()]
+    batches = [list(rows[s][i : i + limit]) for s in missing for i in range(0, len(rows[s]), limit)]
+    done = len(dataset) - sum(map(len, batches))
+    loaded = iter(_loader(dataset, contents, extractor, batches, workers))
+    with tqdm(total=len(dataset), initial=done, desc=extractor.name, unit="img", disable=not progress) as bar:
+        for start in missing:
+            buffer = []
+            while sum(map(len, buffer)) < len(rows[start]):
+                pixels, files, changed = next(loaded)
+                if changed:
+                    raise InputError(f"'{changed[0]}' is not as it was when last checked; run again with verify=True.")
+                features, limit = _forward(extractor, pixels, limit, files)
+                buffer.append(features)
+                bar.update(len(features))
+            with whole(shards[start]) as temporary:
+                save_file({"features": torch.cat(buffer)}, temporary)
+    return torch.cat([load_file(shards[start])["features"] for start in starts])
+
+
+class _Pixels(torch.utils.data.Dataset):
+    """By a list of rows: preprocessed images, uint8 ``[B, 3, H, W]``, their files, and those not as they should be."""
+
+    def __init__(self, dataset: ImageDataset, contents: list[str], preprocessing, threads: int = 0):
+        self.root, self.files, self.contents, self.preprocessing = dataset.root, dataset.files, contents, preprocessing
+        self.map = ThreadPoolExecutor(threads).map if threads else map
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, list[str], list[str]]:
+        files, pixels = [self.files[row] for row in rows], list(self.map(self._read, rows))
+        # Returned, not raised: a worker process's exception reaches the main one as a page of text.
+        changed = [file for file, image in zip(files, pixels, strict=True) if image is None]
+        return torch.empty(0) if changed else torch.stack(pixels), files, changed
+
+    def _read(self, row: int) -> Tensor | None:
+        try:
+            data = (self.root / self.files[row]).read_bytes()
+        except OSError:
+            return None  # gone since it was checked
+        if hashlib.sha256(data).hexdigest() != self.contents[row]:
+            return None  # the cache's key speaks of other bytes than these
+        return self.preprocessing(load_image(io.BytesIO(data)))
+
+
+def _loader(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, batches: list, workers):
+    """Batches as they come: decoded by processes beside a GPU, by threads between the passes of a CPU.
+
+    On a CPU the forward pass takes every core already: processes beside it make its threads wait for one another,
+    and cost more than decoding on all cores and then computing on all cores (benchmarks/extraction.py).
+    """
+    on_gpu = extractor.device.type == "cuda"
+    if workers is None:
+        workers = default_workers() if on_gpu else 0
+    return torch.utils.data.DataLoader(
+        _Pixels(dataset, contents, extractor.preprocessing, threads=0 if workers else default_workers()),
+        batch_size=None,  # `batches` are lists of rows already
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=on_gpu,
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it ends the workers
+
+
+def _forward(extractor: ViTFeatureExtractor, pixels: Tensor, limit: int, files: list[str]) -> tuple[Tensor, int]:
+    """Features of a batch, float16 ``[B, D]`` on the CPU, and the number of images at once that fitted in memory."""
+    while True:
+        try:
+            features = torch.cat([extractor(part).half().cpu() for part in pixels.split(limit)])
+            break
+        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
+            if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+                raise
+        # Outside the handler: its traceback would keep the failed batch's memory.
+        limit = min(limit, len(pixels)) // 2
+        if not limit:
+            raise InputError(f"The memory of {extractor.device} does not hold one image's pass of {extractor.name}.")
+        log.warning("Out of memory on %s; going on with %d images at once.", extractor.device, limit)
+        if extractor.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if not (finite := features.isfinite().all(1)).all():
+        file = files[int((~finite).nonzero()[0])]
+        raise InputError(f"The feature of '{file}' is not finite in float16; {extractor.name} cannot be used on it.")
+    return features, limit
