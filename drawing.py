@@ -58,9 +58,9 @@ class NotebookFigure(Figure):
 
     @styled
     def _repr_png_(self) -> bytes:
-        """PNG of 256 colours: a quarter of the bytes, so that a notebook with all figures can be read on the web."""
+        """PNG of 80 dpi and 256 colours: a sixth of the bytes, so that a notebook of all figures opens on the web."""
         full, small = io.BytesIO(), io.BytesIO()
-        self.savefig(full, format="png")
+        self.savefig(full, format="png", dpi=80)
         with Image.open(full) as image:
             image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
         return small.getvalue()

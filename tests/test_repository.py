@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from evaluation import finding, lodo_table, wide_table
+from records import Results
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 # A module imports only from floors below its own.
@@ -61,3 +64,21 @@ def test_ci_runs_the_command_of_the_readme():
     assert "nbconvert" in run
     assert "pytest" in test
     assert test.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+
+
+def test_the_readme_quotes_the_reference_results():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    records = Results(ROOT / "results" / "reference").records()
+    table = wide_table(lodo_table(records))
+    for cell in table.to_numpy().ravel():
+        assert f" {cell} |" in readme
+    quoted = finding(records).split(": ")[1].split(" against")[0]
+    assert quoted.replace("-", "−") in readme.replace("\n", " ")
+
+
+def test_the_readme_example_runs(tmp_path):
+    code = re.findall(r"```python\n(import sys.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(code) == 1
+    code = code[0].replace("path/to/this/folder", str(ROOT)) + "\nprint(int(sum(m.sum() for m in mask)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.stdout.strip(), done.stderr) == (str(int(0.6 * 2 * 16 * 16 + 0.5)), "")
