@@ -19,7 +19,7 @@ FEATURES_FILE: str | None = None  # features made elsewhere, in the format of da
 VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # hub name or local directory; used with DATA_ROOT
 CACHE_DIR: str = "cache"  # extracted features and content hashes
 EXTRACTION_BATCH_SIZE: int | None = None  # images per forward pass; None = 8 on CPU, 256 on CUDA
-EXTRACTION_WORKERS: int | None = None  # decoding processes; None = one per core, at most 16
+EXTRACTION_WORKERS: int | None = None  # decoding processes; 0 = threads; None = 0 on CPU, one per core on CUDA
 
 # --- split ------------------------------------------------------------------------------------------
 SPLIT_SEED: int = 0  # of the one stratified in/out split of each domain

@@ -40,6 +40,12 @@ class FeedforwardClassifier(nn.Module):
             features = torch.relu(layer(features))
         return self.layers[-1](features)
 
+    @classmethod
+    def outline(cls, *sizes) -> "FeedforwardClassifier":
+        """The same module without weights (on the meta device): draws nothing from the global random generator."""
+        with torch.device("meta"):
+            return cls(*sizes)
+
     @property
     def tracked_names(self) -> tuple[str, ...]:
         """Parameter names of the tracked matrices, first to last."""

@@ -6,9 +6,11 @@ numbers alone.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 
 import config
 from config import InputError, Settings
+from dataset import default_workers
 from evaluation import report
 from features import FeatureSet, get_features
 from importance import normalize, top_k_mask
@@ -23,10 +26,11 @@ from records import Results, environment, record_key
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, select_epoch, train_holdout
 from training import Problem, accuracies, failure_reason, prepare_machine, tracked
+from variants import build_arms
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS = ("erm", "importance")  # trained side by side; a study may add controls
+ALGORITHMS = ("erm", "importance")  # trained side by side; see `variants` for more
 SELECTIONS = ("last", "val")
 
 
@@ -39,6 +43,8 @@ class Study:
         results: where results are kept; the directory becomes that of these settings and features.
         seeds: seed numbers.
         holdouts: domains to leave out, one after the other; None = all.
+        algorithms: arms of Phase 2, see `variants`.
+        keep_weights: write the weights of Phase 2; a study of many arms can do without them.
         device: "cpu" or "cuda".
         strict: stop at the first failed network instead of recording it. (A single seed is always strict.)
         progress: show a progress bar per phase.
@@ -56,6 +62,8 @@ class Study:
         seeds: Sequence[int],
         holdouts: Sequence[str] | None = None,
         *,
+        algorithms: Sequence[str] = ALGORITHMS,
+        keep_weights: bool = True,
         device: str = "cpu",
         strict: bool = False,
         progress: bool = True,
@@ -69,6 +77,7 @@ class Study:
         self.data, self.settings, self.results = data, settings, results
         self.seeds = tuple(sorted(set(seeds)))
         self.holdouts = tuple(holdouts) if holdouts else data.domain_names
+        self.algorithms, self.keep_weights = tuple(algorithms), keep_weights
         self.strict, self.progress = strict or len(self.seeds) == 1, progress
         self.problem = Problem.from_features(data, settings, device)
         self.facts = feature_facts(data)
@@ -110,27 +119,28 @@ class Study:
     def phase1(self) -> None:
         """Train what is missing of Phase 1: one network per domain and seed."""
         units = [(domain, chunk) for domain in self.domains for chunk in self._missing(domain)]
+
+        def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> DomainNetworks:
+            domain, seeds = unit
+            return train_domain(self.problem, domain, seeds, self.settings, strict=self.strict, on_epoch=tick)
+
         with self._writing():
-            for domain, seeds, bar in self._with_bar("Phase 1", units, self.settings.ph1_num_epochs):
-                options = {"strict": self.strict, "on_epoch": lambda bar=bar: bar.update()}
-                self._save_domain(train_domain(self.problem, domain, seeds, self.settings, **options))
+            for networks in self._side_by_side("Phase 1", units, train, self.settings.ph1_num_epochs):
+                self._save_domain(networks)
 
     def phase2(self) -> None:
-        """Train what is missing of Phase 2: both algorithms per holdout and seed, from masks of Phase 1."""
+        """Train what is missing of Phase 2: all algorithms per holdout and seed, from masks of Phase 1."""
         units = [(holdout, chunk) for holdout in self.holdouts for chunk in self._missing_records(holdout)]
+
+        def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> tuple:
+            holdout, seeds = unit
+            masks = self.masks(holdout, seeds)
+            after = self.masks(holdout, [seed + 1 for seed in seeds]) if self._needs_next_seed else None
+            arms = build_arms(self.algorithms, holdout, seeds, masks, after, self.settings)
+            return train_holdout(self.problem, holdout, seeds, arms, strict=self.strict, on_epoch=tick), masks
+
         with self._writing():
-            for holdout, seeds, bar in self._with_bar("Phase 2", units, self.settings.ph2_num_epochs):
-                masks = self._masks(holdout, seeds)
-                networks = train_holdout(
-                    self.problem,
-                    holdout,
-                    seeds,
-                    {"erm": [torch.ones_like(layer) for layer in masks.mask], "importance": masks.mask},
-                    self.settings,
-                    failed=torch.stack([torch.zeros_like(masks.failed), masks.failed], dim=1),
-                    strict=self.strict,
-                    on_epoch=lambda bar=bar: bar.update(),
-                )
+            for networks, masks in self._side_by_side("Phase 2", units, train, self.settings.ph2_num_epochs):
                 self._save_holdout(networks, masks)
                 self.results.append(self._records(networks))
 
@@ -172,26 +182,47 @@ class Study:
     def _chunks(self, seeds: Sequence[int]) -> list[tuple[int, ...]]:
         return [tuple(group) for _, group in groupby(sorted(seeds), key=lambda seed: seed // config.SEEDS_PER_CHUNK)]
 
+    @property
+    def _needs_next_seed(self) -> bool:
+        return any(name.startswith("other_seed") for name in self.algorithms)
+
     def _missing(self, domain: str) -> list[tuple[int, ...]]:
         there = [self.results.seeds(kind, f"phase1_{domain}") for kind in ("importance", "histories", "weights")]
-        return self._chunks(set(self.seeds) - set.intersection(*there))
+        wanted = {seed + i for seed in self.seeds for i in range(2 if self._needs_next_seed else 1)}
+        return self._chunks(wanted - set.intersection(*there))
 
     def _missing_records(self, holdout: str) -> list[tuple[int, ...]]:
-        names = [f"phase2_{holdout}_{algorithm}" for algorithm in ALGORITHMS]
-        there = [self.results.seeds(kind, name) for kind in ("histories", "weights") for name in names]
+        names = [f"phase2_{holdout}_{algorithm}" for algorithm in self.algorithms]
+        kinds = ("histories", "weights") if self.keep_weights else ("histories",)
+        there = [self.results.seeds(kind, name) for kind in kinds for name in names]
         there.append(self.results.seeds("importance", f"holdout_{holdout}"))
         found = {(r["algorithm"], r["seed"], r["selection"]) for r in self.results.records() if r["holdout"] == holdout}
-        wanted = [(algorithm, selection) for algorithm in ALGORITHMS for selection in SELECTIONS]
+        wanted = [(algorithm, selection) for algorithm in self.algorithms for selection in SELECTIONS]
         there.append({s for s in self.seeds if all((a, s, selection) in found for a, selection in wanted)})
         return self._chunks(set(self.seeds) - set.intersection(*there))
 
-    def _with_bar(self, phase: str, units: list, epochs: int) -> Iterator[tuple[str, tuple[int, ...], tqdm]]:
+    def _side_by_side(self, phase: str, units: list, train: Callable, epochs: int) -> Iterator:
+        """Results of `train` for each unit, in order; on a CPU as many at a time as there are cores."""
         quiet = {} if self.progress and units else {"disable": True}  # else as TQDM_DISABLE in the environment says
-        with tqdm(total=len(units) * epochs, unit="epoch", **quiet) as bar:
-            for name, seeds in units:
-                bar.set_description(f"{phase}, {name}, seeds {seeds[0]}–{seeds[-1]}")
-                yield name, seeds, bar
-            bar.set_description(phase)
+        cores = 1 if self.problem.features.is_cuda else default_workers()
+        with tqdm(total=len(units) * epochs, desc=phase, unit="epoch", **quiet) as bar:
+            if len(units) <= 1 or cores == 1:
+                yield from (train(unit, bar.update) for unit in units)
+                return
+            # Each thread computes on one core of its own; results are written here, in the order of the units.
+            stop = Event()
+
+            def tick() -> None:
+                bar.update()
+                if stop.is_set():
+                    raise InterruptedError  # Ctrl-C reached the main thread: do not finish the unit first
+
+            pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+            try:
+                yield from pool.map(lambda unit: train(unit, tick), units)
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
 
     # --- to disk and back -----------------------------------------------------------------------------------
 
@@ -222,24 +253,23 @@ class Study:
         self.results.save("weights", name, seeds, _both(networks.start, networks.final), header)
 
     def _save_holdout(self, networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
-        for index, algorithm in enumerate(networks.algorithms):
-            name, seeds = f"phase2_{networks.holdout}_{algorithm}", networks.seeds
+        seeds, hidden = networks.seeds, self.settings.hidden_sizes
+        layers = {"importance": masks.scores, "normalized": masks.normalized, "mask": masks.mask}
+        for v, algorithm in enumerate(networks.algorithms):
+            name = f"phase2_{networks.holdout}_{algorithm}"
             header = self.header(phase=2, holdout=networks.holdout, algorithm=algorithm)
-            start, final = ({k: v[:, index] for k, v in p.items()} for p in (networks.start, networks.final))
+            start, final = ({k: value[:, v] for k, value in p.items()} for p in (networks.start, networks.final))
             keys = ("loss", "train_accuracy", "validation_accuracy", "correct", "failed")
-            self.results.save("histories", name, seeds, {k: getattr(networks, k)[:, index] for k in keys}, header)
-            self.results.save("weights", name, seeds, _both(start, final), header)
+            self.results.save("histories", name, seeds, {k: getattr(networks, k)[:, v] for k in keys}, header)
+            if self.keep_weights:
+                self.results.save("weights", name, seeds, _both(start, final), header)
             if algorithm == "importance":
-                layers = {
-                    "initial": tracked(start, self.settings.hidden_sizes),
-                    "final": tracked(final, self.settings.hidden_sizes),
-                    "importance": masks.scores,
-                    "normalized": masks.normalized,
-                    "mask": masks.mask,
-                }
-                self.results.save("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), header)
+                layers = {"initial": tracked(start, hidden), "final": tracked(final, hidden)} | layers
+        header = self.header(phase=2, holdout=networks.holdout)
+        self.results.save("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), header)
 
-    def _masks(self, holdout: str, seeds: Sequence[int]) -> HoldoutMasks:
+    def masks(self, holdout: str, seeds: Sequence[int]) -> HoldoutMasks:
+        """The masks of a holdout for S seeds whose Phase 1 is on disk."""
         importances, failed = {}, {}
         for domain in self.problem.sources(holdout):
             arrays, _ = self.results.load("importance", f"phase1_{domain}")
@@ -278,7 +308,7 @@ class Study:
             "selection": selection,
             "settings": self.settings.hash,
         }
-        if algorithm == "importance" and selection == "val" and self.settings.ph1_data == "all":
+        if algorithm.partition("@")[0] != "erm" and selection == "val" and self.settings.ph1_data == "all":
             record["note"] = "Phase 1 trained on all images, so the mask saw the validation images."
         return {"key": record_key(record), **record}
 

@@ -62,7 +62,7 @@ def train_domain(
     Raises:
         TrainingFailedError: names seed, domain and epoch.
     """
-    sizes = (problem.features.shape[1], settings.hidden_sizes, len(problem.class_names))
+    sizes = (problem.features.shape[1], len(problem.class_names), settings.hidden_sizes)
     start = random_start(seeds, "start", sizes)
     order = BatchOrder(seeds, f"phase1/{domain}", problem.rows([domain], settings.ph1_data))
     result = train(

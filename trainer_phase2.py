@@ -14,9 +14,8 @@ from torch import Tensor
 import importance
 from config import Settings
 from importance import Layers
-from models import FeedforwardClassifier
 from stacks import Params, Rates
-from training import BatchOrder, Problem, accuracies, raise_failure, random_start, train
+from training import BatchOrder, Problem, accuracies, raise_failure, random_start, tracked_names, train
 
 
 @dataclass
@@ -43,7 +42,7 @@ class HoldoutNetworks:
     Attributes:
         holdout: domain left out of training.
         seeds: S seeds.
-        algorithms: V names.
+        algorithms: V names of arms.
         start, final: parameters, name -> ``[S, V, *shape]``.
         loss, train_accuracy, validation_accuracy: per epoch, ``[S, V, E]``; validation is the unweighted mean over
             source domains of the accuracy on their `out` split.
@@ -86,20 +85,45 @@ def unimportant_rate(epoch: int, settings: Settings) -> float:
     return settings.ph2_lr_unimportant_start * settings.ph2_lr_decay_rate**epoch / settings.ph2_lr_important
 
 
-def learning_rates(mask: Layers, epoch: int, settings: Settings, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Per-weight factors on the learning rate: 1 where the mask is True, `unimportant_rate` elsewhere."""
-    low = unimportant_rate(epoch, settings)
-    return [torch.full_like(marked, low, dtype=dtype).masked_fill_(marked, 1.0) for marked in mask]
+@dataclass(frozen=True)
+class Arm:
+    """One way to train on a holdout; the arms of a seed share its batches.
+
+    Attributes:
+        mask: L × bool ``[S, out, in]``; all True is ERM.
+        settings: start, rate, decay and freeze of the unmarked weights; everything else must be as in other arms.
+        prune: unmarked weights are zero from the start and never trained.
+        failed: ``[S]``, codes of seeds whose mask is of no use; their networks count as failed.
+    """
+
+    mask: Layers
+    settings: Settings
+    prune: bool = False
+    failed: Tensor | None = None
+
+    def same_training(self, other: "Arm") -> bool:
+        """Whether two arms are the same networks by construction, so that they need training only once."""
+        if self.settings.ph2_init != other.settings.ph2_init:
+            return False
+        if not all(torch.equal(a, b) for a, b in zip(self.mask, other.mask, strict=True)):
+            return False
+        every = all(bool(layer.all()) for layer in self.mask)  # then there is no unmarked weight to differ in
+        return every or (self.prune == other.prune and self._lows() == other._lows())
+
+    def _lows(self) -> list[float]:
+        return [self.low(epoch) for epoch in range(self.settings.ph2_num_epochs)]
+
+    def low(self, epoch: int) -> float:
+        """Factor on the learning rate of the unmarked weights in an epoch (from 0)."""
+        return 0.0 if self.prune else unimportant_rate(epoch, self.settings)
 
 
 def train_holdout(
     problem: Problem,
     holdout: str,
     seeds: Sequence[int],
-    masks: Mapping[str, Layers],
-    settings: Settings,
+    arms: Mapping[str, Arm],
     *,
-    failed: Tensor | None = None,
     strict: bool | None = None,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> HoldoutNetworks:
@@ -108,24 +132,23 @@ def train_holdout(
     Args:
         problem: features, labels and the split.
         holdout: name of the domain left out.
-        seeds: S seeds; all variants of one share its start and its batches.
-        masks: algorithm -> mask, L × bool ``[S, out, in]``; all True is ERM.
-        settings: epochs, rates, decay, freeze and start.
-        failed: ``[S, V]``, codes of networks whose mask is of no use; they count as failed.
+        seeds: S seeds; all arms of one share its batches, and its start where they start the same way.
+        arms: name -> arm. Arms that are the same by construction are trained once and share the result.
         strict: raise for any failed network; None = only if there is a single seed.
         on_epoch: called after each epoch.
 
     Raises:
         TrainingFailedError: names seed, holdout and epoch.
     """
-    what, algorithms = f"Phase 2, holdout {holdout}", tuple(masks)
-    failed = torch.zeros(len(seeds), len(masks), dtype=torch.long) if failed is None else failed
-    if strict or (strict is None and len(seeds) == 1):
+    what, strict = f"Phase 2, holdout {holdout}", len(seeds) == 1 if strict is None else strict
+    none = torch.zeros(len(seeds), dtype=torch.long)
+    failed = torch.stack([none if arm.failed is None else arm.failed for arm in arms.values()], dim=1)
+    if strict:
         raise_failure(failed, seeds, what)
-    sizes = (problem.features.shape[1], settings.hidden_sizes, len(problem.class_names))
-    start = random_start(seeds, "start" if settings.ph2_init == "phase1" else "fresh_start", sizes)
-    start = {name: value.unsqueeze(1).repeat_interleave(len(masks), 1) for name, value in start.items()}
+    distinct, source_of = _distinct(list(arms.values()))
+    settings = distinct[0].settings
     sources = problem.sources(holdout)
+    start = _starts(problem, seeds, distinct)
     result = train(
         problem,
         start,
@@ -133,26 +156,55 @@ def train_holdout(
         settings,
         epochs=settings.ph2_num_epochs,
         learning_rate=settings.ph2_lr_important,
-        rates=_rates(list(masks.values()), settings, problem.features),
+        rates=_rates(distinct, problem.features),
         on_epoch=on_epoch,
     )
-    failed = torch.where(failed == 0, result.failed.cpu(), failed)
-    if strict or (strict is None and len(seeds) == 1):
+    failed = torch.where(failed == 0, result.failed.cpu()[:, source_of], failed)
+    if strict:
         raise_failure(failed, seeds, what)
     out = accuracies(result.correct, problem.totals)["out"]
     validation = out[..., [problem.domain_names.index(name) for name in sources]].mean(-1)
-    final = {name: value.cpu() for name, value in result.params.items()}
+    start, final = ({name: value.cpu()[:, source_of] for name, value in p.items()} for p in (start, result.params))
     numbers = (result.loss, result.train_accuracy, validation, result.correct)
-    return HoldoutNetworks(holdout, tuple(seeds), algorithms, start, final, *(n.cpu() for n in numbers), failed)
+    numbers = (number.cpu()[:, source_of] for number in numbers)
+    return HoldoutNetworks(holdout, tuple(seeds), tuple(arms), start, final, *numbers, failed)
 
 
-def _rates(masks: Sequence[Layers], settings: Settings, like: Tensor) -> Callable[[int], Rates]:
+def _distinct(arms: Sequence[Arm]) -> tuple[list[Arm], list[int]]:
+    """The arms that differ, and for each arm the number of the one that stands for it."""
+    distinct, source_of = [], []
+    for arm in arms:
+        same = [i for i, other in enumerate(distinct) if arm.same_training(other)]
+        source_of.append(same[0] if same else len(distinct))
+        distinct += [] if same else [arm]
+    return distinct, source_of
+
+
+def _starts(problem: Problem, seeds: Sequence[int], arms: Sequence[Arm]) -> Params:
+    """Initial parameters of every arm: name -> ``[S, V, *shape]``."""
+    settings = arms[0].settings
+    sizes = (problem.features.shape[1], len(problem.class_names), settings.hidden_sizes)
+    purposes = {"fresh": "fresh_start", "phase1": "start"}
+    kinds = {arm.settings.ph2_init for arm in arms}
+    drawn = {kind: random_start(seeds, purposes[kind], sizes) for kind in kinds}
+    start = {
+        name: torch.stack([drawn[arm.settings.ph2_init][name] for arm in arms], dim=1) for name in drawn[min(kinds)]
+    }
+    for v, arm in enumerate(arms):
+        if arm.prune:
+            for name, mask in zip(tracked_names(settings.hidden_sizes), arm.mask, strict=True):
+                start[name][:, v] *= mask
+    return start
+
+
+def _rates(arms: Sequence[Arm], like: Tensor) -> Callable[[int], Rates]:
     """The factors of every epoch, for `training.train`: name -> ``[S, V, out, in]``."""
-    names = FeedforwardClassifier(1, 1, settings.hidden_sizes).tracked_names
-    stacked = [torch.stack(layers, dim=1).to(like.device) for layers in zip(*masks, strict=True)]
+    names = tracked_names(arms[0].settings.hidden_sizes)
+    masks = [torch.stack(layers, dim=1).to(like.device) for layers in zip(*(arm.mask for arm in arms), strict=True)]
 
     def rates(epoch: int) -> Rates:
-        return dict(zip(names, learning_rates(stacked, epoch, settings, like.dtype), strict=True))
+        low = like.new_tensor([arm.low(epoch) for arm in arms]).view(-1, 1, 1)
+        return {name: torch.where(mask, like.new_ones(()), low) for name, mask in zip(names, masks, strict=True)}
 
     return rates
 

@@ -7,13 +7,13 @@ does is the same, up to float rounding, whatever is trained beside it.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.func import stack_module_state
+from torch import Tensor, nn
 
 import config
 from dataset import split
@@ -144,27 +144,35 @@ def generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def random_start(seeds: Sequence[int], purpose: str, sizes: tuple[int, Sequence[int], int]) -> Params:
+def random_start(seeds: Sequence[int], purpose: str, sizes: tuple[int, int, Sequence[int]]) -> Params:
     """`nn.Linear`'s own initialization, once per seed: name -> ``[S, *shape]`` (float32, CPU).
 
     Args:
         seeds: one network for each.
         purpose: "start" (Phase 1) or "fresh_start" (Phase 2).
-        sizes: (in_features, hidden_sizes, num_classes).
+        sizes: (in_features, num_classes, hidden_sizes).
     """
-    in_features, hidden, classes = sizes
-    modules = []
-    for seed in seeds:
-        with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: leave that as it was
-            torch.manual_seed(generator(seed, purpose).initial_seed())
-            modules.append(FeedforwardClassifier(in_features, classes, hidden))
-    params, _ = stack_module_state(modules)
-    return {name: value.detach() for name, value in params.items()}
+    layers = FeedforwardClassifier.outline(*sizes).layers
+    draws = [generator(seed, purpose) for seed in seeds]  # not the global generator: seeds may be drawn side by side
+    params = {}
+    for i, layer in enumerate(layers):
+        params[f"layers.{i}.weight"] = torch.empty(len(seeds), *layer.weight.shape)
+        params[f"layers.{i}.bias"] = torch.empty(len(seeds), *layer.bias.shape)
+        bound = 1 / math.sqrt(layer.in_features)
+        for s, draw in enumerate(draws):
+            nn.init.kaiming_uniform_(params[f"layers.{i}.weight"][s], a=math.sqrt(5), generator=draw)
+            nn.init.uniform_(params[f"layers.{i}.bias"][s], -bound, bound, generator=draw)
+    return params
+
+
+def tracked_names(hidden_sizes: Sequence[int]) -> tuple[str, ...]:
+    """Parameter names of the tracked matrices, first to last."""
+    return FeedforwardClassifier.outline(1, 1, hidden_sizes).tracked_names
 
 
 def tracked(params: Params, hidden_sizes: Sequence[int]) -> list[Tensor]:
     """The tracked matrices of a stack, first to last: L tensors ``[*stack, out, in]``."""
-    return [params[name] for name in FeedforwardClassifier(1, 1, hidden_sizes).tracked_names]
+    return [params[name] for name in tracked_names(hidden_sizes)]
 
 
 class BatchOrder:
@@ -183,7 +191,7 @@ class BatchOrder:
 def predict(params: Params, features: Tensor, hidden_sizes: Sequence[int]) -> Tensor:
     """Most probable class of the rows ``[N, D]`` for every network of a stack: int64 ``[S, V, N]``."""
     classes = next(reversed(params.values())).shape[-1]
-    template = FeedforwardClassifier(features.shape[1], classes, hidden_sizes).to(features)
+    template = FeedforwardClassifier.outline(features.shape[1], classes, hidden_sizes)
     params = {name: value.to(features) for name, value in params.items()}
     return classify(MatmulEngine(template, params), features)
 
@@ -246,7 +254,7 @@ def train(
         engine: "matmul", or "vmap", the reference; see `stacks`.
     """
     features, device = problem.features, problem.features.device
-    template = FeedforwardClassifier(features.shape[1], len(problem.class_names), settings.hidden_sizes).to(features)
+    template = FeedforwardClassifier.outline(features.shape[1], len(problem.class_names), settings.hidden_sizes)
     stack = ENGINES[engine](template, {name: value.to(features) for name, value in start.items()}, learning_rate)
     shape = next(iter(start.values())).shape[:2]
     losses, shares, correct = [], [], []

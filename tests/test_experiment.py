@@ -69,7 +69,12 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(feature
     assert whole.returncode == 0, whole.stderr
     arguments = ["run", "--features", feature_file, "--results-dir", "stopped", *SMALL, *options]
     process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(*arguments),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it otherwise
     )
     records = tmp_path / "stopped" / "records.jsonl"
     deadline = time.monotonic() + 120

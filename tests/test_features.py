@@ -281,6 +281,7 @@ print(extractor.seen, result.fingerprint)
 @pytest.fixture
 def process(image_root, tmp_path, tiny_vit):
     """Start an extraction in a process of its own; it waits for the file `go`."""
+    import signal
     import subprocess
     import sys
     from pathlib import Path
@@ -292,6 +293,7 @@ def process(image_root, tmp_path, tiny_vit):
     def start(name, shard=512, workers=0):
         command = [sys.executable, "-c", script, str(tmp_path), name, str(shard), str(workers)]
         settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
         started.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings))
         return started[-1]
 

@@ -18,7 +18,7 @@ FLOORS = {
     "importance": 2, "stacks": 2, "feature_file": 2, "features": 3,
     "training": 3,
     "trainer_phase1": 4, "trainer_phase2": 4, "records": 4,
-    "evaluation": 5, "visualization": 5,
+    "evaluation": 5, "visualization": 5, "variants": 5, "inference": 0,
     "study": 6, "figures": 7, "experiment": 8,
 }  # fmt: skip
 

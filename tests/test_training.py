@@ -29,7 +29,7 @@ from training import (
 )
 
 SETTINGS = Settings.current(hidden_sizes=(6, 5, 4), batch_size=16)
-SIZES = (8, (6, 5, 4), 3)
+SIZES = (8, 3, (6, 5, 4))
 
 
 def stack_start(seeds, variants=1):
@@ -230,7 +230,7 @@ def test_every_epoch_meets_every_row_once_in_a_new_order():
 
 def test_tracked_matrices_lie_between_hidden_layers():
     params = random_start([0, 1], "start", SIZES)
-    assert [tuple(layer.shape) for layer in tracked(params, SIZES[1])] == [(2, 5, 6), (2, 4, 5)]
+    assert [tuple(layer.shape) for layer in tracked(params, SIZES[2])] == [(2, 5, 6), (2, 4, 5)]
 
 
 def test_counts_and_accuracies_against_sklearn():
@@ -271,7 +271,7 @@ def test_the_engines_agree_for_every_shape_and_a_short_last_batch(sizes):
     settings = Settings.current(hidden_sizes=sizes, batch_size=20)
     data = problem(classes=("a", "b", "c", "d"), per_cell=9)
     start = {
-        n: v.unsqueeze(1).repeat(1, 3, *[1] * (v.ndim - 1)) for n, v in random_start([0, 5], "x", (8, sizes, 4)).items()
+        n: v.unsqueeze(1).repeat(1, 3, *[1] * (v.ndim - 1)) for n, v in random_start([0, 5], "x", (8, 4, sizes)).items()
     }
     rate = {"layers.1.weight": torch.rand(2, 3, sizes[1], sizes[0], dtype=torch.float64)}
     results = []
