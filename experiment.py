@@ -1,4 +1,4 @@
-"""The experiment without a notebook: ``python experiment.py run``, ``features`` or ``predict``; see ``--help``.
+"""The experiment without a notebook: ``python experiment.py run``, ``study``, ``features`` or ``predict``.
 
 Exit codes: 0 done; 1 a training run failed (one seed, or --strict); 2 bad input, one sentence on stderr; 130 Ctrl-C.
 """
@@ -7,6 +7,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import config
 from config import InputError
@@ -24,16 +25,23 @@ def build_parser() -> Parser:
     parser = Parser(prog="experiment.py", description="Domain generalization with importance-based weight masking.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     run = commands.add_parser("run", help="train both phases, write table, report and figures")
-    run.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
     run.add_argument("--holdouts", metavar="A,B", help="domains to leave out (default: each in turn)")
-    run.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
-    run.add_argument("--results-dir", metavar="DIR", help=f"default {config.RESULTS_DIR}")
-    run.add_argument("--overwrite", action="store_true", help="delete the results of other settings that are there")
-    run.add_argument("--strict", action="store_true", help="stop at the first network that fails")
     run.add_argument("--no-figures", action="store_true", help="write numbers only")
+    study = commands.add_parser("study", help="variants and controls, sweeps and diagnostics: the whole answer")
+    study.add_argument(
+        "--sweep-seeds", type=int, metavar="N", help="seeds of the exploratory sweep (default: 50 at most)"
+    )
+    for command in (run, study):
+        command.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
+        command.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
+        command.add_argument(
+            "--results-dir", metavar="DIR", help=f"default {config.RESULTS_DIR}, for study with /study"
+        )
+        command.add_argument("--overwrite", action="store_true", help="delete the results of other settings there")
+        command.add_argument("--strict", action="store_true", help="stop at the first network that fails")
     features = commands.add_parser("features", help="run the frozen ViT over a folder of images, nothing else")
     features.add_argument("--output", metavar="FILE", help="copy the features there")
-    for command in (run, features):
+    for command in (run, study, features):
         command.add_argument("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
         command.add_argument("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
         command.add_argument("--verify", action="store_true", help="read all image files again, trust no time stamp")
@@ -42,7 +50,7 @@ def build_parser() -> Parser:
     predict.add_argument("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")
     predict.add_argument("--vit-model", metavar="ID_OR_DIR", help="the model the weights were trained on")
     predict.add_argument("--seed", type=int, metavar="N", help="which network of the file (default: its first)")
-    for command in (run, features, predict):
+    for command in (run, study, features, predict):
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         command.add_argument("--threads", type=int, metavar="N", help="CPU threads")
         command.add_argument(
@@ -65,7 +73,7 @@ def apply_options(options: argparse.Namespace) -> None:
         raise InputError(f"--seeds must be at least 1, not {config.NUM_SEEDS}.")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
-    if options.command == "run" and options.vit_model and config.DATA_ROOT is None:
+    if options.command in ("run", "study") and options.vit_model and config.DATA_ROOT is None:
         raise InputError("--vit-model needs --data-root: without images there is nothing to run a model on.")
 
 
@@ -89,6 +97,27 @@ def run(options: argparse.Namespace) -> None:
     print(f"Everything is in {config.RESULTS_DIR}: start with summary_report.txt.")
     if failures := study.failures():
         print(f"Warning: {len(failures)} networks failed and are left out, first {failures[0]}.", file=sys.stderr)
+
+
+def study(options: argparse.Namespace) -> None:
+    """Variants and controls from both starts, twice as to length, sweeps, diagnostics, report."""
+    from answer import Answer
+    from config import Settings
+    from features import get_features
+    from training import prepare_machine
+
+    seeds = config.NUM_SEEDS
+    sweep = min(seeds, 50) if options.sweep_seeds is None else options.sweep_seeds
+    if seeds < 2 or sweep < 2:
+        raise InputError("A study compares over seeds: --seeds and --sweep-seeds must be at least 2.")
+    device = prepare_machine()
+    data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=options.verify)
+    print(data.describe(), flush=True)
+    directory = options.results_dir or Path(config.RESULTS_DIR) / "study"
+    choice = {"device": device, "strict": options.strict, "overwrite": options.overwrite}
+    answer = Answer(data, Settings.current(), directory, seeds, sweep, **choice)
+    answer.run()
+    print(f"\n{answer.write()}\nEverything is in {directory}: start with report.txt.")
 
 
 def features(options: argparse.Namespace) -> None:
@@ -161,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         apply_options(options)
-        {"run": run, "features": features, "predict": predict}[options.command](options)
+        {"run": run, "study": study, "features": features, "predict": predict}[options.command](options)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from threading import Event
 
@@ -134,10 +135,13 @@ class Study:
 
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> tuple:
             holdout, seeds = unit
-            masks = self.masks(holdout, seeds)
-            after = self.masks(holdout, [seed + 1 for seed in seeds]) if self._needs_next_seed else None
-            arms = build_arms(self.algorithms, holdout, seeds, masks, after, self.settings)
-            return train_holdout(self.problem, holdout, seeds, arms, strict=self.strict, on_epoch=tick), masks
+            masks_of, next_masks_of = (
+                self._mask_maker(holdout, seeds),
+                self._mask_maker(holdout, [s + 1 for s in seeds]),
+            )
+            arms = build_arms(self.algorithms, holdout, seeds, masks_of, next_masks_of, self.settings)
+            networks = train_holdout(self.problem, holdout, seeds, arms, strict=self.strict, on_epoch=tick)
+            return networks, masks_of(self.settings)
 
         with self._writing():
             for networks, masks in self._side_by_side("Phase 2", units, train, self.settings.ph2_num_epochs):
@@ -268,15 +272,20 @@ class Study:
         header = self.header(phase=2, holdout=networks.holdout)
         self.results.save("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), header)
 
-    def masks(self, holdout: str, seeds: Sequence[int]) -> HoldoutMasks:
-        """The masks of a holdout for S seeds whose Phase 1 is on disk."""
-        importances, failed = {}, {}
-        for domain in self.problem.sources(holdout):
-            arrays, _ = self.results.load("importance", f"phase1_{domain}")
-            rows = torch.isin(arrays["seeds"], torch.tensor(seeds))
-            importances[domain] = [layer[rows] for layer in layers_of(arrays, "importance")]
-            failed[domain] = self.results.load("histories", f"phase1_{domain}")[0]["failed"][rows]
-        return masks_for(importances, failed, self.settings)
+    def _mask_maker(self, holdout: str, seeds: Sequence[int]) -> Callable[[Settings], HoldoutMasks]:
+        """Masks of a holdout for S seeds, as settings say, from the importances on disk (read when first asked for)."""
+
+        @cache
+        def importances() -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+            moved, failed = {}, {}
+            for domain in self.problem.sources(holdout):
+                arrays, _ = self.results.load("importance", f"phase1_{domain}")
+                rows = torch.isin(arrays["seeds"], torch.tensor(seeds))
+                moved[domain] = [layer[rows] for layer in layers_of(arrays, "importance")]
+                failed[domain] = self.results.load("histories", f"phase1_{domain}")[0]["failed"][rows]
+            return moved, failed
+
+        return cache(lambda settings: masks_for(*importances(), settings))
 
     def _records(self, networks: HoldoutNetworks) -> list[dict]:
         """One record per algorithm, seed and selection rule."""

@@ -7,12 +7,14 @@ happens to the unmarked weights. Each can begin from a fresh start, where the un
 know, or from Phase 1's start; the latter arms are named ``<variant>@phase1``.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+import config
 from config import InputError, Settings
 from importance import Layers, flatten, mask_size, top_k_mask, unflatten
 from trainer_phase2 import Arm, HoldoutMasks
@@ -20,6 +22,7 @@ from training import generator
 
 VARIANTS = ("erm", "importance", "random", "random_layer", "inverted", "permuted", "other_seed", "prune", "frozen")
 AT_PHASE1 = "@phase1"
+SWEPT = ("IMPORTANCE_THRESHOLD_PERCENTILE", "IMPORTANCE_AGGREGATION", "PH2_FREEZE_EPOCH")
 BOTH_STARTS = tuple(f"{name}{start}" for start in ("", AT_PHASE1) for name in VARIANTS)
 
 
@@ -53,59 +56,76 @@ def build_arms(
     names: Sequence[str],
     holdout: str,
     seeds: Sequence[int],
-    masks: HoldoutMasks,
-    next_masks: HoldoutMasks | None,
+    masks_of: Callable[[Settings], HoldoutMasks],
+    next_masks_of: Callable[[Settings], HoldoutMasks],
     settings: Settings,
 ) -> dict[str, Arm]:
     """Arms by name for S seeds of a holdout.
 
     Args:
-        names: of `BOTH_STARTS`; a name without ``@phase1`` starts as `settings.ph2_init` says.
+        names: a variant of `VARIANTS`; with ``@phase1`` it begins from Phase 1's start, without as the settings
+            say; with ``[NAME=VALUE]`` one setting of masks or schedule is another, for sweeps.
         holdout: names the random streams.
         seeds: S seeds.
-        masks: of these seeds.
-        next_masks: of each next seed (s + 1), for `other_seed`.
+        masks_of: the masks of these seeds under given settings.
+        next_masks_of: the same of each next seed (s + 1), for `other_seed`.
         settings: of the study.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name or setting.
     """
     arms = {}
     for name in names:
-        variant, _, start = name.partition("@")
-        if variant not in VARIANTS or start not in ("", "phase1"):
-            raise InputError(f"There is no variant '{name}'; there are {', '.join(BOTH_STARTS)}.")
-        own = replace(settings, ph2_init="phase1") if start else settings
+        variant, own = parse_name(name, settings)
+        mask, failed = _mask(variant, holdout, seeds, masks_of, next_masks_of, own)
         if variant == "frozen":
             own = replace(own, ph2_freeze_epoch=0)
-        mask, failed = _mask(variant, holdout, seeds, masks, next_masks, settings)
         arms[name] = Arm(mask, own, prune=variant == "prune", failed=failed)
     return arms
+
+
+def parse_name(name: str, settings: Settings) -> tuple[str, Settings]:
+    """Variant and settings of an arm's name, ``variant[NAME=VALUE]@phase1``, both additions optional.
+
+    Raises:
+        InputError: an unknown variant, start or setting, or one that arms of the same batches cannot differ in.
+    """
+    found = re.fullmatch(r"(\w+)(?:\[(.+)\])?(@phase1)?", name)
+    if not found or found[1] not in VARIANTS:
+        raise InputError(f"There is no variant '{name}'; there are {', '.join(BOTH_STARTS)}.")
+    variant, assignment, start = found.groups()
+    if assignment:
+        setting, value = config.parse(assignment)
+        if setting not in SWEPT:
+            raise InputError(f"The arms of a study cannot differ in {setting}; they can in {', '.join(SWEPT)}.")
+        settings = replace(settings, **{setting.lower(): value})
+    return variant, replace(settings, ph2_init="phase1") if start else settings
 
 
 def _mask(
     variant: str,
     holdout: str,
     seeds: Sequence[int],
-    masks: HoldoutMasks,
-    next_masks: HoldoutMasks | None,
+    masks_of: Callable[[Settings], HoldoutMasks],
+    next_masks_of: Callable[[Settings], HoldoutMasks],
     settings: Settings,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Mask ``L × [S, out, in]`` of a variant, and the codes of seeds for which it is of no use."""
+    masks, percent = masks_of(settings), settings.importance_threshold_percentile
     if variant == "erm":
         return [torch.ones_like(layer) for layer in masks.mask], None
     if variant in ("importance", "prune", "frozen"):
         return masks.mask, masks.failed
     if variant == "inverted":
-        percent = settings.importance_threshold_percentile
         return top_k_mask([-layer for layer in masks.scores], percent), masks.failed
     if variant == "other_seed":
-        return next_masks.mask, next_masks.failed
+        after = next_masks_of(settings)
+        return after.mask, after.failed
     per_seed = []
     for s, seed in enumerate(seeds):
         own = [layer[s] for layer in masks.mask]
         if variant == "random":
-            per_seed.append(random_mask(seed, holdout, own, settings.importance_threshold_percentile))
+            per_seed.append(random_mask(seed, holdout, own, percent))
         elif variant == "random_layer":
             per_seed.append(random_layer_mask(seed, holdout, own))
         else:

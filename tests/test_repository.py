@@ -19,7 +19,7 @@ FLOORS = {
     "training": 3,
     "trainer_phase1": 4, "trainer_phase2": 4, "records": 4,
     "evaluation": 5, "visualization": 5, "variants": 5, "inference": 0,
-    "study": 6, "figures": 7, "experiment": 8,
+    "probe": 5, "study": 6, "diagnostics": 7, "figures": 7, "answer": 8, "experiment": 9,
 }  # fmt: skip
 
 

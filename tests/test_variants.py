@@ -26,15 +26,19 @@ N = sum(a * b for a, b in SHAPES)
 K = int(0.6 * N + 0.5)
 
 
-def masks(seed):
+def masks(seed, settings=SETTINGS):
     draw = torch.Generator().manual_seed(seed)
     moved = {d: [torch.rand(2, *shape, generator=draw) for shape in SHAPES] for d in "ab"}
-    return masks_for(moved, {d: torch.zeros(2, dtype=torch.long) for d in "ab"}, SETTINGS)
+    return masks_for(moved, {d: torch.zeros(2, dtype=torch.long) for d in "ab"}, settings)
 
 
 @pytest.fixture
 def arms():
-    return build_arms(BOTH_STARTS, "sketch", SEEDS, masks(0), masks(1), SETTINGS)
+    return build(BOTH_STARTS)
+
+
+def build(names, own=0, after=1, settings=SETTINGS):
+    return build_arms(names, "sketch", SEEDS, lambda s: masks(own, s), lambda s: masks(after, s), settings)
 
 
 def test_all_masks_but_erm_have_the_same_density(arms):
@@ -109,14 +113,14 @@ def test_a_full_mask_makes_importance_erm():
     full = replace(SETTINGS, importance_threshold_percentile=100.0)
     moved = {"a": [torch.rand(2, *shape) for shape in SHAPES]}
     everything = masks_for(moved, {"a": torch.zeros(2, dtype=torch.long)}, full)
-    arms = build_arms(("erm", "importance", "frozen", "prune"), "x", SEEDS, everything, None, full)
+    arms = build_arms(("erm", "importance", "frozen", "prune"), "x", SEEDS, lambda s: everything, None, full)
     assert all(arms["erm"].same_training(arm) for arm in arms.values())
 
 
 def test_failures_reach_the_arms_that_use_the_mask():
     own, after = masks(0), masks(1)
     own.failed[1], after.failed[0] = 3, -1
-    arms = build_arms(VARIANTS, "x", SEEDS, own, after, SETTINGS)
+    arms = build_arms(VARIANTS, "x", SEEDS, lambda s: own, lambda s: after, SETTINGS)
     codes = {name: None if arm.failed is None else arm.failed.tolist() for name, arm in arms.items()}
     assert codes["erm"] is codes["random"] is None
     assert codes["other_seed"] == [-1, 0]
@@ -125,7 +129,20 @@ def test_failures_reach_the_arms_that_use_the_mask():
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(InputError, match="no variant 'randum'; there are erm, importance, random"):
-        build_arms(("randum",), "x", SEEDS, masks(0), None, SETTINGS)
+        build(("randum",))
+
+
+def test_one_setting_of_an_arm_may_be_another():
+    names = ("importance[IMPORTANCE_THRESHOLD_PERCENTILE=30]", "random[PH2_FREEZE_EPOCH=2]@phase1", "importance")
+    thin, early, plain = build(names).values()
+    assert flatten(thin.mask).sum(-1).tolist() == [int(0.3 * N + 0.5)] * 2
+    assert [early.low(epoch) > 0 for epoch in range(4)] == [True, True, False, False]
+    assert early.settings.ph2_init == "phase1"
+    assert plain.settings == SETTINGS
+    other = build(("importance[IMPORTANCE_AGGREGATION=min]",))["importance[IMPORTANCE_AGGREGATION=min]"]
+    assert torch.equal(flatten(other.mask), flatten(masks(0, replace(SETTINGS, importance_aggregation="min")).mask))
+    with pytest.raises(InputError, match="cannot differ in BATCH_SIZE; they can in IMPORTANCE_THRESHOLD_PERCENTILE"):
+        build(("importance[BATCH_SIZE=16]",))
 
 
 def test_densities_by_hand():

@@ -1,0 +1,268 @@
+"""The answer: does importance masking help, compared with what, and how sure is that.
+
+Fixed in advance. *Headline:* last epoch, all images of the held-out domain, mean over the holdouts. *Confirmatory
+family:* `importance` minus each of `erm`, `random` and `permuted`, from a fresh start and from Phase 1's: six
+contrasts, averaged over the holdouts within each seed, then compared over seeds (`inference.family`). The networks
+are still improving when training ends, so the family is repeated with three times the epochs of Phase 2.
+*Exploratory,* and labelled so: one setting at a time away from the defaults.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import diagnostics
+from config import AGGREGATIONS, Settings
+from evaluation import AVERAGE, accuracy_table, levels, lodo_table, paired_differences, t_interval, wide_table
+from features import FeatureSet
+from inference import family
+from probe import linear_probe
+from records import Results
+from study import Study
+from variants import AT_PHASE1, BOTH_STARTS
+from visualization import accuracy_curves_by_setting, difference_plot, overlap_matrix, save
+
+LENGTHS = {"short": "contrasts", "long": "contrasts_longer"}
+SWEPT_NUMBERS = {
+    "IMPORTANCE_THRESHOLD_PERCENTILE": "per cent of the weights kept as important",
+    "PH2_FREEZE_EPOCH": "epochs after which the other weights are frozen",
+}
+BASELINES = ("erm", "random", "permuted")
+LONGER = 3  # times the epochs, for the repetition
+SWEEPS = {
+    "IMPORTANCE_THRESHOLD_PERCENTILE": tuple(range(10, 100, 10)),
+    "PH2_FREEZE_EPOCH": tuple(range(11)),
+    "IMPORTANCE_AGGREGATION": AGGREGATIONS,
+}
+
+
+def scaled(settings: Settings, factor: int) -> Settings:
+    """Phase 2 `factor` times as long, with decay and freeze at the same part of training."""
+    return replace(
+        settings,
+        ph2_num_epochs=settings.ph2_num_epochs * factor,
+        ph2_freeze_epoch=settings.ph2_freeze_epoch * factor,
+        ph2_lr_decay_rate=settings.ph2_lr_decay_rate ** (1 / factor),
+    )
+
+
+def sweep_arms() -> list[str]:
+    """Names of the exploratory arms, with `erm` and the default controls beside them; all from the study's start."""
+    arms = [f"importance[{name}={value}]" for name, values in SWEEPS.items() for value in values]
+    return ["erm", "random", "permuted", "importance", *arms]
+
+
+def family_arms() -> list[str]:
+    """What the confirmatory family compares."""
+    return [f"{name}{start}" for start in ("", AT_PHASE1) for name in ("importance", *BASELINES)]
+
+
+def contrasts(records: Sequence[Mapping]) -> pd.DataFrame:
+    """The confirmatory family: see `inference.family` for the columns."""
+    averages = seed_averages(records)
+    return family(
+        {
+            f"importance{start} − {baseline}{start}": averages[f"importance{start}"] - averages[f"{baseline}{start}"]
+            for start in ("", AT_PHASE1)
+            for baseline in BASELINES
+        }
+    )
+
+
+def seed_averages(records: Sequence[Mapping]) -> pd.DataFrame:
+    """Headline accuracy averaged over the holdouts within each seed: seeds × algorithms, NaN where one is missing."""
+    table = accuracy_table(records)
+    return pd.DataFrame({name: table[name].mean(axis=1, skipna=False) for name in table.columns.unique("algorithm")})
+
+
+class Answer:
+    """Runs what the answer needs and reads it back; resumable as each `Study` is.
+
+    Args:
+        data: the features.
+        settings: defaults that the study starts from; `PH2_INIT` must be "fresh", the other start is an arm.
+        directory: gets ``epochs_<n>/`` for the two lengths, ``sweep/`` and the report's files.
+        seeds: number of seeds of the confirmatory family.
+        sweep_seeds: number of seeds of the exploratory sweep.
+        options: of `Study`: device, strict, progress, overwrite.
+    """
+
+    def __init__(
+        self, data: FeatureSet, settings: Settings, directory: str | Path, seeds: int, sweep_seeds: int, **options
+    ):
+        settings = replace(settings, ph2_init="fresh")
+        self.directory, self.seeds = Path(directory), seeds
+        arms = {"short": BOTH_STARTS, "long": family_arms(), "sweep": sweep_arms()}
+        lengths = {"short": settings, "long": scaled(settings, LONGER), "sweep": settings}
+        self.studies = {
+            kind: Study(
+                data,
+                lengths[kind],
+                Results(self.directory / ("sweep" if kind == "sweep" else f"epochs_{lengths[kind].ph2_num_epochs}")),
+                range(sweep_seeds if kind == "sweep" else seeds),
+                algorithms=arms[kind],
+                keep_weights=False,
+                **options,
+            )
+            for kind in arms
+        }
+
+    def run(self) -> None:
+        """Train what is missing, in the order of importance."""
+        for study in self.studies.values():
+            study.phase1()
+            study.phase2()
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Everything the report says in numbers, by file name."""
+        short, long = (self.studies[kind].records() for kind in ("short", "long"))
+        main = self.studies["short"]
+        return {
+            "contrasts": contrasts(short),
+            "contrasts_longer": contrasts(long),
+            "accuracy": lodo_table(short),
+            "accuracy_longer": lodo_table(long),
+            "sweep": sweep_table(self.studies["sweep"].records()),
+            "linear_probe": linear_probe(main.problem, main.holdouts),
+            "seed_stability": diagnostics.seed_stability(main),
+            "zero_importance": diagnostics.zero_importance(main),
+            "mask_density": diagnostics.mask_density(main),
+            "domain_overlap": diagnostics.domain_overlap(main)[0],
+            "seeds": seed_averages(short).rename_axis("seed"),
+            "seeds_longer": seed_averages(long).rename_axis("seed"),
+        }
+
+    def write(self) -> str:
+        """Write tables (CSV), figures and ``report.txt``; returns the report."""
+        tables, results = self.tables(), Results(self.directory)
+        with results:
+            for name, table in tables.items():
+                results.write_text(f"{name}.csv", table.to_csv(float_format="%.6g"))
+            for name, figure in self.figures(tables).items():
+                save(figure, self.directory / f"{name}.png")
+            text = self.report(tables)
+            results.write_text("report.txt", text)
+        return text
+
+    def figures(self, tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
+        """Forest plot of the family, accuracy against each swept number with the controls as lines, mask overlap."""
+        short = self.studies["short"]
+        epochs = {name: self.studies[kind].settings.ph2_num_epochs for kind, name in LENGTHS.items()}
+        on = f"{short.data.model_name}, {short.data.feature_size}-d, {len(short.seeds)} seeds"
+        rows = [tables[name].assign(group=f"{count} epochs") for name, count in epochs.items()]
+        forest = pd.concat(rows).rename(columns={"contrast": "label"})
+        overlap = tables["domain_overlap"]
+        drawn = {
+            "forest": difference_plot(forest, f"Paired differences, mean over the holdouts, 95 % interval ({on})"),
+            "overlap": overlap_matrix(
+                overlap.to_numpy(),
+                list(overlap),
+                f"Overlap (IoU) of the masks of single domains ({on})",
+                diagnostics.domain_overlap(short)[1],
+            ),
+        }
+        for setting, words in SWEPT_NUMBERS.items():
+            drawn[setting.lower()] = self._curve(tables, setting, words)
+        return drawn
+
+    def _curve(self, tables: Mapping[str, pd.DataFrame], setting: str, words: str) -> Figure:
+        sweep = tables["sweep"]
+        points = sweep[sweep["setting"] == setting].assign(x=lambda t: t["value"].astype(float))
+        controls = sweep[(sweep["setting"] == "") & (sweep["algorithm"] != "importance")].set_index("algorithm")
+        lines = {name: tuple(row[["mean", "low", "high"]]) for name, row in controls.iterrows()}
+        probe = tables["linear_probe"]["full"].mean()
+        lines["linear probe"] = (probe, probe, probe)
+        title = f"EXPLORATORY: accuracy, mean over the holdouts ({sweep['n'].max()} seeds), against {words}"
+        default = getattr(self.studies["sweep"].settings, setting.lower())
+        return accuracy_curves_by_setting(points, "x", title, words, lines, default)
+
+    def report(self, tables: Mapping[str, pd.DataFrame]) -> str:
+        """The finding in plain sentences, then the tables."""
+        short, long = self.studies["short"], self.studies["long"]
+        chance, _ = levels(short.facts["counts"])
+        epochs = short.settings.ph2_num_epochs, long.settings.ph2_num_epochs
+        sweep, probe = tables["sweep"], tables["linear_probe"]
+        lines = [
+            "Does importance masking help?",
+            "",
+            f"{short.data.describe()}; {len(short.seeds)} seeds, {len(short.holdouts)} held-out domains.",
+            "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed.",
+            "",
+            *sentences(tables["contrasts"], epochs[0]),
+            *sentences(tables["contrasts_longer"], epochs[1]),
+            probe_sentence(probe, tables["accuracy"]),
+            "",
+            "Intervals (95 %, percentile bootstrap over seeds) cover starts and batch orders, and are conditional on",
+            "these images, this split and this backbone. With a fresh start the units mean nothing that a mask could",
+            "know: a difference there can only come from the structure of the mask.",
+            *_section(f"Confirmatory family, {epochs[0]} epochs", _points(tables["contrasts"])),
+            *_section(f"Confirmatory family, {epochs[1]} epochs", _points(tables["contrasts_longer"])),
+            *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
+            *_section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
+            *_section("Linear probe (logistic regression on the features; deterministic)", probe.round(4)),
+            f"Chance is {100 * chance:.1f} %.",
+            *_section("importance − erm per domain (fractions; not part of the family)", self._per_domain()),
+            *_section(
+                f"EXPLORATORY: one setting at a time, {sweep['n'].max()} seeds, accuracy averaged over the holdouts; "
+                "the best point is not a result",
+                sweep.round(4),
+            ),
+            *_section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
+            f"Chance: {diagnostics.domain_overlap(short)[1]:.3f}",
+            *_section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
+            *_section("Weights that never moved", tables["zero_importance"].round(3)),
+            *_section("Density of the masks", tables["mask_density"].round(3)),
+        ]
+        failures = [text for study in self.studies.values() for text in study.failures()]
+        if failures:
+            lines += [f"{len(failures)} networks failed and are left out, first: {failures[0]}."]
+        return "\n".join(lines) + "\n"
+
+    def _per_domain(self) -> pd.DataFrame:
+        records = self.studies["short"].records()
+        return paired_differences(records, "importance", "erm").set_index("holdout").round(4)
+
+
+def sweep_table(records: Sequence[Mapping]) -> pd.DataFrame:
+    """Accuracy averaged over the holdouts for every arm of the sweep: algorithm, setting, value, n, mean, low, high."""
+    averages, rows = seed_averages(records), []
+    for name in averages.columns:
+        setting, _, value = name.partition("[")[2].rstrip("]").partition("=")
+        values = averages[name].dropna()
+        rows.append((name.partition("[")[0], setting, value, len(values), *t_interval(values)))
+    return pd.DataFrame(rows, columns=["algorithm", "setting", "value", "n", "mean", "low", "high"])
+
+
+def sentences(table: pd.DataFrame, epochs: int) -> list[str]:
+    """One computed sentence per contrast."""
+    return [
+        f"{epochs} epochs, {row.contrast}: {row.verdict}; {100 * row.mean:+.2f} points "
+        f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}], Holm-corrected p = {row.p_holm:.3g}, {row.n} seeds."
+        for row in table.itertuples()
+    ]
+
+
+def probe_sentence(probe: pd.DataFrame, accuracy: pd.DataFrame) -> str:
+    """Where logistic regression stands beside the best network."""
+    means = accuracy[accuracy["holdout"] == AVERAGE].set_index("algorithm")["mean"]
+    value, best = probe["full"].mean(), means.idxmax()
+    place = "above every network" if value > means.max() else "not above the best network"
+    return (
+        f"Logistic regression on the same features reaches {100 * value:.1f} %, {place}; "
+        f"the best network ({best}) has {100 * means.max():.1f} %."
+    )
+
+
+def _points(table: pd.DataFrame) -> pd.DataFrame:
+    """Differences in points, for reading."""
+    shown = table.assign(**{name: (100 * table[name]).round(2) for name in ("mean", "low", "high")})
+    return shown.assign(p=shown["p"].map("{:.2g}".format), p_holm=shown["p_holm"].map("{:.2g}".format)).set_index(
+        "contrast"
+    )
+
+
+def _section(title: str, table: pd.DataFrame) -> list[str]:
+    return ["", title, "-" * min(len(title), 100), table.to_string()]
