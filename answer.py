@@ -140,7 +140,7 @@ class Answer:
         tables, results = self.tables(), Results(self.directory)
         with results:
             for name, table in tables.items():
-                results.write_text(f"{name}.csv", table.to_csv(float_format="%.6g"))
+                results.write_text(f"{name}.csv", table.to_csv(float_format="%.6g", index=table.index.name is not None))
             for name, figure in self.figures(tables).items():
                 save(figure, self.directory / f"{name}.png")
             text = self.report(tables)
@@ -193,11 +193,13 @@ class Answer:
             "",
             *sentences(tables["contrasts"], epochs[0]),
             *sentences(tables["contrasts_longer"], epochs[1]),
-            probe_sentence(probe, tables["accuracy"]),
+            probe_sentence(probe, {epochs[0]: tables["accuracy"], epochs[1]: tables["accuracy_longer"]}),
             "",
-            "Intervals (95 %, percentile bootstrap over seeds) cover starts and batch orders, and are conditional on",
-            "these images, this split and this backbone. With a fresh start the units mean nothing that a mask could",
-            "know: a difference there can only come from the structure of the mask.",
+            "Intervals (95 %; of the family percentile bootstrap over seeds, of the other tables Student's t) cover",
+            "starts and batch orders, and are conditional on these images, this split and this backbone. The words",
+            "follow the interval of each contrast alone; a claim about the family rests on the Holm-corrected p. With",
+            "a fresh start the units mean nothing that a mask could know: a difference there can only come from the",
+            "structure of the mask.",
             *_section(f"Confirmatory family, {epochs[0]} epochs", _points(tables["contrasts"])),
             *_section(f"Confirmatory family, {epochs[1]} epochs", _points(tables["contrasts_longer"])),
             *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
@@ -245,14 +247,18 @@ def sentences(table: pd.DataFrame, epochs: int) -> list[str]:
     ]
 
 
-def probe_sentence(probe: pd.DataFrame, accuracy: pd.DataFrame) -> str:
-    """Where logistic regression stands beside the best network."""
-    means = accuracy[accuracy["holdout"] == AVERAGE].set_index("algorithm")["mean"]
-    value, best = probe["full"].mean(), means.idxmax()
-    place = "above every network" if value > means.max() else "not above the best network"
+def probe_sentence(probe: pd.DataFrame, accuracies: Mapping[int, pd.DataFrame]) -> str:
+    """Where logistic regression stands beside the best network of any length (epochs -> `lodo_table`)."""
+    means = {
+        f"{row.algorithm}, {epochs} epochs": row.mean
+        for epochs, table in accuracies.items()
+        for row in table[table["holdout"] == AVERAGE].itertuples()
+    }
+    best, value = max(means, key=means.get), probe["full"].mean()
+    place = "above every network" if value > means[best] else "not above the best network"
     return (
         f"Logistic regression on the same features reaches {100 * value:.1f} %, {place}; "
-        f"the best network ({best}) has {100 * means.max():.1f} %."
+        f"the best network ({best}) has {100 * means[best]:.1f} %."
     )
 
 

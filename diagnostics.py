@@ -69,7 +69,7 @@ def seed_stability(study: Study, pairs: int = 20) -> pd.DataFrame:
     for domain in study.domains:
         arrays, _ = study.load("importance", f"phase1_{domain}")
         weights, _ = study.load("weights", f"phase1_{domain}")
-        mask, sound = layers_of(arrays, "mask"), ~degenerate(layers_of(arrays, "importance"))
+        mask, sound = layers_of(arrays, "mask"), study.load("histories", f"phase1_{domain}")[0]["failed"] == 0
         features = study.problem.features[study.problem.rows([domain], "all")].cpu()
         final = {k.removeprefix("final."): v for k, v in weights.items() if k.startswith("final.")}
         hidden = [
@@ -85,7 +85,9 @@ def seed_stability(study: Study, pairs: int = 20) -> pd.DataFrame:
         flat = flatten(mask)
         k = int(flat.sum(-1).max())
         chance = expected_overlap(k, k, flat.shape[-1])
-        rows.append((domain, len(both), np.mean(plain), np.mean(matched), chance))
+        rows.append(
+            (domain, len(both), pd.Series(plain, dtype=float).mean(), pd.Series(matched, dtype=float).mean(), chance)
+        )
     return pd.DataFrame(rows, columns=["domain", "pairs", "by_position", "matched", "chance"]).set_index("domain")
 
 
@@ -108,6 +110,8 @@ def mask_density(study: Study) -> pd.DataFrame:
     """Share marked per layer, and the spread of row and column densities, of the holdouts' masks; means over seeds."""
     rows = {}
     for holdout in study.holdouts:
-        mask = layers_of(study.load("importance", f"holdout_{holdout}")[0], "mask")
+        arrays, _ = study.load("importance", f"holdout_{holdout}")
+        sound = ~degenerate(layers_of(arrays, "importance"))  # a failed network has an empty mask
+        mask = [layer[sound] for layer in layers_of(arrays, "mask")]
         rows[holdout] = {name: float(value.mean()) for name, value in densities(mask).items()}
     return pd.DataFrame(rows).T.rename_axis("holdout")

@@ -39,7 +39,7 @@ def linear_probe(problem: Problem, holdouts: Sequence[str], strengths: Sequence[
         sources = problem.sources(holdout)
         rows = problem.rows(sources, "in").cpu().numpy()
         best, model = -1.0, None
-        for strength in strengths:
+        for strength in sorted(strengths):
             fitted = LogisticRegression(C=strength, max_iter=10_000).fit(features[rows], labels[rows])
             validation = float(np.mean([score(fitted, [source], "out") for source in sources]))
             if validation > best:

@@ -22,7 +22,7 @@ from models import FeedforwardClassifier
 
 Params = dict[str, Tensor]  # parameter name -> [S, V, *shape]
 Rates = Mapping[str, Tensor]  # parameter name -> factor on its update, broadcastable to [S, V, *shape]
-PIECE_FLOATS = 2**22  # size of the largest activation made at once when many rows are classified
+PIECE_FLOATS = 2**20  # size of the largest activation made at once when many rows are classified
 
 
 def scaled_update(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
@@ -87,6 +87,10 @@ class VmapEngine:
         """Most probable class of the rows ``[N, D]`` for every network: int64 ``[S, V, N]``."""
         return apply_stack(self.template, self.params, features).argmax(-1)
 
+    def right(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[S, V, N]``."""
+        return self.classify(features) == targets
+
 
 def apply_stack(template: nn.Module, params: Params, features: Tensor) -> Tensor:
     """Logits of every network of a stack.
@@ -127,64 +131,78 @@ class MatmulEngine:
         self.bias_gradients = [self.gradients[f"layers.{i}.bias"].flatten(0, 1) for i in range(depth)]
         self.first = self.weights[0].view(self.shape[0], -1, like.shape[-1])  # [S, V·out, D]
         self.first_gradient = self.weight_gradients[0].view_as(self.first)
+        self._rooms: dict[int, dict[str, list[Tensor]]] = {}
 
     @staticmethod
     def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
         return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
 
+    def _buffers(self, batch: int) -> dict[str, list[Tensor]]:
+        """Room for the activations of a batch of that size: asking the system for it anew costs more than the sums."""
+        if batch not in self._rooms:
+            shapes = [(len(weight), weight.shape[1], batch) for weight in self.weights]
+            self._rooms[batch] = {kind: [self.weights[0].new_empty(s) for s in shapes] for kind in ("out", "gradient")}
+        return self._rooms[batch]
+
     @torch.no_grad()
     def step(self, features: Tensor, targets: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
-        batch = features.shape[1]
-        hidden = [self._first_layer(features)]
-        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            hidden.append(torch.baddbmm(bias, weight, hidden[-1]).relu_())  # [K, out, B]
-        logits = torch.baddbmm(self.biases[-1], self.weights[-1], hidden[-1])  # [K, classes, B]
+        batch, last = features.shape[1], len(self.weights) - 1
+        rooms = self._buffers(batch)
+        out, gradients = rooms["out"], rooms["gradient"]  # per layer [K, units, B]
+        self._forward(features, out)
         spread = targets.unsqueeze(1).expand(*self.shape, batch).reshape(-1, 1, batch)  # [K, 1, B]
-        log_p = logits.log_softmax(1)
+        right = (out[last].gather(1, spread) == out[last].amax(1, keepdim=True)).sum(-1)  # argmax takes far longer
+        log_p = torch.log_softmax(out[last], 1, out=gradients[last])
         loss = -log_p.gather(1, spread).mean(-1)
-        right = (logits.argmax(1, keepdim=True) == spread).sum(-1)
-        gradient = log_p.exp_().scatter_add_(1, spread, log_p.new_full((), -1.0).expand_as(spread)).div_(batch)
-        for i in range(len(self.weights) - 1, 0, -1):
-            torch.bmm(gradient, hidden[i - 1].transpose(1, 2), out=self.weight_gradients[i])
-            torch.sum(gradient, 2, out=self.bias_gradients[i])
-            gradient = torch.bmm(self.weights[i].transpose(1, 2), gradient)
-            gradient = torch.ops.aten.threshold_backward(gradient, hidden[i - 1], 0)  # of ReLU, from its output
-        torch.sum(gradient, 2, out=self.bias_gradients[0])
-        torch.bmm(gradient.view(self.shape[0], -1, batch), features, out=self.first_gradient)
-        step_with_rates_by_name(self.optimizer, self.params, rates)
+        log_p.exp_().scatter_add_(1, spread, log_p.new_full((), -1.0).expand_as(spread)).div_(batch)
+        for i in range(last, 0, -1):
+            torch.bmm(gradients[i], out[i - 1].transpose(1, 2), out=self.weight_gradients[i])
+            torch.sum(gradients[i], 2, out=self.bias_gradients[i])
+            below = torch.bmm(self.weights[i].transpose(1, 2), gradients[i], out=gradients[i - 1])
+            torch.ops.aten.threshold_backward.grad_input(below, out[i - 1], 0, grad_input=below)  # of ReLU
+        torch.sum(gradients[0], 2, out=self.bias_gradients[0])
+        torch.bmm(gradients[0].view(self.shape[0], -1, batch), features, out=self.first_gradient)
+        self._update(rates)
         return loss.view(self.shape), right.view(self.shape)
 
-    def _first_layer(self, features: Tensor) -> Tensor:
-        """``[S, B, D]`` or ``[B, D]`` -> ``[K, out, B]``, all variants of a seed in one product."""
-        if features.ndim == 3:
-            product = torch.bmm(self.first, features.transpose(1, 2))
+    def _update(self, rates: Rates) -> None:
+        """`step_with_rates` for parameters that are views of the one buffer the optimizer knows."""
+        before = {name: self.params[name].clone() for name in rates}
+        self.optimizer.step()
+        for name, rate in rates.items():
+            self.params[name].copy_(scaled_update(before[name], self.params[name], rate))
+
+    def _forward(self, features: Tensor, out: list[Tensor]) -> None:
+        """Fill `out`, per layer ``[K, units, B]``, from ``[S, B, D]`` or ``[B, D]``; the last holds the logits."""
+        if features.ndim == 3:  # all variants of a seed in one product
+            torch.bmm(self.first, features.transpose(1, 2), out=out[0].view(self.shape[0], -1, features.shape[1]))
         else:
-            product = self.first.flatten(0, 1) @ features.T
-        return product.view(len(self.weights[0]), -1, features.shape[-2]).add_(self.biases[0]).relu_()
+            torch.mm(self.first.flatten(0, 1), features.T, out=out[0].view(-1, len(features)))
+        out[0].add_(self.biases[0]).relu_()
+        for i in range(1, len(self.weights)):
+            torch.baddbmm(self.biases[i], self.weights[i], out[i - 1], out=out[i])
+            if i < len(self.weights) - 1:
+                out[i].relu_()
 
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
-        hidden = self._first_layer(features)
-        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            hidden = torch.baddbmm(bias, weight, hidden).relu_()
-        logits = torch.baddbmm(self.biases[-1], self.weights[-1], hidden)
-        return logits.argmax(1).view(*self.shape, -1)
+        out = self._buffers(len(features))["out"]
+        self._forward(features, out)
+        return out[-1].argmax(1).view(*self.shape, -1)
 
-
-def step_with_rates_by_name(optimizer: torch.optim.Optimizer, params: Params, rates: Rates) -> None:
-    """`step_with_rates` for parameters that are views of what the optimizer knows."""
-    before = {name: params[name].clone() for name in rates}
-    optimizer.step()
-    for name, rate in rates.items():
-        params[name].copy_(scaled_update(before[name], params[name], rate))
+    @torch.no_grad()
+    def right(self, features: Tensor, targets: Tensor) -> Tensor:
+        out = self._buffers(len(features))["out"]
+        self._forward(features, out)
+        picked = out[-1].gather(1, targets.expand(len(out[-1]), 1, -1))
+        return (picked == out[-1].amax(1, keepdim=True)).view(*self.shape, -1)
 
 
 ENGINES = {"matmul": MatmulEngine, "vmap": VmapEngine}
 
 
-def classify(engine: VmapEngine | MatmulEngine, features: Tensor) -> Tensor:
-    """An engine's `classify` in pieces that fit: rows ``[N, D]`` -> int64 ``[S, V, N]``."""
+def pieces(engine: VmapEngine | MatmulEngine, rows: int) -> int:
+    """How many rows at a time keep the largest activation below `PIECE_FLOATS`; at least one, at most `rows`."""
     seeds, variants = next(iter(engine.params.values())).shape[:2]
     widest = max(value.shape[2] for value in engine.params.values())
-    piece = max(1, PIECE_FLOATS // (seeds * variants * widest))
-    return torch.cat([engine.classify(rows) for rows in features.split(piece)], dim=-1)
+    return min(rows, max(1, PIECE_FLOATS // (seeds * variants * widest)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import config
 from dataset import split
 from models import FeedforwardClassifier
-from stacks import ENGINES, MatmulEngine, Params, Rates, VmapEngine, classify
+from stacks import ENGINES, MatmulEngine, Params, Rates, VmapEngine, pieces
 
 
 def prepare_machine() -> str:
@@ -193,15 +193,36 @@ def predict(params: Params, features: Tensor, hidden_sizes: Sequence[int]) -> Te
     classes = next(reversed(params.values())).shape[-1]
     template = FeedforwardClassifier.outline(features.shape[1], classes, hidden_sizes)
     params = {name: value.to(features) for name, value in params.items()}
-    return classify(MatmulEngine(template, params), features)
+    engine = MatmulEngine(template, params)
+    parts = features.split(pieces(engine, len(features)))
+    return torch.cat([engine.classify(part) for part in parts], dim=-1)
 
 
 def count_correct(engine: VmapEngine | MatmulEngine, problem: Problem) -> Tensor:
     """Right answers per domain, part and class: int64 ``[S, V, domains, 2, classes]``."""
-    right = classify(engine, problem.features) == problem.labels
-    counts = torch.zeros(*right.shape[:2], problem.totals.numel(), dtype=torch.long, device=right.device)
-    counts.index_add_(2, problem.cells, right.long())
-    return counts.view(*right.shape[:2], *problem.cell_shape)
+    size, cells = pieces(engine, len(problem.labels)), problem.cells
+    counts = None
+    for features, labels, cell in zip(*(t.split(size) for t in (problem.features, problem.labels, cells)), strict=True):
+        right = engine.right(features, labels).to(problem.features.dtype)
+        member = nn.functional.one_hot(cell, problem.totals.numel()).to(right.dtype)
+        part = right @ member  # a float holds counts up to 2**24 exactly
+        counts = part if counts is None else counts + part
+    return counts.long().view(*counts.shape[:2], *problem.cell_shape)
+
+
+def gather(features: Tensor, rows: Tensor, rooms: dict[int, Tensor]) -> Tensor:
+    """Rows of the features for each seed: ``[N, D]`` at ``[S, B]`` -> ``[S, B, D]``, in room that is used again.
+
+    Args:
+        features: ``[N, D]``.
+        rows: ``[S, B]``.
+        rooms: kept by the caller; filled here. (New memory for each batch took twenty times as long.)
+    """
+    size = rows.shape[1]
+    if size not in rooms:
+        rooms[size] = features.new_empty(rows.numel(), features.shape[1])
+    torch.index_select(features, 0, rows.reshape(-1), out=rooms[size])
+    return rooms[size].view(*rows.shape, -1)
 
 
 def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[str, Tensor]:
@@ -257,13 +278,13 @@ def train(
     template = FeedforwardClassifier.outline(features.shape[1], len(problem.class_names), settings.hidden_sizes)
     stack = ENGINES[engine](template, {name: value.to(features) for name, value in start.items()}, learning_rate)
     shape = next(iter(start.values())).shape[:2]
-    losses, shares, correct = [], [], []
+    losses, shares, correct, rooms = [], [], [], {}
     failed = torch.zeros(shape, dtype=torch.long, device=device)
     for epoch in range(epochs):
         rows, factors = order.next_epoch(), rates(epoch)
         loss_sum, right_sum = torch.zeros(2, *shape, dtype=features.dtype, device=device)
         for batch in rows.split(settings.batch_size, dim=1):  # [S, B]
-            loss, right = stack.step(features[batch], problem.labels[batch], factors)
+            loss, right = stack.step(gather(features, batch, rooms), problem.labels[batch], factors)
             loss_sum += loss * batch.shape[1]
             right_sum += right
         losses.append(loss_sum / rows.shape[1])

@@ -13,7 +13,7 @@ from torch import nn
 
 from config import InputError, Settings
 from models import FeedforwardClassifier
-from stacks import ENGINES, MatmulEngine, VmapEngine, classify, scaled_update, step_with_rates
+from stacks import ENGINES, MatmulEngine, VmapEngine, scaled_update, step_with_rates
 from training import (
     BatchOrder,
     Problem,
@@ -253,17 +253,24 @@ def test_counts_and_accuracies_against_sklearn():
 
 
 @pytest.mark.parametrize("engine", [VmapEngine, MatmulEngine])
-def test_predictions_are_the_modules_and_do_not_depend_on_the_pieces(engine, monkeypatch):
+def test_answers_are_the_modules_and_do_not_depend_on_the_pieces(engine, monkeypatch):
     data = problem()
     params = {name: value.double() for name, value in stack_start([0, 1], 2).items()}
     template = FeedforwardClassifier(8, 3, (6, 5, 4)).double()
     stack = engine(template, params)
-    whole = classify(stack, data.features)
-    monkeypatch.setattr("stacks.PIECE_FLOATS", 100)
-    assert torch.equal(classify(stack, data.features), whole)
+    classes, right, counts = (
+        stack.classify(data.features),
+        stack.right(data.features, data.labels),
+        count_correct(stack, data),
+    )
     for s, v in np.ndindex(2, 2):
         template.load_state_dict({name: value[s, v] for name, value in params.items()})
-        assert torch.equal(whole[s, v], template(data.features).argmax(1))
+        assert torch.equal(classes[s, v], template(data.features).argmax(1))
+    assert torch.equal(right, classes == data.labels)
+    assert torch.equal(counts.sum((2, 3, 4)), right.sum(-1))
+    monkeypatch.setattr("stacks.PIECE_FLOATS", 100)
+    assert torch.equal(count_correct(stack, data), counts)
+    assert torch.equal(predict(params, data.features, (6, 5, 4)), classes)
 
 
 @pytest.mark.parametrize("sizes", [(10,) * 5, (10,) * 4, (7, 5, 9), (3, 4)])

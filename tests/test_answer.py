@@ -1,0 +1,454 @@
+"""The answer: what is compared, what it says on records that were made up, and one complete small run of it."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from test_study import make_features
+
+import answer as answer_module
+import config
+import study as study_module
+from answer import (
+    LONGER,
+    Answer,
+    contrasts,
+    family_arms,
+    probe_sentence,
+    scaled,
+    seed_averages,
+    sentences,
+    sweep_arms,
+    sweep_table,
+)
+from config import Settings
+from experiment import main
+from trainer_phase2 import unimportant_rate
+from variants import parse_name
+
+HOLDOUTS = ("art", "photo", "sketch")
+BASELINES = ("erm", "random", "permuted")
+SIX = [
+    "importance − erm",
+    "importance − random",
+    "importance − permuted",
+    "importance@phase1 − erm@phase1",
+    "importance@phase1 − random@phase1",
+    "importance@phase1 − permuted@phase1",
+]
+ARMS = {f"{name}{start}" for name in ("importance", *BASELINES) for start in ("", "@phase1")}
+SMALL = Settings.current(
+    hidden_sizes=(6, 5, 4),
+    ph1_num_epochs=2,
+    ph1_learning_rate=1e-2,
+    ph2_num_epochs=2,
+    ph2_lr_important=1e-2,
+    ph2_freeze_epoch=1,
+)
+SEEDS, SWEEP_SEEDS = 3, 2
+
+
+# --- what is fixed in advance --------------------------------------------------------------------------------
+
+
+def test_three_times_as_long_is_the_same_schedule_stretched():
+    short = Settings.current()
+    long = scaled(short, LONGER)
+    assert (short.ph2_num_epochs, short.ph2_freeze_epoch, short.ph2_lr_decay_rate) == (10, 7, 0.5)
+    assert (long.ph2_num_epochs, long.ph2_freeze_epoch) == (30, 21)
+    assert long.ph2_lr_decay_rate == pytest.approx(0.5 ** (1 / 3))
+    for epoch in range(10):  # the rates of the defaults: 1e-4 halved each epoch, beside 1e-3, zero from epoch 7 on
+        expected = 0.1 * 0.5**epoch if epoch < 7 else 0.0
+        assert unimportant_rate(3 * epoch, long) == pytest.approx(expected)
+    assert unimportant_rate(20, long) > 0 == unimportant_rate(21, long)
+    changed = {k for k, v in long.as_dict().items() if v != short.as_dict()[k]}
+    assert changed == {"PH2_NUM_EPOCHS", "PH2_FREEZE_EPOCH", "PH2_LR_DECAY_RATE"}
+    assert scaled(short, 1) == short
+
+
+def test_the_family_compares_importance_and_three_baselines_from_both_starts():
+    assert set(family_arms()) == ARMS
+    assert len(family_arms()) == 8
+
+
+def test_the_arms_of_the_sweep_differ_from_the_defaults_in_one_setting_each():
+    names, base = sweep_arms(), Settings.current()
+    assert names[:4] == ["erm", "random", "permuted", "importance"]
+    assert len(set(names)) == len(names) == 4 + 9 + 11 + 7
+    values = {}
+    for name in names[4:]:
+        variant, own = parse_name(name, base)
+        assert variant == "importance"
+        assert own.ph2_init == "fresh"
+        different = {k: v for k, v in own.as_dict().items() if v != base.as_dict()[k]}
+        assert len(different) <= 1
+        for key, value in different.items():
+            values.setdefault(key, set()).add(value)
+    assert values == {  # the defaults themselves are the points that differ in nothing
+        "IMPORTANCE_THRESHOLD_PERCENTILE": {10, 20, 30, 40, 50, 70, 80, 90},
+        "PH2_FREEZE_EPOCH": {0, 1, 2, 3, 4, 5, 6, 8, 9, 10},
+        "IMPORTANCE_AGGREGATION": {"mean", "max", "min", "union", "intersection", "normalized_sum"},
+    }
+
+
+# --- on records that were made up ------------------------------------------------------------------------------
+
+
+def record(algorithm, holdout, seed, value, selection="last"):
+    parts = None if value is None else {"full": value, "in": 0.111, "out": 0.222}
+    balanced = None if value is None else dict.fromkeys(("full", "in", "out"), 0.333)
+    return {
+        "algorithm": algorithm,
+        "holdout": holdout,
+        "seed": seed,
+        "selection": selection,
+        "accuracy": parts,
+        "balanced_accuracy": balanced,
+        "failed": "it failed" if value is None else None,
+    }
+
+
+def made_up(offsets, seeds=12, noise=0.001, failed=()):
+    """Records in which seeds and holdouts differ widely, but arms of a seed by `offsets` and a little noise only."""
+    draw, records = np.random.default_rng(0), []
+    level = {(seed, holdout): draw.uniform(0.3, 0.8) for seed in range(seeds) for holdout in HOLDOUTS}
+    for name, (seed, holdout) in product(offsets, level):
+        value = level[seed, holdout] + offsets[name] + noise * draw.uniform(-1, 1)
+        records.append(record(name, holdout, seed, None if (name, holdout, seed) in failed else value))
+        records.append(record(name, holdout, seed, 0.05, selection="val"))
+    return [records[i] for i in draw.permutation(len(records))]
+
+
+def test_seed_averages_by_hand():
+    values = {("a", 0): (0.1, 0.2, 0.6), ("a", 1): (0.5, 0.5, 0.8), ("b", 0): (0.3, 0.3, 0.0), ("b", 1): (1, 0, None)}
+    records = [
+        record(name, holdout, seed, value)
+        for (name, seed), row in values.items()
+        for holdout, value in zip(HOLDOUTS, row, strict=True)
+    ]
+    records += [record("a", "art", 0, 0.9, selection="val")]
+    table = seed_averages(records)
+    assert sorted(table.columns) == ["a", "b"]
+    assert table.index.tolist() == [0, 1]
+    assert table["a"].tolist() == pytest.approx([0.3, 0.6])
+    assert table.loc[0, "b"] == pytest.approx(0.2)
+    assert np.isnan(table.loc[1, "b"])  # and not the mean of the two that are there
+
+
+def test_a_missing_holdout_is_as_a_failed_one():
+    records = [record("a", h, s, 0.5) for h in HOLDOUTS for s in range(2) if (h, s) != ("photo", 1)]
+    table = seed_averages(records)
+    assert table.loc[0, "a"] == 0.5
+    assert np.isnan(table.loc[1, "a"])
+
+
+def test_contrasts_are_importance_minus_each_baseline_in_a_fixed_order():
+    offsets = {
+        "importance": 0.0, "erm": -0.02, "random": 0.03, "permuted": -0.04,
+        "importance@phase1": 0.1, "erm@phase1": 0.05, "random@phase1": 0.16, "permuted@phase1": 0.03,
+    }  # fmt: skip
+    table = contrasts(made_up(offsets))
+    assert table["contrast"].tolist() == SIX
+    assert table["n"].tolist() == [12] * 6
+    expected = [0.02, -0.03, 0.04, 0.05, -0.06, 0.07]
+    np.testing.assert_allclose(table["mean"], expected, atol=0.0007)
+    assert (table["low"] <= table["mean"]).all()
+    assert (table["mean"] <= table["high"]).all()
+    assert list(table["verdict"]) == ["helps" if e > 0 else "hurts" for e in expected]
+    np.testing.assert_allclose(table["p"], 2 / 2**12)  # all twelve on one side
+    np.testing.assert_allclose(table["p_holm"], 6 * 2 / 2**12)
+
+
+def test_contrasts_by_hand():
+    draw = np.random.default_rng(4)
+    arms = sorted(ARMS)
+    values = dict(zip(arms, draw.uniform(0.4, 0.6, (len(arms), 9, 3)), strict=True))  # seeds × holdouts
+    records = [
+        record(name, holdout, seed, values[name][seed, h])
+        for name in arms
+        for seed in range(9)
+        for h, holdout in enumerate(HOLDOUTS)
+    ]
+    table = contrasts(records).set_index("contrast")
+    p = []
+    for name in SIX:
+        better, worse = name.split(" − ")
+        difference = (values[better] - values[worse]).mean(1)
+        p.append(stats.wilcoxon(difference, method="exact").pvalue)
+        assert table.loc[name, "mean"] == pytest.approx(difference.mean())
+        assert table.loc[name, "p"] == pytest.approx(p[-1])
+    largest = 0.0
+    for rank, i in enumerate(np.argsort(p)):  # Holm
+        largest = min(1.0, max(largest, (6 - rank) * p[i]))
+        assert table["p_holm"].iloc[i] == pytest.approx(largest)
+
+
+def test_two_points_better_with_little_noise_helps():
+    table = contrasts(made_up({name: 0.02 * name.startswith("importance") for name in ARMS}, noise=0.003))
+    assert set(table["verdict"]) == {"helps"}
+    assert (table["p_holm"] < 0.05).all()
+    lines = sentences(table, 10)
+    assert len(lines) == 6
+    for line, name in zip(lines, SIX, strict=True):
+        assert line.startswith(f"10 epochs, {name}: helps; +")
+        assert line.endswith("12 seeds.")
+
+
+def test_equal_records_make_no_difference():
+    table = contrasts(made_up(dict.fromkeys(sorted(ARMS), 0.0), noise=0.0))
+    assert (table["p"] == 1).all()
+    assert (table["p_holm"] == 1).all()
+    assert (table[["mean", "low", "high"]] == 0).all(axis=None)
+    assert table["verdict"].str.startswith("no difference").all()
+    assert "no difference larger than 0.5 points; +0.00 points [+0.00, +0.00]" in sentences(table, 30)[0]
+
+
+def test_a_failed_network_leaves_its_seed_out_of_its_contrasts_only():
+    failed = {("erm", "photo", 3), ("importance@phase1", "art", 7), ("importance@phase1", "art", 8)}
+    table = contrasts(made_up(dict.fromkeys(sorted(ARMS), 0.5), failed=failed))
+    assert table["n"].tolist() == [11, 12, 12, 10, 10, 10]
+
+
+def test_sentences_are_in_points():
+    row = {
+        "contrast": "importance − erm", "n": 7, "mean": 0.0123, "low": -0.0045, "high": 0.02,
+        "p": 0.01, "p_holm": 0.06, "verdict": "undecided",
+    }  # fmt: skip
+    assert sentences(pd.DataFrame([row]), 5) == [
+        "5 epochs, importance − erm: undecided; +1.23 points [-0.45, +2.00], Holm-corrected p = 0.06, 7 seeds."
+    ]
+
+
+def test_the_table_of_the_sweep_knows_settings_and_values_from_names():
+    offsets = {
+        "erm": 0.0,
+        "importance": 0.1,
+        "importance[PH2_FREEZE_EPOCH=3]": 0.02,
+        "importance[IMPORTANCE_AGGREGATION=normalized_sum]": 0.03,
+    }
+    records = made_up(offsets, seeds=5, failed={("importance[PH2_FREEZE_EPOCH=3]", "art", 2)})
+    table = sweep_table(records).set_index(["algorithm", "setting", "value"])
+    assert set(table.index) == {
+        ("erm", "", ""),
+        ("importance", "", ""),
+        ("importance", "PH2_FREEZE_EPOCH", "3"),
+        ("importance", "IMPORTANCE_AGGREGATION", "normalized_sum"),
+    }
+    assert table.loc[("importance", "PH2_FREEZE_EPOCH", "3"), "n"] == 4
+    values = [
+        np.mean(
+            [
+                r["accuracy"]["full"]
+                for r in records
+                if (r["algorithm"], r["seed"], r["selection"]) == ("erm", seed, "last")
+            ]
+        )
+        for seed in range(5)
+    ]
+    row = table.loc[("erm", "", "")]
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert row[["n", "mean", "low", "high"]].tolist() == pytest.approx([5, np.mean(values), low, high])
+
+
+@pytest.mark.parametrize(
+    ("full", "place"), [(0.72, "above every network"), (0.68, "not above the best network")], ids=["above", "below"]
+)
+def test_where_the_probe_stands(full, place):
+    probe = pd.DataFrame({"full": [full - 0.1, full + 0.1], "in": [1.0, 1.0], "out": [0.0, 0.0]})
+    rows = [("erm", "art", 0.99), ("erm", "average", 0.61), ("erm", "average without hardest", 0.9)]
+    rows += [("importance", "art", 0.1), ("importance", "average", 0.7), ("random", "average", float("nan"))]
+    text = probe_sentence(probe, {10: pd.DataFrame(rows, columns=["algorithm", "holdout", "mean"])})
+    assert text == (
+        f"Logistic regression on the same features reaches {100 * full:.1f} %, {place}; "
+        "the best network (importance, 10 epochs) has 70.0 %."
+    )
+
+
+# --- a complete small answer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_features(tmp_path_factory.mktemp("features") / "blobs.safetensors")
+
+
+def answer(data, directory):
+    return Answer(data, SMALL, directory, SEEDS, SWEEP_SEEDS, progress=False)
+
+
+def contents(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    """(directory, report, contents) of a complete run."""
+    directory = tmp_path_factory.mktemp("answer") / "study"
+    complete = answer(data, directory)
+    complete.run()
+    return directory, complete.write(), contents(directory)
+
+
+def records_of(directory, kind):
+    return [json.loads(line) for line in (directory / kind / "records.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_the_directory_holds_tables_figures_and_report(done):
+    directory, text, files = done
+    tables = {
+        "contrasts", "contrasts_longer", "accuracy", "accuracy_longer", "sweep", "linear_probe", "seed_stability",
+        "zero_importance", "mask_density", "domain_overlap", "seeds", "seeds_longer",
+    }  # fmt: skip
+    figures = {"forest", "overlap", "importance_threshold_percentile", "ph2_freeze_epoch"}
+    here = {p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
+    assert here == {f"{t}.csv" for t in tables} | {f"{f}.png" for f in figures} | {"report.txt"}
+    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"epochs_2", "epochs_6", "sweep"}
+    assert files["report.txt"].decode() == text
+    assert all(files[f"{f}.png"].startswith(b"\x89PNG") for f in figures)
+    assert not [name for name in files if name.split("/")[-1].startswith(".") and not name.endswith(".lock")]
+
+
+def test_each_study_has_its_arms_seeds_and_settings(done):
+    directory, *_ = done
+    both = {f"{v}{s}" for v in study_module.build_arms.__globals__["VARIANTS"] for s in ("", "@phase1")}
+    for kind, arms, seeds, epochs in (
+        ("epochs_2", both, SEEDS, 2),
+        ("epochs_6", ARMS, SEEDS, 6),
+        ("sweep", set(sweep_arms()), SWEEP_SEEDS, 2),
+    ):
+        records = records_of(directory, kind)
+        found = {(r["algorithm"], r["holdout"], r["seed"], r["selection"]) for r in records}
+        assert found == set(product(arms, HOLDOUTS, range(seeds), ("last", "val")))
+        assert {r["epoch"] for r in records if r["selection"] == "last"} == {epochs}
+        said = json.loads((directory / kind / "settings.json").read_text("utf-8"))["settings"]
+        assert said["PH2_NUM_EPOCHS"] == epochs
+        assert said["PH2_FREEZE_EPOCH"] == epochs // 2
+        assert said["PH2_INIT"] == "fresh"
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("epochs_2", ""), ("epochs_6", "_longer")])
+def test_tables_are_those_of_the_records(done, kind, ending):
+    directory, *_ = done
+    frame = pd.DataFrame(records_of(directory, kind)).query("selection == 'last'")
+    frame = frame.assign(full=[a["full"] for a in frame["accuracy"]])
+    averages = frame.pivot_table("full", "seed", "algorithm", aggfunc="mean")
+    written = pd.read_csv(directory / f"seeds{ending}.csv", index_col="seed")
+    assert sorted(written.columns) == sorted(averages.columns)
+    np.testing.assert_allclose(written[averages.columns], averages, rtol=1e-5)
+    assert averages.std().max() > 0  # the networks learned something, and not all the same
+    table = pd.read_csv(directory / f"contrasts{ending}.csv").set_index("contrast")
+    assert table.index.tolist() == SIX
+    for name in SIX:
+        better, worse = name.split(" − ")
+        assert table.loc[name, "mean"] == pytest.approx((averages[better] - averages[worse]).mean(), abs=1e-6)
+    accuracy = pd.read_csv(directory / f"accuracy{ending}.csv").query("holdout == 'average'").set_index("algorithm")
+    np.testing.assert_allclose(accuracy["mean"][averages.columns], averages.mean(), rtol=1e-5)
+
+
+def test_the_default_points_of_the_sweep_are_the_default_arm(done):
+    table = pd.read_csv(done[0] / "sweep.csv", keep_default_na=False).set_index(["algorithm", "setting", "value"])
+    assert len(table) == 31
+    table = table[["n", "mean", "low", "high"]]
+    default = table.loc[("importance", "", "")]
+    for setting, value in (
+        ("IMPORTANCE_THRESHOLD_PERCENTILE", "60"),
+        ("PH2_FREEZE_EPOCH", "1"),
+        ("IMPORTANCE_AGGREGATION", "sum"),
+    ):
+        assert table.loc[("importance", setting, value)].tolist() == default.tolist()
+    assert set(table["n"]) == {SWEEP_SEEDS}
+
+
+def test_the_report_says_what_it_must(done):
+    directory, text, _ = done
+    assert text.startswith("Does importance masking help?\n")
+    for epochs in (2, 6):
+        for name in SIX:
+            assert text.count(f"\n{epochs} epochs, {name}: ") == 1
+        assert f"Confirmatory family, {epochs} epochs" in text
+        assert f"Accuracy (%), {epochs} epochs" in text
+    assert "EXPLORATORY: one setting at a time, 2 seeds" in text
+    assert "the best point is not a result" in text
+    assert "Chance is 33.3 %." in text
+    probe = pd.read_csv(directory / "linear_probe.csv")["full"].mean()
+    assert f"\nLogistic regression on the same features reaches {100 * probe:.1f} %, " in text
+    assert "270 × 8-d" in text
+    assert f"{SEEDS} seeds, 3 held-out domains" in text
+    assert "failed" not in text
+    assert str(directory) not in text
+
+
+def test_the_probe_is_not_above_networks_that_the_longer_training_made_better(done, data):
+    complete = answer(data, done[0])
+    tables = complete.tables()
+    tables["accuracy_longer"] = tables["accuracy_longer"].assign(mean=tables["linear_probe"]["full"].mean() + 0.01)
+    assert "above every network" not in complete.report(tables)
+
+
+def test_again_gives_the_same_bytes_and_trains_nothing(done, data, monkeypatch):
+    directory, text, before = done
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    for name in ("train_domain", "train_holdout"):
+        monkeypatch.setattr(study_module, name, refuse)
+    again = answer(data, directory)
+    again.run()
+    assert again.write() == text
+    assert contents(directory) == before
+
+
+def test_the_answer_starts_fresh_whatever_the_settings_say(data, tmp_path):
+    settings = Settings.current(**{**vars(SMALL), "ph2_init": "phase1"})
+    studies = Answer(data, settings, tmp_path, SEEDS, SWEEP_SEEDS, progress=False).studies
+    assert {study.settings.ph2_init for study in studies.values()} == {"fresh"}
+    assert [len(study.seeds) for study in studies.values()] == [SEEDS, SEEDS, SWEEP_SEEDS]
+
+
+def test_failed_networks_are_counted_in_the_report(data, tmp_path, monkeypatch):
+    variables = study_module.train_domain.__globals__
+    start = variables["random_start"]
+
+    def poisoned(seeds, purpose, sizes):
+        params = start(seeds, purpose, sizes)
+        for i, seed in enumerate(seeds):
+            if seed == 1 and purpose == "start":
+                params["layers.0.weight"][i] = float("inf")
+        return params
+
+    monkeypatch.setitem(variables, "random_start", poisoned)
+    monkeypatch.setattr(answer_module, "SWEEPS", {"PH2_FREEZE_EPOCH": (0, 1), "IMPORTANCE_THRESHOLD_PERCENTILE": (60,)})
+    failing = answer(data, tmp_path)
+    failing.run()
+    text = failing.write()
+    records = [r for kind in ("epochs_2", "epochs_6", "sweep") for r in records_of(tmp_path, kind)]
+    count = sum(r["failed"] is not None and r["selection"] == "last" for r in records)
+    assert count > 0
+    assert f"{count} networks failed and are left out, first: " in text
+    for name in ("contrasts", "contrasts_longer"):
+        assert set(pd.read_csv(tmp_path / f"{name}.csv")["n"]) == {SEEDS - 1}  # the importance of seed 1 is of no use
+
+
+# --- from the command line -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored_config():
+    """Constants of `config` as they were, after a command has set them in this process."""
+    before = {name: getattr(config, name) for name in config.names()}
+    yield
+    config.apply(before)
+
+
+@pytest.mark.parametrize("options", [("--seeds", "1"), ("--seeds", "5", "--sweep-seeds", "1")], ids=" ".join)
+def test_one_seed_is_refused_in_one_sentence(options, tmp_path, monkeypatch, capsys, restored_config):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *options]) == 2
+    written = capsys.readouterr()
+    assert written.err == "A study compares over seeds: --seeds and --sweep-seeds must be at least 2.\n"
+    assert written.out == ""
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,309 @@
+"""What explains an answer, against plain numpy on the files of a small study and against units renamed on purpose."""
+
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from scipy.stats import hypergeom
+from test_study import make_features
+
+from config import Settings
+from diagnostics import (
+    domain_overlap,
+    hidden_activations,
+    mask_density,
+    match_units,
+    rename_units,
+    seed_stability,
+    zero_importance,
+)
+from importance import overlap
+from models import FeedforwardClassifier
+from records import Results
+from study import Study
+
+HIDDEN = (6, 5, 4)
+WEIGHTS, MARKED = 6 * 5 + 5 * 4, 30  # tracked; 60 per cent of them
+SETTINGS = Settings.current(
+    hidden_sizes=HIDDEN, ph1_num_epochs=2, ph1_learning_rate=1e-2, ph2_num_epochs=1, ph2_freeze_epoch=1
+)
+SEEDS = 4
+DOMAINS = ("art", "photo", "sketch")
+
+
+def small_study(directory, seeds=SEEDS):
+    data = make_features(directory / "blobs.safetensors")
+    study = Study(data, SETTINGS, Results(directory / "results"), range(seeds), progress=False)
+    study.phase1()
+    return study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    done = small_study(tmp_path_factory.mktemp("diagnostics"))
+    done.phase2()
+    return done
+
+
+@pytest.fixture
+def with_a_failure(tmp_path, monkeypatch):
+    """A study whose Phase 1 networks of seed 1 all failed."""
+    variables = Study.phase1.__globals__["train_domain"].__globals__
+    start = variables["random_start"]
+
+    def poisoned(seeds, purpose, sizes):
+        params = start(seeds, purpose, sizes)
+        for i, seed in enumerate(seeds):
+            if seed == 1:
+                params["layers.0.weight"][i] = torch.inf
+        return params
+
+    monkeypatch.setitem(variables, "random_start", poisoned)
+    study = small_study(tmp_path)
+    study.phase2()
+    return study
+
+
+def on_disk(study, name, kind):
+    """Layers of an importance file, read with numpy alone."""
+    with np.load(study.results.directory / "importance" / f"{name}.npz", allow_pickle=False) as file:
+        return [file[f"{kind}_{i}"] for i in (1, 2)]
+
+
+def flat(layers, seed):
+    return np.concatenate([layer[seed].ravel() for layer in layers])
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def chance():
+    shared = np.arange(MARKED + 1)
+    return float((hypergeom(WEIGHTS, MARKED, MARKED).pmf(shared) * shared / (2 * MARKED - shared)).sum())
+
+
+def random_network(seed, hidden=HIDDEN, size=8, dead=()):
+    """Parameters of a network; `dead` names (layer, unit) that never fire."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = FeedforwardClassifier(size, 3, hidden)
+    with torch.no_grad():
+        for layer in network.layers[:-1]:
+            layer.bias += 0.5  # so that no other unit is dead
+        for layer, unit in dead:
+            network.layers[layer].bias[unit] = -100.0
+    return {name: value.detach() for name, value in network.named_parameters()}
+
+
+def renamed(params, names):
+    """The same network with hidden unit `names[i][j]` of the given one as its unit j of layer i."""
+    given = [np.arange(params["layers.0.weight"].shape[1]), *names, np.arange(3)]
+    new = {}
+    for i, (before, after) in enumerate(pairwise(given)):
+        new[f"layers.{i}.weight"] = params[f"layers.{i}.weight"][after][:, before]
+        new[f"layers.{i}.bias"] = params[f"layers.{i}.bias"][after]
+    return new
+
+
+def images(n=200, seed=3):
+    return torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def shuffles(seed, hidden=HIDDEN):
+    draw = np.random.default_rng(seed)
+    return [draw.permutation(width) for width in hidden]
+
+
+def test_hidden_activations_are_what_the_module_computes():
+    params, seen = random_network(0), []
+    network = FeedforwardClassifier(8, 3, HIDDEN)
+    network.load_state_dict(params)
+    for layer in network.layers[1:]:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    network(images())
+    hidden = hidden_activations(params, images(), len(HIDDEN))
+    assert [tuple(h.shape) for h in hidden] == [(200, 6), (200, 5), (200, 4)]
+    for ours, theirs in zip(hidden, seen, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_renamed_units_are_found_and_their_mask_comes_back(seed):
+    params, names = random_network(seed), shuffles(seed)
+    a = hidden_activations(params, images(), 3)
+    b = hidden_activations(renamed(params, names), images(), 3)
+    matches = match_units(a, b)
+    assert [m.tolist() for m in matches] == [np.argsort(n).tolist() for n in names]
+    draw = torch.Generator().manual_seed(seed)
+    mask_a = [torch.rand(5, 6, generator=draw) < 0.6, torch.rand(4, 5, generator=draw) < 0.6]
+    mask_b = [mask_a[i][names[i + 1]][:, names[i]] for i in range(2)]
+    assert float(overlap(mask_a, mask_b)) < 1
+    back = rename_units(mask_b, matches)
+    assert all(torch.equal(x, y) for x, y in zip(back, mask_a, strict=True))
+    assert float(overlap(mask_a, back)) == 1
+
+
+def test_units_are_matched_on_correlation_whatever_their_scale_and_offset():
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.stack([1e3 * x[:, 2] + 5, 1e-3 * x[:, 0], x[:, 1], x[:, 3] - 7], dim=1)
+    assert match_units([x], [y])[0].tolist() == [1, 2, 0, 3]
+
+
+def test_units_that_do_the_opposite_are_not_matched():
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    assert match_units([x], [-x])[0].tolist() == [1, 0]
+
+
+def test_a_dead_unit_takes_the_place_that_is_left():
+    params, names = random_network(1, dead=[(0, 2), (1, 4), (2, 0)]), shuffles(8)
+    a = hidden_activations(params, images(), 3)
+    assert [int((h == 0).all(0).sum()) for h in a] == [1, 1, 1]
+    matches = match_units(a, hidden_activations(renamed(params, names), images(), 3))
+    assert [m.tolist() for m in matches] == [np.argsort(n).tolist() for n in names]
+
+
+def test_many_dead_units_do_not_disturb_the_living_ones():
+    params, names = random_network(1, dead=[(0, 0), (0, 2), (0, 3), *((2, unit) for unit in range(4))]), shuffles(9)
+    a = hidden_activations(params, images(), 3)
+    matches = match_units(a, hidden_activations(renamed(params, names), images(), 3))
+    for match, width in zip(matches, HIDDEN, strict=True):
+        assert sorted(match) == list(range(width))
+    assert matches[0][[1, 4, 5]].tolist() == np.argsort(names[0])[[1, 4, 5]].tolist()
+    assert matches[1].tolist() == np.argsort(names[1]).tolist()
+
+
+def by_hand(study, domain, seed):
+    """Hidden activations of one Phase 1 network on its domain, in numpy."""
+    arrays = load_file(study.results.directory / "weights" / f"phase1_{domain}.safetensors")
+    x = study.problem.features.numpy()[study.problem.domains.numpy() == DOMAINS.index(domain)].astype(float)
+    hidden = []
+    for i in range(3):
+        x = np.maximum(x @ arrays[f"final.layers.{i}.weight"][seed].T + arrays[f"final.layers.{i}.bias"][seed], 0)
+        hidden.append(x)
+    return hidden
+
+
+def best_matches(x, y):
+    """All orders of y's units whose correlations with x's sum to the most: every permutation is tried."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    lengths = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
+    correlation = np.divide(x.T @ y, lengths, out=np.zeros_like(lengths), where=lengths > 1e-6)
+    orders = np.array(list(permutations(range(len(correlation)))))
+    sums = correlation[np.arange(len(correlation)), orders].sum(1)
+    return orders[sums > sums.max() - 1e-5]
+
+
+def test_seed_stability_by_hand(study):
+    table, unique = seed_stability(study), 0
+    assert table.index.tolist() == list(DOMAINS)
+    assert table.columns.tolist() == ["pairs", "by_position", "matched", "chance"]
+    for domain in DOMAINS:
+        masks, low, high, plain = on_disk(study, f"phase1_{domain}", "mask"), [], [], []
+        for a in range(SEEDS - 1):
+            b = a + 1
+            plain.append(iou(flat(masks, a), flat(masks, b)))
+            first, second, third = (
+                best_matches(x, y) for x, y in zip(by_hand(study, domain, a), by_hand(study, domain, b), strict=True)
+            )
+            possible = [
+                iou(flat(masks, a), np.concatenate([masks[0][b][q][:, p].ravel(), masks[1][b][r][:, q].ravel()]))
+                for p in first
+                for q in second
+                for r in third
+            ]
+            unique += len(possible) == 1
+            low.append(min(possible))
+            high.append(max(possible))
+        row = table.loc[domain]
+        assert row["pairs"] == SEEDS - 1
+        assert row["by_position"] == pytest.approx(np.mean(plain))
+        assert np.mean(low) - 1e-9 <= row["matched"] <= np.mean(high) + 1e-9  # dead units leave more than one match
+        assert row["chance"] == pytest.approx(chance())
+    assert unique >= 3  # or the bounds above say nothing
+
+
+def test_seed_stability_of_networks_that_differ_in_their_names_only(tmp_path):
+    study = small_study(tmp_path, seeds=3)
+    for domain in DOMAINS:
+        weights, header = study.load("weights", f"phase1_{domain}")
+        arrays, _ = study.load("importance", f"phase1_{domain}")
+        original = random_network(5)
+        for s, names in enumerate((None, shuffles(1), shuffles(2))):
+            params = original if names is None else renamed(original, names)
+            for name, value in params.items():
+                weights[f"final.{name}"][s] = value
+            for i in (1, 2) if names else ():
+                for kind in ("importance", "mask"):
+                    arrays[f"{kind}_{i}"][s] = arrays[f"{kind}_{i}"][0][names[i]][:, names[i - 1]]
+        for kind, content in (("weights", weights), ("importance", arrays)):
+            seeds = content.pop("seeds").tolist()
+            study.results.save(kind, f"phase1_{domain}", seeds, content, header)
+    table = seed_stability(study)
+    assert (table["matched"] == 1).all()
+    assert (table["by_position"] < 1).all()
+
+
+def test_seed_stability_looks_at_no_more_pairs_than_asked(study):
+    table = seed_stability(study, pairs=2)
+    assert (table["pairs"] == 2).all()
+    for domain in DOMAINS:
+        masks = on_disk(study, f"phase1_{domain}", "mask")
+        expected = np.mean([iou(flat(masks, a), flat(masks, a + 1)) for a in range(2)])
+        assert table.loc[domain, "by_position"] == pytest.approx(expected)
+
+
+def test_domain_overlap_by_hand(study):
+    table, level = domain_overlap(study)
+    masks = {domain: on_disk(study, f"phase1_{domain}", "mask") for domain in DOMAINS}
+    for a in DOMAINS:
+        for b in DOMAINS:
+            expected = np.mean([iou(flat(masks[a], s), flat(masks[b], s)) for s in range(SEEDS)])
+            assert table.loc[a, b] == pytest.approx(expected)
+    assert table.loc["art", "photo"] < 1
+    assert level == pytest.approx(chance())
+
+
+def test_zero_importance_by_hand(study):
+    table = zero_importance(study)
+    for domain in DOMAINS:
+        moved, masks = (on_disk(study, f"phase1_{domain}", kind) for kind in ("importance", "mask"))
+        still = [flat(moved, s) == 0 for s in range(SEEDS)]
+        assert table.loc[domain, "share_zero"] == pytest.approx(np.mean(still))
+        marked = np.mean([(z & flat(masks, s)).sum() for s, z in enumerate(still)])
+        assert table.loc[domain, "marked_zero"] == pytest.approx(marked)
+    assert (table["share_zero"] > 0).any()
+
+
+def test_mask_density_by_hand(study):
+    table = mask_density(study)
+    for holdout in DOMAINS:
+        first, second = on_disk(study, f"holdout_{holdout}", "mask")
+        row = table.loc[holdout]
+        assert row["overall"] == pytest.approx(MARKED / WEIGHTS)
+        assert row["layer 1"] == pytest.approx(first.mean())
+        assert row["layer 2"] == pytest.approx(second.mean())
+        for axis, name in ((2, "spread of rows"), (1, "spread of columns")):
+            spread = [np.mean([m[s].mean(axis - 1).std() for m in (first, second)]) for s in range(SEEDS)]
+            assert row[name] == pytest.approx(np.mean(spread))
+
+
+def test_a_failed_network_is_left_out(with_a_failure):
+    study = with_a_failure
+    sound = [0, 2, 3]
+    assert (seed_stability(study)["pairs"] == 1).all()  # of seeds 2 and 3
+    masks = {domain: on_disk(study, f"phase1_{domain}", "mask") for domain in DOMAINS}
+    assert not flat(masks["art"], 1).any()
+    expected = np.mean([iou(flat(masks["art"], s), flat(masks["photo"], s)) for s in sound])
+    table, level = domain_overlap(study)
+    assert table.loc["art", "photo"] == pytest.approx(expected)
+    assert level == pytest.approx(chance())
+    moved = on_disk(study, "phase1_art", "importance")
+    expected = np.mean([flat(moved, s) == 0 for s in sound])
+    assert zero_importance(study).loc["art", "share_zero"] == pytest.approx(expected)
+
+
+def test_a_failed_network_is_left_out_of_the_density(with_a_failure):
+    np.testing.assert_allclose(mask_density(with_a_failure)["overall"], MARKED / WEIGHTS)
