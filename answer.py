@@ -72,6 +72,21 @@ def contrasts(records: Sequence[Mapping]) -> pd.DataFrame:
     )
 
 
+def with_controls(study: Study, directory: str | Path) -> Study:
+    """The same study with every control from both starts, in a directory of its own; not yet trained."""
+    settings = replace(study.settings, ph2_init="fresh")
+    options = {"device": study.problem.features.device.type, "strict": study.strict, "progress": study.progress}
+    arms = {"algorithms": BOTH_STARTS, "keep_weights": False}
+    return Study(study.data, settings, Results(directory), study.seeds, study.holdouts, **arms, **options)
+
+
+def forest_figure(table: pd.DataFrame, study: Study) -> Figure:
+    """Forest plot of `contrasts`."""
+    on = f"{study.data.model_name}, {study.data.feature_size}-d, {len(study.seeds)} seeds"
+    title = f"Paired differences, mean over the holdouts, 95 % bootstrap interval ({on})"
+    return difference_plot(table.rename(columns={"contrast": "label"}), title)
+
+
 def seed_averages(records: Sequence[Mapping]) -> pd.DataFrame:
     """Headline accuracy averaged over the holdouts within each seed: seeds × algorithms, NaN where one is missing."""
     table = accuracy_table(records)
@@ -153,10 +168,9 @@ class Answer:
         epochs = {name: self.studies[kind].settings.ph2_num_epochs for kind, name in LENGTHS.items()}
         on = f"{short.data.model_name}, {short.data.feature_size}-d, {len(short.seeds)} seeds"
         rows = [tables[name].assign(group=f"{count} epochs") for name, count in epochs.items()]
-        forest = pd.concat(rows).rename(columns={"contrast": "label"})
         overlap = tables["domain_overlap"]
         drawn = {
-            "forest": difference_plot(forest, f"Paired differences, mean over the holdouts, 95 % interval ({on})"),
+            "forest": forest_figure(pd.concat(rows), short),
             "overlap": overlap_matrix(
                 overlap.to_numpy(),
                 list(overlap),
