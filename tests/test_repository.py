@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from evaluation import finding, lodo_table, wide_table
 from records import Results
 
@@ -82,3 +84,19 @@ def test_the_readme_example_runs(tmp_path):
     code = code[0].replace("path/to/this/folder", str(ROOT)) + "\nprint(int(sum(m.sum() for m in mask)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.stdout.strip(), done.stderr) == (str(int(0.6 * 2 * 16 * 16 + 0.5)), "")
+
+
+def test_the_readme_quotes_the_reference_study():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    folder = ROOT / "results" / "reference" / "study"
+    for name in ("contrasts", "contrasts_longer"):
+        for row in pd.read_csv(folder / f"{name}.csv").to_dict("records"):
+            numbers = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(
+                **{k: 100 * row[k] for k in ("mean", "low", "high")}
+            )
+            assert f"| {row['contrast']} |" in readme
+            assert f"| {numbers.replace('-', '−')} | {row['verdict']} |" in readme
+    probe = next(
+        line for line in (folder / "report.txt").read_text("utf-8").splitlines() if line.startswith("Logistic")
+    )
+    assert probe in readme
