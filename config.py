@@ -8,6 +8,7 @@ import ast
 import difflib
 import hashlib
 import json
+import re
 import sys
 import types
 import typing
@@ -80,7 +81,8 @@ def parse(assignment: str) -> tuple[str, object]:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        value = text  # a bare word is a string
+        repeated = re.fullmatch(r"\((\d+),\)\s*\*\s*(\d{1,3})", text)  # (10,) * 5, as the constant is written
+        value = (int(repeated[1]),) * int(repeated[2]) if repeated else text  # a bare word is a string
     if str in (declared, *typing.get_args(declared)) and not isinstance(value, (str, type(None))):
         value = text  # RESULTS_DIR=1e3 is a name, not a number
     return name, _coerce(name, value, declared)

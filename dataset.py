@@ -285,7 +285,8 @@ def _read_all(root: Path, files: list[str], workers: int, progress: bool) -> Ite
     pool = ThreadPoolExecutor(workers)
     try:
         results = pool.map(_digests, [root / file for file in files])
-        bar = tqdm(results, "checking images", len(files), unit="img", disable=not (progress and files))
+        quiet = {} if progress and files else {"disable": True}  # else as TQDM_DISABLE in the environment says
+        bar = tqdm(results, "checking images", len(files), unit="img", **quiet)
         yield from zip(files, bar, strict=True)
     finally:
         pool.shutdown(cancel_futures=True)  # or Ctrl-C would wait for all that is queued

@@ -200,7 +200,8 @@ def finding(records: Sequence[Mapping], algorithm: str = "importance", baseline:
         return "One seed gives no interval: use more seeds for an answer."
     n, mean, low, high = (differences[name] * (1 if name == "n" else 100) for name in INTERVAL)
     interval = f"{mean:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, {n:.0f} seeds)"
-    subject = f"averaged over the {len({r['holdout'] for r in records})} held-out domains"
+    holdouts = {record["holdout"] for record in records}
+    subject = f"averaged over the {len(holdouts)} held-out domains" if len(holdouts) > 1 else f"on {min(holdouts)}"
     if low > 0:
         return f"Importance masking helps here: {interval} against {baseline}, {subject}."
     if high < 0:

@@ -71,6 +71,8 @@ def apply_options(options: argparse.Namespace) -> None:
     config.apply({n: v for option, n in names.items() if (v := getattr(options, option, None)) is not None})
     if config.NUM_SEEDS < 1:
         raise InputError(f"--seeds must be at least 1, not {config.NUM_SEEDS}.")
+    if not config.RESULTS_DIR:
+        raise InputError("RESULTS_DIR is empty: which folder?")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
     if options.command in ("run", "study") and options.vit_model and config.DATA_ROOT is None:
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     from figures import save_all
     from study import Study
 
-    holdouts = options.holdouts.split(",") if options.holdouts else None
+    holdouts = [name.strip() for name in options.holdouts.split(",")] if options.holdouts else None
     choice = {"overwrite": options.overwrite, "verify": options.verify, "strict": options.strict}
     study = Study.from_config(None, holdouts, **choice)
     print(study.data.describe(), flush=True)
@@ -167,16 +169,22 @@ def joined_model(arrays: dict, header: dict, index: int):
     """
     from models import FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
 
-    trained_on = header["features"]["model"]
+    trained_on, made_by = header["features"]["model"] or {}, header["features"]["preprocessing"]
+    if "weights_sha256" not in trained_on:
+        raise InputError(
+            "These networks were trained on features of a model that is not known: they cannot see images."
+        )
     extractor = ViTFeatureExtractor.from_pretrained()
-    if trained_on and extractor.weights_hash() != trained_on["weights_sha256"]:
+    if extractor.weights_hash() != trained_on["weights_sha256"] or extractor.preprocessing.describe() != made_by:
         raise InputError(
             f"The weights were trained on features of '{trained_on['name']}', and '{extractor.name}' is another "
-            "model: give the right one with --vit-model."
+            "model or prepares images otherwise: give the right one with --vit-model."
         )
     classes = header["class_names"]
     classifier = FeedforwardClassifier(extractor.feature_size, len(classes), header["hidden_sizes"])
     state = {n.removeprefix("final."): v[index] for n, v in arrays.items() if n.startswith("final.")}
+    if not all(value.isfinite().all() for value in state.values()):
+        raise InputError("This network failed in training: give another one with --seed.")
     classifier.load_state_dict(state)
     return ImageClassifier(extractor, classifier, classes).eval()
 

@@ -175,8 +175,10 @@ def load_features(path: str | os.PathLike, source: str | None = None) -> Feature
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{path}' is not a whole safetensors file: {error}.") from error
     header = _read_header(f"'{path}'", metadata)
+    header = {key: value for key, value in header.items() if value is not None}
     header.setdefault("dataset", path.stem)
-    if header.get("files") is None and "features" in tensors:
+    _check_tensors(f"'{path}'", tensors)
+    if "files" not in header:
         header["files"] = _row_names(len(tensors["features"]))
     _check(f"'{path}'", tensors, header)
     return FeatureSet(
@@ -215,16 +217,23 @@ def _check(where: str, tensors: dict[str, Tensor], header: dict) -> None:
         if len(set(names)) < len(names):
             double = next(name for i, name in enumerate(names) if name in names[:i])
             raise InputError(f"{where} has '{double}' twice in its {key}.")
+    for name in (*header["class_names"], *header["domain_names"]):
+        if name.startswith(".") or "/" in name or "\\" in name:
+            raise InputError(f"{where} has the name '{name}': names become file names, without slashes or a first dot.")
+    model = header.get("model", {"name": ""})
+    if not isinstance(model, dict) or not isinstance(model.get("name"), str) or not isinstance(header["dataset"], str):
+        raise InputError(f"{where} must have in its header a dataset name and, if at all, a model like {{'name': …}}.")
     if len(header["files"]) != rows:
         raise InputError(f"{where} has {rows} rows of features but {len(header['files'])} names in files.")
     if len(header["domain_names"]) < 2:
         raise InputError(f"{where} has one domain only; leave-one-domain-out needs two or more.")
     for tensor, key in (("labels", "class_names"), ("domains", "domain_names")):
-        low, high, count = int(tensors[tensor].min()), int(tensors[tensor].max()), len(header[key])
+        values = tensors[tensor].long()  # the unsigned types have no min
+        low, high, count = int(values.min()), int(values.max()), len(header[key])
         if low < 0 or high >= count:
             raise InputError(f"{where} has {tensor} from {low} to {high}, but {count} {key} (0 to {count - 1}).")
     names = header["class_names"], header["domain_names"]
-    for domain, classes in _counts(tensors["labels"], tensors["domains"], *names).items():
+    for domain, classes in _counts(tensors["labels"].long(), tensors["domains"].long(), *names).items():
         for label, count in classes.items():
             if not count:
                 raise InputError(f"{where} has no images of class '{label}' in domain '{domain}'.")
@@ -244,7 +253,7 @@ def _check_tensors(where: str, tensors: dict[str, Tensor]) -> None:
             raise InputError(f"{where} must have integer {name}, not {kind}.")
         if shape != [len(features)]:
             raise InputError(f"{where} has {name} of shape {shape} for {len(features)} rows of features.")
-    if not (finite := features.isfinite().all(1)).all():
+    if not (finite := features.float().isfinite().all(1)).all():  # they are trained on as float32
         raise InputError(f"{where} has features that are not finite, first in row {int((~finite).nonzero()[0])}.")
 
 

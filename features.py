@@ -224,7 +224,8 @@ def _run(
     batches = [list(rows[s][i : i + limit]) for s in missing for i in range(0, len(rows[s]), limit)]
     done = len(dataset) - sum(map(len, batches))
     loaded = iter(_loader(dataset, contents, extractor, batches, workers))
-    with tqdm(total=len(dataset), initial=done, desc=extractor.name, unit="img", disable=not progress) as bar:
+    quiet = {} if progress else {"disable": True}  # else as TQDM_DISABLE in the environment says
+    with tqdm(total=len(dataset), initial=done, desc=extractor.name, unit="img", **quiet) as bar:
         for start in missing:
             buffer = []
             while sum(map(len, buffer)) < len(rows[start]):

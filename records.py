@@ -81,8 +81,8 @@ class Results:
         """
         mine = {"hash": settings.hash, "settings": settings.as_dict(), "features": dict(features)}
         there = self.read_settings()
-        if there is None and (left := [name for name in OUTPUTS if (self.directory / name).exists()]):
-            raise InputError(f"'{self.directory}' has {left[0]} but no settings.json: give another RESULTS_DIR.")
+        if there is None:
+            self._refuse_strangers()
         if there is not None:
             self._compare(mine, there)
             if environment in there["environments"]:
@@ -114,13 +114,23 @@ class Results:
         return there
 
     def clear(self) -> None:
-        """Delete what a run writes, and nothing else."""
+        """Delete what a run writes, and nothing else.
+
+        Raises:
+            InputError: files of these names are there, but no settings.json of this project.
+        """
+        if self.read_settings() is None:
+            self._refuse_strangers()
         for name in OUTPUTS:
             path = self.directory / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _refuse_strangers(self) -> None:
+        if left := [name for name in OUTPUTS if (self.directory / name).exists()]:
+            raise InputError(f"'{self.directory}' has {left[0]} but no settings.json: give another RESULTS_DIR.")
 
     # --- records ------------------------------------------------------------------------------------------
 

@@ -12,13 +12,17 @@ see the same batches of their seed. An engine holds the parameters, takes traini
 Both are tested against a plain PyTorch loop in float64.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from models import FeedforwardClassifier
+if TYPE_CHECKING:  # so that `step_with_rates` needs torch alone, whatever files lie beside a reader's notebook
+    from models import FeedforwardClassifier
 
 Params = dict[str, Tensor]  # parameter name -> [S, V, *shape]
 Rates = Mapping[str, Tensor]  # parameter name -> factor on its update, broadcastable to [S, V, *shape]

@@ -70,6 +70,10 @@ class Study:
         progress: bool = True,
         overwrite: bool = False,
     ):
+        if isinstance(holdouts, str):
+            holdouts = [holdouts]
+        if config.SEEDS_PER_CHUNK < 1:
+            raise InputError(f"SEEDS_PER_CHUNK must be at least 1, not {config.SEEDS_PER_CHUNK}.")
         unknown = [name for name in holdouts or () if name not in data.domain_names]
         if unknown:
             raise InputError(
@@ -77,7 +81,7 @@ class Study:
             )
         self.data, self.settings, self.results = data, settings, results
         self.seeds = tuple(sorted(set(seeds)))
-        self.holdouts = tuple(holdouts) if holdouts else data.domain_names
+        self.holdouts = tuple(dict.fromkeys(holdouts)) if holdouts else data.domain_names
         self.algorithms, self.keep_weights = tuple(algorithms), keep_weights
         self.strict, self.progress = strict or len(self.seeds) == 1, progress
         self.problem = Problem.from_features(data, settings, device)

@@ -388,3 +388,8 @@ def test_import_has_no_side_effects_and_the_hash_is_the_same_in_every_process(tm
         hashes.add(done.stderr)
     assert hashes == {Settings.current().hash}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_may_be_written_as_in_the_file():
+    assert config.parse("HIDDEN_SIZES=(10,)*4") == ("HIDDEN_SIZES", (10,) * 4)
+    assert config.parse("HIDDEN_SIZES=(7,) * 2") == ("HIDDEN_SIZES", (7, 7))

@@ -105,6 +105,8 @@ BAD = {
     ("run", "--features", "nothing.safetensors"): "nothing.safetensors",
     ("run", "--features", "a", "--data-root", "b"): "exclude each other",
     ("run", "--vit-model", "x"): "--vit-model needs --data-root",
+    ("run", "--results-dir", ""): "RESULTS_DIR is empty",
+    ("run", "--set", "SEEDS_PER_CHUNK=0"): "SEEDS_PER_CHUNK must be at least 1",
     ("run", "--threads", "0"): "THREADS must be at least 1",
     ("run", "--unknown",): "Unrecognized arguments: --unknown",
     ("features",): "--data-root is missing",
@@ -195,3 +197,12 @@ def test_images_to_prediction_with_a_tiny_vit(tiny_vit, tmp_path):
     done = experiment("predict", picture, "--weights", weights, "--vit-model", tiny_vit, "--seed", 9, cwd=tmp_path)
     assert done.returncode == 2
     assert "has no seed 9; it has 0, 1" in done.stderr
+
+
+def test_networks_of_an_unknown_model_do_not_see_images(feature_file, tmp_path, tiny_vit):
+    run_small(feature_file, "out", "--seeds", 2, "--no-figures", cwd=tmp_path)
+    picture = next(make_images(tmp_path / "tree").rglob("*.png"))
+    weights = tmp_path / "out" / "weights" / "phase2_art_erm.safetensors"
+    done = experiment("predict", picture, "--weights", weights, "--vit-model", tiny_vit, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("These networks were trained on features of a model that is not known")

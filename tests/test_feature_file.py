@@ -171,3 +171,26 @@ def test_features_stay_on_disk(tmp_path):
         pytest.skip("no /proc on this system")
     assert "big.safetensors" in maps.read_text()
     assert (loaded.features == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "my-encoder"}, "a model like"),
+        ({"model": {"type": "x"}}, "a model like"),
+        ({"dataset": ["x"]}, "a dataset name"),
+        ({"features": torch.tensor(1.0)}, r"shape \[N, D\]"),
+        ({"domain_names": ["a", "../b"]}, "without slashes"),
+        ({"features": torch.full((12, 5), 1e300, dtype=torch.float64)}, "not finite"),
+    ],
+)
+def test_a_header_slightly_off_is_refused_in_a_sentence(tmp_path, changes, said):
+    with pytest.raises(InputError, match=said):
+        load_features(write_raw(tmp_path / "f.safetensors", **changes))
+
+
+def test_no_model_and_unsigned_labels_are_fine(tmp_path):
+    path = write_raw(tmp_path / "f.safetensors", model=None, labels=parts()["labels"].to(torch.uint16))
+    data = load_features(path)
+    assert data.model_name == "unknown model"
+    assert torch.equal(data.labels, parts()["labels"])

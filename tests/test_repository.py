@@ -100,3 +100,11 @@ def test_the_readme_quotes_the_reference_study():
         line for line in (folder / "report.txt").read_text("utf-8").splitlines() if line.startswith("Logistic")
     )
     assert probe in readme
+
+
+def test_the_rate_per_weight_imports_beside_files_of_the_same_names(tmp_path):
+    for name in ("models.py", "config.py"):
+        (tmp_path / name).write_text("mine = True\n")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from stacks import step_with_rates; import importance"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
