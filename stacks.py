@@ -15,7 +15,7 @@ Both are tested against a plain PyTorch loop in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,22 @@ def step_with_rates(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, Ten
         parameter.copy_(scaled_update(before[parameter], parameter, rate))
 
 
+class Engine(Protocol):
+    """What `training.train` needs of a stack of networks.
+
+    Attributes:
+        params: parameters, name -> ``[S, V, *shape]``.
+    """
+
+    params: Params
+
+    def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on the batches ``[S, B, D]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[S, V]``."""
+
+    def right(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[S, V, N]``."""
+
+
 class VmapEngine:
     """The reference.
 
@@ -66,13 +82,16 @@ class VmapEngine:
         self.params = {name: value.clone().requires_grad_() for name, value in params.items()}
         self.optimizer = torch.optim.Adam(self.params.values(), lr=learning_rate, fused=True)
 
-    def step(self, features: Tensor, targets: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
+    def step(
+        self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step of Adam on the mean cross-entropy of each network's batch.
 
         Args:
             features: ``[S, B, D]``.
             targets: ``[S, B]``.
             rates: parameter name -> factor on its update.
+            domains: not used by this engine.
 
         Returns:
             Loss and number of right answers before the step, both ``[S, V]``.
@@ -149,7 +168,9 @@ class MatmulEngine:
         return self._rooms[batch]
 
     @torch.no_grad()
-    def step(self, features: Tensor, targets: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
+    def step(
+        self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         batch, last = features.shape[1], len(self.weights) - 1
         rooms = self._buffers(batch)
         out, gradients = rooms["out"], rooms["gradient"]  # per layer [K, units, B]
@@ -205,8 +226,8 @@ class MatmulEngine:
 ENGINES = {"matmul": MatmulEngine, "vmap": VmapEngine}
 
 
-def pieces(engine: VmapEngine | MatmulEngine, rows: int) -> int:
+def pieces(engine: Engine, rows: int) -> int:
     """How many rows at a time keep the largest activation below `PIECE_FLOATS`; at least one, at most `rows`."""
     seeds, variants = next(iter(engine.params.values())).shape[:2]
-    widest = max(value.shape[2] for value in engine.params.values())
+    widest = max(value.shape[2] for value in engine.params.values() if value.ndim > 2)
     return min(rows, max(1, PIECE_FLOATS // (seeds * variants * widest)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import config
 from dataset import split
 from models import FeedforwardClassifier
-from stacks import ENGINES, MatmulEngine, Params, Rates, VmapEngine, pieces
+from stacks import ENGINES, Engine, MatmulEngine, Params, Rates, pieces
 
 
 def prepare_machine() -> str:
@@ -178,6 +178,8 @@ def tracked(params: Params, hidden_sizes: Sequence[int]) -> list[Tensor]:
 class BatchOrder:
     """Order in which each seed meets its training images: a new permutation per epoch, drawn without replacement."""
 
+    rows_per_step: int | None = None  # None = the settings' batch size
+
     def __init__(self, seeds: Sequence[int], name: str, rows: Tensor):
         self.generators = [generator(seed, "order", name) for seed in seeds]
         self.rows = rows
@@ -186,6 +188,41 @@ class BatchOrder:
         """Row numbers of the problem, int64 ``[S, n]``."""
         order = torch.stack([torch.randperm(len(self.rows), generator=g) for g in self.generators])
         return self.rows[order.to(self.rows.device)]
+
+
+class BalancedOrder:
+    """As many rows of each domain in every step; a domain that is used up begins again in a new order.
+
+    Args:
+        seeds: S seeds.
+        name: of the random streams.
+        rows: row numbers of each domain.
+        steps: updates in an epoch.
+        batch_size: rows per step and domain.
+    """
+
+    def __init__(self, seeds: Sequence[int], name: str, rows: Sequence[Tensor], steps: int, batch_size: int):
+        self.generators = [[generator(seed, "order", f"{name}/{d}") for d in range(len(rows))] for seed in seeds]
+        self.rows, self.steps, self.batch_size = rows, steps, batch_size
+        self.left = [[own.new_empty(0) for own in rows] for _ in seeds]  # of each domain's last shuffle
+        self.rows_per_step = batch_size * len(rows)
+
+    def next_epoch(self) -> Tensor:
+        """Row numbers of the problem, int64 ``[S, steps · domains · batch_size]``, in each step ordered by domain."""
+        epoch = []
+        for draws, left in zip(self.generators, self.left, strict=True):
+            domains = [self._take(d, draw, left) for d, draw in enumerate(draws)]
+            epoch.append(torch.stack(domains, dim=1).flatten())
+        return torch.stack(epoch)
+
+    def _take(self, domain: int, draw: torch.Generator, left: list[Tensor]) -> Tensor:
+        """The next rows of one domain: int64 ``[steps, batch_size]``."""
+        rows, wanted, parts = self.rows[domain], self.steps * self.batch_size, [left[domain]]
+        while sum(map(len, parts)) < wanted:
+            parts.append(rows[torch.randperm(len(rows), generator=draw).to(rows.device)])
+        every = torch.cat(parts)
+        left[domain] = every[wanted:]
+        return every[:wanted].view(self.steps, self.batch_size)
 
 
 def predict(params: Params, features: Tensor, hidden_sizes: Sequence[int]) -> Tensor:
@@ -198,7 +235,7 @@ def predict(params: Params, features: Tensor, hidden_sizes: Sequence[int]) -> Te
     return torch.cat([engine.classify(part) for part in parts], dim=-1)
 
 
-def count_correct(engine: VmapEngine | MatmulEngine, problem: Problem) -> Tensor:
+def count_correct(engine: Engine, problem: Problem) -> Tensor:
     """Right answers per domain, part and class: int64 ``[S, V, domains, 2, classes]``."""
     size, cells = pieces(engine, len(problem.labels)), problem.cells
     counts = None
@@ -252,14 +289,14 @@ def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[
 def train(
     problem: Problem,
     start: Params,
-    order: BatchOrder,
+    order: BatchOrder | BalancedOrder,
     settings: config.Settings,
     *,
     epochs: int,
     learning_rate: float,
     rates: Callable[[int], Rates] = lambda epoch: {},
     on_epoch: Callable[[], None] = lambda: None,
-    engine: str = "matmul",
+    engine: str | Engine = "matmul",
 ) -> Trained:
     """Train a stack with Adam on cross-entropy, batches drawn without replacement, the short last one kept.
 
@@ -272,28 +309,33 @@ def train(
         learning_rate: Adam's, for every weight whose rate is 1.
         rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[S, V, *shape]``}.
         on_epoch: called after each epoch (progress).
-        engine: "matmul", or "vmap", the reference; see `stacks`.
+        engine: "matmul", or "vmap", the reference (see `stacks`); or an engine that holds its networks already, which
+            `start` and `learning_rate` then do not change.
     """
     features, device = problem.features, problem.features.device
     template = FeedforwardClassifier.outline(features.shape[1], len(problem.class_names), settings.hidden_sizes)
-    stack = ENGINES[engine](template, {name: value.to(features) for name, value in start.items()}, learning_rate)
+    stack = engine
+    if isinstance(engine, str):
+        stack = ENGINES[engine](template, {name: value.to(features) for name, value in start.items()}, learning_rate)
     shape = next(iter(start.values())).shape[:2]
     losses, shares, correct, rooms = [], [], [], {}
     failed = torch.zeros(shape, dtype=torch.long, device=device)
     for epoch in range(epochs):
         rows, factors = order.next_epoch(), rates(epoch)
         loss_sum, right_sum = torch.zeros(2, *shape, dtype=features.dtype, device=device)
-        for batch in rows.split(settings.batch_size, dim=1):  # [S, B]
-            loss, right = stack.step(gather(features, batch, rooms), problem.labels[batch], factors)
+        for batch in rows.split(order.rows_per_step or settings.batch_size, dim=1):  # [S, B]
+            x = gather(features, batch, rooms)
+            loss, right = stack.step(x, problem.labels[batch], factors, problem.domains[batch])
             loss_sum += loss * batch.shape[1]
             right_sum += right
         losses.append(loss_sum / rows.shape[1])
         shares.append(right_sum / rows.shape[1])
-        sound = [value.isfinite().flatten(2).all(2) for value in stack.params.values()]
+        sound = [value.isfinite().reshape(*shape, -1).all(2) for value in stack.params.values()]
         failed = torch.where(losses[-1].isfinite() & torch.stack(sound).all(0) | (failed > 0), failed, epoch + 1)
         correct.append(count_correct(stack, problem))
         on_epoch()
-    params = {name: stack.params[name].detach() for name in start}
+    names = [*start, *(name for name in stack.params if name not in start)]
+    params = {name: stack.params[name].detach() for name in names}
     return Trained(params, torch.stack(losses, 2), torch.stack(shares, 2), torch.stack(correct, 2), failed)
 
 

@@ -1,0 +1,1 @@
+"""An adversary that must not tell the domains apart."""

@@ -1,0 +1,1 @@
+"""Distributions of representations or gradients made alike across domains."""

@@ -1,0 +1,318 @@
+"""What every method shares: hyperparameters, batches, Adam, and the `Algorithm` that a method of one's own extends.
+
+Everything a method does in a step is a pure function of one network: tensors in, tensors out, nothing kept on the
+object. `engine.AlgorithmEngine` runs it under `torch.func.vmap`, so that S seeds train at once. Therefore
+- what a method remembers (moments of Adam, averages, an adversary's turn) is in `state`, a nested dictionary of tensors;
+- what is random comes in as `noise`, drawn outside (`Algorithm.draw`);
+- a branch that depends on a tensor is a `torch.where`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from config import InputError
+from models import FeedforwardClassifier
+
+Params = dict[str, Tensor]  # of one network: parameter name -> tensor
+State = dict[str, Any]  # of one network: name -> tensor, or such a dictionary
+Noise = dict[str, Tensor]  # of one network and one step
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One knob of a method.
+
+    Attributes:
+        default: value of trial 0.
+        meaning: what it does, with its unit.
+        search: NumPy generator -> a value, the distribution of random search; None = never searched.
+    """
+
+    default: float | int | str
+    meaning: str
+    search: Callable[[np.random.Generator], float | int | str] | None = None
+
+
+def log_uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
+    """``10 ** U(low, high)``."""
+    return lambda rng: float(10 ** rng.uniform(low, high))
+
+
+def uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
+    """``U(low, high)``."""
+    return lambda rng: float(rng.uniform(low, high))
+
+
+def choice(*values: float | int | str) -> Callable[[np.random.Generator], float | int | str]:
+    """One of `values`, each as likely."""
+    return lambda rng: values[int(rng.integers(len(values)))]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is told about the training that it is part of.
+
+    Attributes:
+        features: D, the length of a feature vector.
+        classes: number of classes.
+        domains: number of source domains.
+        hidden_sizes: widths of the classifier's hidden layers.
+        batch_size: images per step (pooled), or per step and domain (balanced).
+        steps_per_epoch: updates in an epoch.
+        epochs: passes over the data (of a balanced training: as many updates as the pooled one would take).
+    """
+
+    features: int
+    classes: int
+    domains: int
+    hidden_sizes: tuple[int, ...]
+    batch_size: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """Updates in the whole training."""
+        return self.steps_per_epoch * self.epochs
+
+
+class Batch(NamedTuple):
+    """What one network sees in a step.
+
+    Shapes: `features` ``[B, D]``; `labels`, `domains` int64 ``[B]``. Domains are numbered 0 … n − 1 among the sources.
+    A balanced batch is ordered by domain, `batch_size` rows of each.
+    """
+
+    features: Tensor
+    labels: Tensor
+    domains: Tensor
+
+
+class Algorithm:
+    """One way to train the classifier. This class itself is empirical risk minimization (Vapnik 1998).
+
+    To add a method, extend it and override what differs: mostly `loss`; `gradients`, where the direction of the step
+    is not the gradient of a loss; `update`, where the step is not Adam's; `logits`, where prediction is another.
+
+    Args:
+        setup: of the training.
+        values: hyperparameters by name; those not named have their defaults.
+
+    Attributes:
+        hyperparameters: name -> `Hyperparameter`, of this class alone; those of base classes are added to them.
+            Their values are attributes of the object, by the same names.
+        batches: "pooled" (source domains mixed, as Phase 2 trains) or "balanced" (as many rows of each domain).
+        validate_every: part of an epoch after which `validated` is called with the loss on the sources' `out` split;
+            None = never.
+    """
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "learning_rate": Hyperparameter(1e-3, "learning rate of Adam", log_uniform(-4, -2)),
+        "weight_decay": Hyperparameter(0.0, "L2 penalty inside Adam", log_uniform(-6, -2)),
+    }
+    batches: ClassVar[str] = "pooled"
+    validate_every: ClassVar[float | None] = None
+
+    def __init__(self, setup: Setup, **values: float | int | str):
+        self.setup = setup
+        known = self.known_hyperparameters()
+        for name in values:
+            if name not in known:
+                raise InputError(f"{type(self).__name__} has no hyperparameter '{name}'; it has {', '.join(known)}.")
+        self.values = {name: values.get(name, h.default) for name, h in known.items()}
+        for name, value in self.values.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def known_hyperparameters(cls) -> dict[str, Hyperparameter]:
+        """Hyperparameters of this class and of those it extends; a class may redefine one of its base."""
+        found = {}
+        for base in reversed(cls.__mro__):
+            found |= vars(base).get("hyperparameters", {})
+        return found
+
+    # --- drawn once or per step, outside of vmap -----------------------------------------------------------
+
+    def extra_parameters(self, draw: torch.Generator) -> Params:
+        """Parameters beside the classifier's that are trained with it (an adversary, masks, experts): float32, CPU.
+
+        Args:
+            draw: the seed's own `noise` stream.
+        """
+        return {}
+
+    def draw(self, draw: torch.Generator, rows: int) -> Noise:
+        """Random numbers of one step: float32 or int64, CPU; the same shapes in every step of the same `rows`.
+
+        Args:
+            draw: the seed's own `noise` stream.
+            rows: B, images in the batch.
+        """
+        return {}
+
+    # --- pure functions of one network, run under vmap -----------------------------------------------------
+
+    def initial_state(self, params: Params) -> State:
+        """State before the first step; extend the dictionary of `super()`."""
+        return {"step": torch.zeros((), dtype=torch.long), "adam": adam_state(params)}
+
+    def loss(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Tensor, State]:
+        """What is minimized.
+
+        Returns:
+            The loss (scalar), and entries of the state that change (``{}`` if none).
+        """
+        return F.cross_entropy(self.forward(params, batch.features), batch.labels), {}
+
+    def gradients(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Params, Tensor, State]:
+        """Direction of the step.
+
+        Returns:
+            Gradient by parameter name, the loss (scalar), and entries of the state that change.
+        """
+        gradient, (loss, changes) = self.gradient_of(lambda p: self.loss(p, batch, state, noise), params)
+        return gradient, loss, changes
+
+    def update(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Params, State, Tensor]:
+        """One step.
+
+        Returns:
+            New parameters, new state (whole), and the loss before the step.
+        """
+        gradient, loss, changes = self.gradients(params, batch, state, noise)
+        state = {**state, **changes}
+        new, moments = adam(params, gradient, state["adam"], self.learning_rate, self.weight_decay)
+        return new, {**state, "adam": moments, "step": state["step"] + 1}, loss
+
+    def validated(self, params: Params, state: State, loss: Tensor) -> State:
+        """Entries of the state that change when the loss on the sources' `out` split is known.
+
+        Called every `validate_every` of an epoch, with the mean cross-entropy of `forward` as the parameters are.
+        """
+        return {}
+
+    def logits(self, params: Params, state: State, features: Tensor) -> Tensor:
+        """Prediction: ``[N, D]`` -> ``[N, classes]``; each row's own, whatever rows are beside it."""
+        return self.forward(params, features)
+
+    # --- parts to build with -------------------------------------------------------------------------------
+
+    def representation(self, params: Params, features: Tensor) -> Tensor:
+        """Activations of the last hidden layer: ``[*, D]`` -> ``[*, h]``."""
+        for i in range(len(self.setup.hidden_sizes)):
+            features = torch.relu(F.linear(features, params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]))
+        return features
+
+    def head(self, params: Params, representation: Tensor) -> Tensor:
+        """The last layer: ``[*, h]`` -> ``[*, classes]``."""
+        last = len(self.setup.hidden_sizes)
+        return F.linear(representation, params[f"layers.{last}.weight"], params[f"layers.{last}.bias"])
+
+    def forward(self, params: Params, features: Tensor) -> Tensor:
+        """The classifier: ``[*, D]`` -> logits ``[*, classes]``."""
+        return self.head(params, self.representation(params, features))
+
+    def by_domain(self, values: Tensor) -> Tensor:
+        """Rows of a balanced batch ``[B, …]`` -> ``[domains, batch_size, …]``."""
+        return values.unflatten(0, (self.setup.domains, -1))
+
+    def domain_losses(self, params: Params, batch: Batch) -> Tensor:
+        """Mean cross-entropy of each source domain in a balanced batch: ``[domains]``."""
+        losses = F.cross_entropy(self.forward(params, batch.features), batch.labels, reduction="none")
+        return self.by_domain(losses).mean(1)
+
+    def domain_gradients(self, params: Params, batch: Batch) -> tuple[Params, Tensor]:
+        """Gradient of each domain's loss in a balanced batch: name -> ``[domains, *shape]``, and losses ``[domains]``."""
+
+        def loss(p: Params, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            value = F.cross_entropy(self.forward(p, features), labels)
+            return value, value
+
+        each = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0, 0))
+        return each(params, self.by_domain(batch.features), self.by_domain(batch.labels))
+
+    @staticmethod
+    def gradient_of(loss: Callable[[Params], tuple[Tensor, State]], params: Params) -> tuple[Params, tuple]:
+        """``params -> (loss, anything)`` -> its gradient by name, and (loss, anything)."""
+
+        def both(p: Params) -> tuple[Tensor, tuple]:
+            value, rest = loss(p)
+            return value, (value, rest)
+
+        return torch.func.grad(both, has_aux=True)(params)
+
+    def progress(self, state: State) -> Tensor:
+        """Part of the training that is behind: 0 at the first step, below 1 at the last."""
+        return state["step"] / self.setup.steps
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Names of the classifier's parameters, without those of `extra_parameters`."""
+        sizes = (self.setup.features, self.setup.classes, self.setup.hidden_sizes)
+        return tuple(name for name, _ in FeedforwardClassifier.outline(*sizes).named_parameters())
+
+
+# --- Adam as a pure function (Kingma & Ba 2015) ---------------------------------------------------------------
+
+
+def flatten(params: Params) -> Tensor:
+    """All numbers of a dictionary of tensors in one vector, in its order."""
+    return torch.cat([value.flatten() for value in params.values()])
+
+
+def unflatten(flat: Tensor, like: Params) -> Params:
+    """Inverse of `flatten`."""
+    parts = flat.split([value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def adam_state(params: Params) -> State:
+    """Moments of Adam before the first step."""
+    zeros = torch.zeros_like(flatten(params))
+    return {"mean": zeros, "square": zeros.clone(), "count": zeros.new_zeros(())}
+
+
+def adam(
+    params: Params,
+    gradient: Params,
+    state: State,
+    learning_rate: float | Tensor,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> tuple[Params, State]:
+    """One step of Adam, equal to `torch.optim.Adam`'s.
+
+    Args:
+        params: parameters; the keys of `gradient` must be the same, in any order.
+        gradient: by name.
+        state: of `adam_state` or the last step.
+        learning_rate: number, or a vector ``[P]`` in the order of `flatten` for a rate per weight.
+        weight_decay: L2, added to the gradient.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+
+    Returns:
+        New parameters and new state.
+    """
+    old = flatten(params)
+    g = flatten({name: gradient[name] for name in params})
+    if weight_decay:
+        g = g + weight_decay * old
+    count = state["count"] + 1
+    mean = betas[0] * state["mean"] + (1 - betas[0]) * g
+    square = betas[1] * state["square"] + (1 - betas[1]) * g * g
+    denominator = (square / (1 - betas[1] ** count)).sqrt() + eps
+    new = old - learning_rate * (mean / (1 - betas[0] ** count)) / denominator
+    return unflatten(new, params), {"mean": mean, "square": square, "count": count}
+
+
+def restart_where(condition: Tensor, state: State) -> State:
+    """The moments of Adam, back at zero where `condition` (bool, scalar) holds: as a new optimizer would have them."""
+    return {name: torch.where(condition, torch.zeros_like(value), value) for name, value in state.items()}

@@ -1,0 +1,1 @@
+"""Domain-specific masks for balance of specificity and invariance."""

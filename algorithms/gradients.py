@@ -1,0 +1,1 @@
+"""Directions made of the domains' gradients."""

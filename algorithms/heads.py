@@ -1,0 +1,1 @@
+"""What each domain has of its own."""

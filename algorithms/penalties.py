@@ -1,0 +1,1 @@
+"""Penalties on the risks of the domains."""
