@@ -62,7 +62,7 @@ class Engine(Protocol):
     params: Params
 
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on the batches ``[S, B, D]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[S, V]``."""
+        """One step on batches ``[S, B, D]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[S, V]``."""
 
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[S, V, N]``."""

@@ -2,7 +2,7 @@
 
 Everything a method does in a step is a pure function of one network: tensors in, tensors out, nothing kept on the
 object. `engine.AlgorithmEngine` runs it under `torch.func.vmap`, so that S seeds train at once. Therefore
-- what a method remembers (moments of Adam, averages, an adversary's turn) is in `state`, a nested dictionary of tensors;
+- what a method remembers (moments of Adam, averages, an adversary's turn) is in `state`, nested dictionaries of tensors;
 - what is random comes in as `noise`, drawn outside (`Algorithm.draw`);
 - a branch that depends on a tensor is a `torch.where`.
 """
@@ -228,7 +228,7 @@ class Algorithm:
         return self.by_domain(losses).mean(1)
 
     def domain_gradients(self, params: Params, batch: Batch) -> tuple[Params, Tensor]:
-        """Gradient of each domain's loss in a balanced batch: name -> ``[domains, *shape]``, and losses ``[domains]``."""
+        """Gradients of the domains' losses in a balanced batch: name -> ``[domains, *shape]``; and the losses."""
 
         def loss(p: Params, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             value = F.cross_entropy(self.forward(p, features), labels)

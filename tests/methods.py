@@ -1,5 +1,7 @@
 """What the tests of single methods share: a small problem, and methods run on it step by step or by the one loop."""
 
+from itertools import pairwise
+
 import torch
 from problems import problem
 
@@ -53,7 +55,7 @@ def given(name: str, seeds=SEEDS, of: Setup | None = None):
     if not getattr(ALGORITHMS[name], "masked", False):
         return None
     masks = {}
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         each = [torch.rand(fan_out, fan_in, generator=generator(seed, "test_mask", str(i))) < 0.6 for seed in seeds]
         masks[f"layers.{i}.weight"] = torch.stack(each)
     return {"mask": masks}
