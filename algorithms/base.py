@@ -2,7 +2,7 @@
 
 Everything a method does in a step is a pure function of one network: tensors in, tensors out, nothing kept on the
 object. `engine.AlgorithmEngine` runs it under `torch.func.vmap`, so that S seeds train at once. Therefore
-- what a method remembers (moments of Adam, averages, an adversary's turn) is in `state`, nested dictionaries of tensors;
+- what a method remembers (moments of Adam, averages, an adversary's turn) is in `state`, a nested dict of tensors;
 - what is random comes in as `noise`, drawn outside (`Algorithm.draw`);
 - a branch that depends on a tensor is a `torch.where`.
 """

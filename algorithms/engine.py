@@ -17,7 +17,7 @@ class AlgorithmEngine:
 
     Args:
         algorithm: the method; its functions see one network, here they run under `vmap`.
-        start: the classifier's initial parameters, name -> ``[S, 1, *shape]``, on the device and of the type of training.
+        start: initial parameters, name -> ``[S, 1, *shape]``, on the device and of the type to train in.
         draws: the `noise` stream of each seed, S CPU generators.
         sources: numbers of the source domains among the problem's domains, in order.
         validation: features ``[N, D]`` and labels ``[N]`` of the sources' `out` split; needed where the method's
