@@ -7,6 +7,7 @@ classes matched by name across domains.
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -255,6 +256,15 @@ def default_workers() -> int:
     """One per core this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)
+
+
+def free_memory() -> float:
+    """Bytes that programs may still use without swapping; infinite where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def _sha256(data: bytes) -> str:

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
-from sklearn.metrics import confusion_matrix
+from scipy.special import stdtrit
 
 from importance import degenerate, expected_overlap, flatten, overlap, statistics
 from training import Problem, predict
@@ -28,7 +27,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     mean = float(values.mean())
     if len(values) == 1:
         return mean, float("nan"), float("nan")
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * stats.sem(values))
+    half = float(stdtrit(len(values) - 1, 0.5 + confidence / 2) * values.std(ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 
@@ -182,6 +181,8 @@ def confusion(
     """
     final = {name.removeprefix("final."): value for name, value in arrays.items() if name.startswith("final.")}
     params = {name: value[sound].unsqueeze(1) for name, value in final.items()}
+    from sklearn.metrics import confusion_matrix  # takes half a second to import, which only figures need
+
     rows = problem.rows([holdout], "all")
     classes = len(problem.class_names)
     if not sound.any():

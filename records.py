@@ -36,15 +36,16 @@ def record_key(record: Mapping) -> str:
     return hashlib.sha256(json.dumps([record[name] for name in names]).encode()).hexdigest()[:16]
 
 
-def environment(device: str, threads: int) -> dict[str, object]:
-    """What a result may depend on beside its settings: versions, device, threads and the commit of this code."""
+def environment(device: str, threads: int, engine: str) -> dict[str, object]:
+    """What a result may depend on beside its settings: versions, device, threads, engine, commit."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a git checkout
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"versions": {p: version(p) for p in PACKAGES}, "device": name, "threads": threads, "commit": commit}
+    versions = {package: version(package) for package in PACKAGES}
+    return {"versions": versions, "device": name, "threads": threads, "engine": engine, "commit": commit}
 
 
 class Results:
@@ -73,8 +74,13 @@ class Results:
 
     # --- settings -----------------------------------------------------------------------------------------
 
-    def claim(self, settings: Settings, features: Mapping, environment: Mapping) -> None:
+    def claim(self, settings: Settings, features: Mapping, environment: Mapping | None = None) -> None:
         """Make this directory that of one set of settings and features, or check that it already is.
+
+        Args:
+            settings: of the run.
+            features: facts about the features, with "fingerprint".
+            environment: what trains (see `environment`), added to those noted; None = nothing is trained.
 
         Raises:
             InputError: it holds results of others; the first differing setting is named.
@@ -85,9 +91,9 @@ class Results:
             self._refuse_strangers()
         if there is not None:
             self._compare(mine, there)
-            if environment in there["environments"]:
+            if environment is None or environment in there["environments"]:
                 return
-        environments = [*(there or {}).get("environments", []), dict(environment)]
+        environments = [*(there or {}).get("environments", []), *([] if environment is None else [dict(environment)])]
         self.write_text("settings.json", json.dumps({**mine, "environments": environments}, indent=1) + "\n")
 
     def _compare(self, mine: Mapping, there: Mapping) -> None:

@@ -7,7 +7,7 @@ see the same batches of their seed. An engine holds the parameters, takes traini
   gradients, one Adam takes the step.
 - `MatmulEngine` computes the same for a `FeedforwardClassifier` under cross-entropy, with the gradients written out:
   activations lie as ``[networks, units, batch]``, the first layer of all variants of a seed is one matrix product, and
-  all parameters lie in one flat buffer, so that Adam is one fused kernel.
+  all parameters lie in one flat buffer, so that Adam is one kernel.
 
 Both are tested against a plain PyTorch loop in float64.
 """
@@ -142,11 +142,9 @@ class MatmulEngine:
         depth = len(template.layers)
         names = [f"layers.{i}.{kind}" for kind in ("weight", "bias") for i in range(depth)]
         like = params[names[0]]
-        flat = torch.cat([params[name].reshape(-1) for name in names])
-        self.params = dict(zip(names, self._views(flat, [params[n] for n in names]), strict=True))
-        flat.grad = torch.zeros_like(flat)
-        self.gradients = dict(zip(names, self._views(flat.grad, [params[n] for n in names]), strict=True))
-        self.optimizer = torch.optim.Adam([flat], lr=learning_rate, fused=True)
+        self.adam = FlatAdam(torch.cat([params[name].reshape(-1) for name in names]), learning_rate)
+        self.params = self._views(self.adam.flat, {name: params[name] for name in names})
+        self.gradients = self._views(self.adam.gradient, self.params)
         # Per layer, with the axes S and V as one: weights [K, out, in], biases [K, out, 1], and their gradients.
         self.weights = [self.params[f"layers.{i}.weight"].flatten(0, 1) for i in range(depth)]
         self.biases = [self.params[f"layers.{i}.bias"].flatten(0, 1).unsqueeze(-1) for i in range(depth)]
@@ -155,10 +153,12 @@ class MatmulEngine:
         self.first = self.weights[0].view(self.shape[0], -1, like.shape[-1])  # [S, V·out, D]
         self.first_gradient = self.weight_gradients[0].view_as(self.first)
         self._rooms: dict[int, dict[str, list[Tensor]]] = {}
+        self._rates: Rates = {}
 
     @staticmethod
-    def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-        return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+    def _views(flat: Tensor, like: Params) -> Params:
+        parts = flat.split([value.numel() for value in like.values()])
+        return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
 
     def _buffers(self, batch: int) -> dict[str, list[Tensor]]:
         """Room for the activations of a batch of that size: asking the system for it anew costs more than the sums."""
@@ -171,11 +171,33 @@ class MatmulEngine:
     def step(
         self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        batch, last = features.shape[1], len(self.weights) - 1
+        batch = features.shape[1]
         rooms = self._buffers(batch)
         out, gradients = rooms["out"], rooms["gradient"]  # per layer [K, units, B]
-        self._forward(features, out)
         spread = targets.unsqueeze(1).expand(*self.shape, batch).reshape(-1, 1, batch)  # [K, 1, B]
+        self._first(features, out[0])
+        loss, right = self._loss_and_gradients(out, gradients, spread)
+        torch.bmm(gradients[0].view(self.shape[0], -1, batch), features, out=self.first_gradient)
+        if rates is not self._rates:  # a new epoch
+            self._rates = rates
+            self.adam.scale({name: (self.params[name], rate) for name, rate in rates.items()})
+        self.adam.step()
+        return loss.view(self.shape), right.view(self.shape)
+
+    def _first(self, features: Tensor, out: Tensor) -> None:
+        """Fill `out` ``[K, units, B]`` with the first layer's products, no bias: of ``[S, B, D]`` or ``[B, D]``."""
+        if features.ndim == 3:  # all variants of a seed in one product
+            torch.bmm(self.first, features.transpose(1, 2), out=out.view(self.shape[0], -1, features.shape[1]))
+        else:
+            torch.mm(self.first.flatten(0, 1), features.T, out=out.view(-1, len(features)))
+
+    def _loss_and_gradients(self, out: list[Tensor], gradients: list[Tensor], spread: Tensor) -> tuple[Tensor, Tensor]:
+        """From the first layer's products on: forward, loss ``[K]``, right answers ``[K]``, and back.
+
+        Fills the gradients of all parameters but the first weights, and `gradients[0]`, that of the first products.
+        """
+        last, batch = len(self.weights) - 1, spread.shape[-1]
+        self._rest(out)
         right = (out[last].gather(1, spread) == out[last].amax(1, keepdim=True)).sum(-1)  # argmax takes far longer
         log_p = torch.log_softmax(out[last], 1, out=gradients[last])
         loss = -log_p.gather(1, spread).mean(-1)
@@ -186,44 +208,84 @@ class MatmulEngine:
             below = torch.bmm(self.weights[i].transpose(1, 2), gradients[i], out=gradients[i - 1])
             torch.ops.aten.threshold_backward.grad_input(below, out[i - 1], 0, grad_input=below)  # of ReLU
         torch.sum(gradients[0], 2, out=self.bias_gradients[0])
-        torch.bmm(gradients[0].view(self.shape[0], -1, batch), features, out=self.first_gradient)
-        self._update(rates)
-        return loss.view(self.shape), right.view(self.shape)
+        return loss, right
 
-    def _update(self, rates: Rates) -> None:
-        """`step_with_rates` for parameters that are views of the one buffer the optimizer knows."""
-        before = {name: self.params[name].clone() for name in rates}
-        self.optimizer.step()
-        for name, rate in rates.items():
-            self.params[name].copy_(scaled_update(before[name], self.params[name], rate))
-
-    def _forward(self, features: Tensor, out: list[Tensor]) -> None:
-        """Fill `out`, per layer ``[K, units, B]``, from ``[S, B, D]`` or ``[B, D]``; the last holds the logits."""
-        if features.ndim == 3:  # all variants of a seed in one product
-            torch.bmm(self.first, features.transpose(1, 2), out=out[0].view(self.shape[0], -1, features.shape[1]))
-        else:
-            torch.mm(self.first.flatten(0, 1), features.T, out=out[0].view(-1, len(features)))
+    def _rest(self, out: list[Tensor]) -> None:
+        """From the first layer's products to the logits, in place: `out` per layer ``[K, units, B]``."""
         out[0].add_(self.biases[0]).relu_()
         for i in range(1, len(self.weights)):
             torch.baddbmm(self.biases[i], self.weights[i], out[i - 1], out=out[i])
             if i < len(self.weights) - 1:
                 out[i].relu_()
 
+    def _logits(self, features: Tensor) -> Tensor:
+        """Rows ``[N, D]`` -> ``[K, classes, N]``; overwritten by the next call with as many rows."""
+        out = self._buffers(len(features))["out"]
+        self._first(features, out[0])
+        self._rest(out)
+        return out[-1]
+
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
-        out = self._buffers(len(features))["out"]
-        self._forward(features, out)
-        return out[-1].argmax(1).view(*self.shape, -1)
+        return self._logits(features).argmax(1).view(*self.shape, -1)
 
     @torch.no_grad()
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
-        out = self._buffers(len(features))["out"]
-        self._forward(features, out)
-        picked = out[-1].gather(1, targets.expand(len(out[-1]), 1, -1))
-        return (picked == out[-1].amax(1, keepdim=True)).view(*self.shape, -1)
+        logits = self._logits(features)
+        picked = logits.gather(1, targets.expand(len(logits), 1, -1))
+        return (picked == logits.amax(1, keepdim=True)).view(*self.shape, -1)
 
 
-ENGINES = {"matmul": MatmulEngine, "vmap": VmapEngine}
+class FlatAdam:
+    """`torch.optim.Adam` with its defaults, on one flat buffer, with a learning rate per weight.
+
+    It calls the very kernel that `torch.optim.Adam(fused=True)` calls: the optimizer around it takes ten times as
+    long as the kernel for a small stack, and a second to be imported.
+
+    Args:
+        flat: the parameters; changed in place.
+        learning_rate: that of rate 1.
+    """
+
+    def __init__(self, flat: Tensor, learning_rate: float):
+        self.flat, self.gradient = flat, torch.zeros_like(flat)
+        self.moments = torch.zeros_like(flat), torch.zeros_like(flat)
+        self.count = torch.zeros((), device=flat.device)
+        self.options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+        self.options |= {"amsgrad": False, "maximize": False}
+        self.scaled: Tensor | None = None
+
+    def scale(self, rates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """From now on a part of each update only.
+
+        Args:
+            rates: name -> (a view of `flat`, factor on its update, broadcastable to it); the rest steps in full.
+        """
+        if not rates:
+            self.scaled = None
+            return
+        starts = {name: view.storage_offset() for name, (view, _) in rates.items()}
+        first = min(starts.values())
+        end = max(starts[name] + view.numel() for name, (view, _) in rates.items())
+        self.scaled = self.flat[first:end]  # one stretch of the buffer, that of all parameters named
+        self.rate = torch.ones_like(self.scaled)
+        for name, (view, rate) in rates.items():
+            at = starts[name] - first
+            self.rate[at : at + view.numel()].view(view.shape).copy_(rate)
+        self.before, self.part = torch.empty_like(self.scaled), torch.empty_like(self.scaled)
+        self.full, self.none = self.rate == 1, self.rate == 0
+
+    def step(self) -> None:
+        """One step along `gradient`."""
+        if self.scaled is not None:
+            self.before.copy_(self.scaled)
+        self.count += 1
+        mean, square = self.moments
+        torch._fused_adam_([self.flat], [self.gradient], [mean], [square], [], [self.count], **self.options)
+        if self.scaled is not None:
+            part = torch.sub(self.scaled, self.before, out=self.part).mul_(self.rate).add_(self.before)
+            torch.where(self.none, self.before, part, out=part)  # as `scaled_update`, without asking anew each step
+            torch.where(self.full, self.scaled, part, out=self.scaled)
 
 
 def pieces(engine: Engine, rows: int) -> int:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from threading import Event
 
@@ -19,20 +19,22 @@ from tqdm.auto import tqdm
 
 import config
 from config import InputError, Settings
-from dataset import default_workers
+from dataset import default_workers, free_memory
 from evaluation import report
 from features import FeatureSet, get_features
 from importance import normalize, top_k_mask
+from models import FeedforwardClassifier
 from records import Results, environment, record_key
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, select_epoch, train_holdout
-from training import Problem, accuracies, failure_reason, prepare_machine, tracked
+from training import Problem, accuracies, choose_engine, failure_reason, prepare_machine, tracked
 from variants import build_arms
 
 log = logging.getLogger(__name__)
 
 ALGORITHMS = ("erm", "importance")  # trained side by side; see `variants` for more
 SELECTIONS = ("last", "val")
+COPIES = 10  # of a network's numbers while it is trained: start, weights, gradients, two moments, rates, masks, results
 
 
 class Study:
@@ -127,9 +129,10 @@ class Study:
 
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> DomainNetworks:
             domain, seeds = unit
-            return train_domain(self.problem, domain, seeds, self.settings, strict=self.strict, on_epoch=tick)
+            how = {"strict": self.strict, "engine": self.engine, "on_epoch": tick}
+            return train_domain(self.problem, domain, seeds, self.settings, **how)
 
-        with self._writing():
+        with self._writing(units):
             for networks in self._side_by_side("Phase 1", units, train, self.settings.ph1_num_epochs):
                 self._save_domain(networks)
 
@@ -144,10 +147,11 @@ class Study:
                 self._mask_maker(holdout, [s + 1 for s in seeds]),
             )
             arms = build_arms(self.algorithms, holdout, seeds, masks_of, next_masks_of, self.settings)
-            networks = train_holdout(self.problem, holdout, seeds, arms, strict=self.strict, on_epoch=tick)
+            how = {"strict": self.strict, "engine": self.engine, "on_epoch": tick}
+            networks = train_holdout(self.problem, holdout, seeds, arms, **how)
             return networks, masks_of(self.settings)
 
-        with self._writing():
+        with self._writing(units):
             for networks, masks in self._side_by_side("Phase 2", units, train, self.settings.ph2_num_epochs):
                 self._save_holdout(networks, masks)
                 self.results.append(self._records(networks))
@@ -178,12 +182,25 @@ class Study:
         ]
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """The results directory locked, and made sure to be that of these settings."""
-        device = self.problem.features.device.type
+    def _writing(self, units: Sequence = ()) -> Iterator[None]:
+        """The results directory locked, and made sure to be that of these settings; noted what trains `units`."""
         with self.results:
-            self.results.claim(self.settings, self.facts, environment(device, config.THREADS or 1))
+            self.results.claim(self.settings, self.facts)
+            if units:
+                device = self.problem.features.device.type
+                what = environment(device, config.THREADS or 1, self.engine)
+                self.results.claim(self.settings, self.facts, what)
             yield
+
+    @cached_property
+    def engine(self) -> str:
+        """How the networks are computed: see `training.choose_engine`."""
+        problem, settings = self.problem, self.settings
+        rows = sum(len(problem.rows(problem.sources(holdout), "in")) for holdout in self.holdouts)
+        steps = settings.ph2_num_epochs * rows / settings.batch_size
+        sizes = (problem.features.shape[1], len(problem.class_names), settings.hidden_sizes)
+        work = steps * len(self.seeds) * len(self.algorithms)
+        return choose_engine(work, problem.features.device.type, settings.batch_size, sizes)
 
     # --- what is there, what is missing ---------------------------------------------------------------------
 
@@ -210,9 +227,9 @@ class Study:
         return self._chunks(set(self.seeds) - set.intersection(*there))
 
     def _side_by_side(self, phase: str, units: list, train: Callable, epochs: int) -> Iterator:
-        """Results of `train` for each unit, in order; on a CPU as many at a time as there are cores."""
+        """Results of `train` for each unit, in order; on a CPU as many at a time as cores and memory allow."""
         quiet = {} if self.progress and units else {"disable": True}  # else as TQDM_DISABLE in the environment says
-        cores = 1 if self.problem.features.is_cuda else default_workers()
+        cores = 1 if self.problem.features.is_cuda else self._in_flight(units)
         with tqdm(total=len(units) * epochs, desc=phase, unit="epoch", **quiet) as bar:
             if len(units) <= 1 or cores == 1:
                 yield from (train(unit, bar.update) for unit in units)
@@ -231,6 +248,14 @@ class Study:
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
+
+    def _in_flight(self, units: Sequence[tuple[str, Sequence[int]]]) -> int:
+        """How many units may be trained at a time: a core for each, in half of the memory that is free."""
+        sizes = (self.problem.features.shape[1], len(self.problem.class_names), self.settings.hidden_sizes)
+        floats = sum(p.numel() for p in FeedforwardClassifier.outline(*sizes).parameters())
+        networks = max((len(seeds) for _, seeds in units), default=0) * len(self.algorithms)
+        need = COPIES * networks * floats * self.problem.features.element_size()
+        return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
 
     # --- to disk and back -----------------------------------------------------------------------------------
 

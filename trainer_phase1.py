@@ -47,6 +47,7 @@ def train_domain(
     settings: Settings,
     *,
     strict: bool | None = None,
+    engine: str = "matmul",
     on_epoch: Callable[[], None] = lambda: None,
 ) -> DomainNetworks:
     """Train one network per seed on one domain.
@@ -57,6 +58,7 @@ def train_domain(
         seeds: S seeds.
         settings: epochs, learning rate, and `PH1_DATA`: all images of the domain, or its `in` split only.
         strict: raise for any failed network; None = only if there is a single seed.
+        engine: see `training.train`.
         on_epoch: called after each epoch.
 
     Raises:
@@ -73,6 +75,7 @@ def train_domain(
         epochs=settings.ph1_num_epochs,
         learning_rate=settings.ph1_learning_rate,
         on_epoch=on_epoch,
+        engine=engine,
     )
     final = {name: value.squeeze(1).cpu() for name, value in result.params.items()}
     moved = weight_importance(tracked(start, settings.hidden_sizes), tracked(final, settings.hidden_sizes))

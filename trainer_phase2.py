@@ -125,6 +125,7 @@ def train_holdout(
     arms: Mapping[str, Arm],
     *,
     strict: bool | None = None,
+    engine: str = "matmul",
     on_epoch: Callable[[], None] = lambda: None,
 ) -> HoldoutNetworks:
     """Train S × V networks on the `in` split of all domains but `holdout`.
@@ -135,6 +136,7 @@ def train_holdout(
         seeds: S seeds; all arms of one share its batches, and its start where they start the same way.
         arms: name -> arm. Arms that are the same by construction are trained once and share the result.
         strict: raise for any failed network; None = only if there is a single seed.
+        engine: see `training.train`.
         on_epoch: called after each epoch.
 
     Raises:
@@ -158,6 +160,7 @@ def train_holdout(
         learning_rate=settings.ph2_lr_important,
         rates=_rates(distinct, problem.features),
         on_epoch=on_epoch,
+        engine=engine,
     )
     failed = torch.where(failed == 0, result.failed.cpu()[:, source_of], failed)
     if strict:

@@ -16,9 +16,28 @@ import torch
 from torch import Tensor, nn
 
 import config
+from captured import CapturedEngine
+from compiled import WORTH, CompiledEngine, usable
 from dataset import split
 from models import FeedforwardClassifier
-from stacks import ENGINES, Engine, MatmulEngine, Params, Rates, pieces
+from stacks import Engine, MatmulEngine, Params, Rates, VmapEngine, pieces
+
+ENGINES = {"vmap": VmapEngine, "matmul": MatmulEngine, "compiled": CompiledEngine, "captured": CapturedEngine}
+
+
+def choose_engine(network_steps: float, device: str, batch_size: int, sizes: tuple[int, int, Sequence[int]]) -> str:
+    """The engine for a study: on CUDA recorded steps; on a CPU compiled ones where they pay and there is a compiler.
+
+    Args:
+        network_steps: steps of all its networks together. Of the whole study, not of what is left of an interrupted
+            one: equal runs write equal bytes, and engines differ in rounding.
+        device: "cpu" or "cuda".
+        batch_size: images per step.
+        sizes: (in_features, num_classes, hidden_sizes).
+    """
+    if device == "cuda":
+        return "captured"
+    return "compiled" if network_steps >= WORTH and usable(batch_size, sizes) else "matmul"
 
 
 def prepare_machine() -> str:
@@ -309,14 +328,17 @@ def train(
         learning_rate: Adam's, for every weight whose rate is 1.
         rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[S, V, *shape]``}.
         on_epoch: called after each epoch (progress).
-        engine: "matmul", or "vmap", the reference (see `stacks`); or an engine that holds its networks already, which
-            `start` and `learning_rate` then do not change.
+        engine: name in `ENGINES`: "matmul"; "vmap", the reference, the only one that reads `FeedforwardClassifier.forward`
+            (the others have its arithmetic written out); "compiled"; "captured" (CUDA). Or an engine that holds its
+            networks already, which `start` and `learning_rate` then do not change.
     """
     features, device = problem.features, problem.features.device
     template = FeedforwardClassifier.outline(features.shape[1], len(problem.class_names), settings.hidden_sizes)
     stack = engine
     if isinstance(engine, str):
-        stack = ENGINES[engine](template, {name: value.to(features) for name, value in start.items()}, learning_rate)
+        usual = {"batch_size": settings.batch_size} if engine in ("compiled", "captured") else {}
+        params = {name: value.to(features) for name, value in start.items()}
+        stack = ENGINES[engine](template, params, learning_rate, **usual)
     shape = next(iter(start.values())).shape[:2]
     losses, shares, correct, rooms = [], [], [], {}
     failed = torch.zeros(shape, dtype=torch.long, device=device)

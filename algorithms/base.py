@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import InputError
-from models import FeedforwardClassifier
 
 Params = dict[str, Tensor]  # of one network: parameter name -> tensor
 State = dict[str, Any]  # of one network: name -> tensor, or such a dictionary
@@ -254,8 +253,8 @@ class Algorithm:
     @property
     def classifier_names(self) -> tuple[str, ...]:
         """Names of the classifier's parameters, without those of `extra_parameters`."""
-        sizes = (self.setup.features, self.setup.classes, self.setup.hidden_sizes)
-        return tuple(name for name, _ in FeedforwardClassifier.outline(*sizes).named_parameters())
+        depth = len(self.setup.hidden_sizes) + 1
+        return tuple(f"layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias"))
 
 
 # --- Adam as a pure function (Kingma & Ba 2015) ---------------------------------------------------------------

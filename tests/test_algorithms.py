@@ -87,6 +87,7 @@ def test_adam_is_torchs():
 def test_the_classifier_is_the_projects():
     of, params, x = methods.setup(), methods.one_network(), methods.one_batch().features
     template = FeedforwardClassifier(of.features, of.classes, of.hidden_sizes).double()
+    assert methods.method("ERM").classifier_names == tuple(name for name, _ in template.named_parameters())
     assert torch.allclose(methods.method("ERM").forward(params, x), functional_call(template, params, (x,)))
 
 

@@ -253,8 +253,9 @@ def test_clear_of_a_linked_folder(tmp_path):
 
 def test_environment_names_versions_device_and_commit(monkeypatch):
     monkeypatch.setattr(records.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="abc123-dirty\n"))
-    found = environment("cpu", 3)
+    found = environment("cpu", 3, "matmul")
     assert (found["device"], found["threads"], found["commit"]) == ("cpu", 3, "abc123-dirty")
+    assert found["engine"] == "matmul"
     assert found["versions"]["torch"] == version("torch")
     assert {"torch", "transformers", "numpy", "scikit-learn"} <= set(found["versions"])
     assert json.loads(json.dumps(found)) == found
@@ -266,7 +267,7 @@ def test_environment_without_a_git_checkout(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(records.subprocess, "run", run)
-    assert environment("cpu", 1)["commit"] is None
+    assert environment("cpu", 1, "vmap")["commit"] is None
 
 
 # --- arrays -------------------------------------------------------------------------------------------------

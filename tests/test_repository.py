@@ -17,11 +17,11 @@ MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 FLOORS = {
     "config": 0, "files": 0, "drawing": 0,
     "dataset": 1, "models": 1,
-    "importance": 2, "stacks": 2, "feature_file": 2, "features": 3,
-    "training": 3,
-    "trainer_phase1": 4, "trainer_phase2": 4, "records": 4,
-    "evaluation": 5, "visualization": 5, "variants": 5, "inference": 0,
-    "probe": 5, "study": 6, "diagnostics": 7, "figures": 7, "answer": 8, "experiment": 9,
+    "importance": 2, "stacks": 2, "feature_file": 2, "features": 3, "captured": 3, "compiled": 3,
+    "training": 4,
+    "trainer_phase1": 5, "trainer_phase2": 5, "trainer_algorithm": 5, "records": 4,
+    "evaluation": 6, "visualization": 6, "variants": 6, "inference": 0,
+    "probe": 6, "study": 7, "diagnostics": 8, "figures": 8, "answer": 9, "experiment": 10,
 }  # fmt: skip
 
 

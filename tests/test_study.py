@@ -227,3 +227,22 @@ def test_problem_is_split_the_same_whatever_the_row_order(data):
     shuffled.files = tuple(d.files[i] for i in order)
     inside = study_module.Problem.from_features(shuffled, SETTINGS).inside
     assert torch.equal(inside, problem(per_cell=30).inside[order])
+
+
+def test_memory_decides_how_many_units_are_trained_at_a_time(data, tmp_path, monkeypatch):
+    study = Study(data, SETTINGS, Results(tmp_path), range(2), progress=False)
+    units = [("art", range(50)), ("photo", range(50))]
+    monkeypatch.setattr(study_module, "default_workers", lambda: 8)
+    for free, expected in ((float("inf"), 8), (1e3, 1)):
+        monkeypatch.setattr(study_module, "free_memory", lambda free=free: free)
+        assert study._in_flight(units) == expected
+
+
+def test_the_engine_is_that_of_the_whole_study_and_is_noted(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study_module, "choose_engine", lambda *facts: asked.append(facts) or "vmap")
+    first = run(data, tmp_path, 2)
+    assert run(data, tmp_path, 2).engine == first.engine == "vmap"  # nothing was left to train
+    assert asked[0] == asked[-1]
+    environments = first.results.read_settings()["environments"]
+    assert [e["engine"] for e in environments] == ["vmap"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from config import InputError, Settings
 from models import FeedforwardClassifier
-from stacks import ENGINES, MatmulEngine, VmapEngine, scaled_update, step_with_rates
+from stacks import MatmulEngine, VmapEngine, scaled_update, step_with_rates
 from training import (
     BatchOrder,
     Problem,
@@ -48,7 +48,7 @@ def orders(data, seed, epochs):
     return [order.next_epoch()[0] for _ in range(epochs)]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["matmul", "vmap"])
 def test_a_stack_of_one_follows_the_plain_loop(engine):
     data = problem()
     epochs = math.ceil(50 / math.ceil(144 / 16))  # at least 50 steps
@@ -61,7 +61,7 @@ def test_a_stack_of_one_follows_the_plain_loop(engine):
     np.testing.assert_allclose(result.train_accuracy[0, 0], right)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["matmul", "vmap"])
 def test_a_network_of_a_stack_follows_the_same_network_alone(engine):
     data = problem()
     together = run(data, [0, 1, 2, 7], variants=2, epochs=6, engine=engine)
@@ -73,7 +73,7 @@ def test_a_network_of_a_stack_follows_the_same_network_alone(engine):
             assert torch.equal(together.correct[index, variant], alone.correct[0, 0])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["matmul", "vmap"])
 def test_rates_scale_the_step_as_in_the_plain_loop(engine):
     data = problem()
     torch.manual_seed(1)
@@ -96,7 +96,7 @@ def test_rates_scale_the_step_as_in_the_plain_loop(engine):
                 torch.testing.assert_close(result.params[name][s, v], value, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["matmul", "vmap"])
 def test_rate_one_is_plain_adam_bit_for_bit(engine):
     data = problem(dtype=torch.float32)
     ones = {f"layers.{i}.weight": torch.ones(()) for i in (1, 2)}
@@ -106,7 +106,7 @@ def test_rate_one_is_plain_adam_bit_for_bit(engine):
         assert torch.equal(with_rates.params[name], value)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["matmul", "vmap"])
 def test_rate_zero_keeps_every_bit_and_the_rest_learns(engine):
     data = problem(dtype=torch.float32)
     result = run(data, [0, 1], rates=lambda epoch: {"layers.1.weight": torch.zeros(())}, engine=engine)
@@ -282,7 +282,7 @@ def test_the_engines_agree_for_every_shape_and_a_short_last_batch(sizes):
     }
     rate = {"layers.1.weight": torch.rand(2, 3, sizes[1], sizes[0], dtype=torch.float64)}
     results = []
-    for engine in ENGINES:
+    for engine in ("matmul", "vmap"):
         order = BatchOrder([0, 5], "all", data.rows(data.domain_names, "in"))
         options = {"epochs": 10, "learning_rate": 1e-2, "rates": lambda epoch: rate, "engine": engine}
         results.append(train(data, start, order, settings, **options))
