@@ -328,8 +328,8 @@ def train(
         learning_rate: Adam's, for every weight whose rate is 1.
         rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[S, V, *shape]``}.
         on_epoch: called after each epoch (progress).
-        engine: name in `ENGINES`: "matmul"; "vmap", the reference, the only one that reads `FeedforwardClassifier.forward`
-            (the others have its arithmetic written out); "compiled"; "captured" (CUDA). Or an engine that holds its
+        engine: name in `ENGINES`: "matmul"; "vmap", the reference, the only one that runs the module's own `forward`
+            (in the others its arithmetic is written out); "compiled"; "captured" (CUDA). Or an engine that holds its
             networks already, which `start` and `learning_rate` then do not change.
     """
     features, device = problem.features, problem.features.device

@@ -4,12 +4,13 @@ Measures side by side, in one run, in turn and several times over, on synthetic 
 one holdout of PACS (6,000 rows to train on, 9,991 classified after each epoch, 7 classes, batches of 32):
 - a plain PyTorch loop with default and fused Adam, on one thread and on two, and in two processes at once;
 - scikit-learn's MLPClassifier;
-- stacks of S networks (`stacks.py`, both engines) stepped as `training.train` does, on one thread; one with six
-  variants per seed that share its batches; and two stacks of S/2 side by side in two threads, as `study.py` trains;
+- stacks of S networks, one per engine, stepped as `training.train` does, on one thread; with six variants per seed
+  that share its batches; and cut into chunks of 50 seeds, two at a time in two threads, as `study.py` trains;
 - plain loop and stacks on CUDA, where there is a CUDA device;
 - the floor: floating-point operations and bytes of a step, over the matrix rate and copy bandwidth of this machine;
   `fraction_of_floor` is the floor over the measured time of the steps, 1 where they could not be faster.
-Ratios are taken within a repeat, then their median. With --study also the seconds of whole studies.
+Ratios are taken within a repeat, then their median. With --study also the seconds of whole studies: 20 is `run` with 20
+seeds as a whole process, 100x6 is both phases of 100 seeds with six variants, with imports, without a report.
 
 Run:  python benchmarks/training.py --output FILE.json
 """
@@ -20,9 +21,7 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,18 +45,18 @@ from plain import (
     measure,
     measure_sklearn,
     problem_of,
-    timed,
 )
+from whole import study_seconds
 
 import config
+from compiled import usable
 from config import InputError
 from experiment import Parser
 from models import FeedforwardClassifier
-from stacks import ENGINES
-from training import BatchOrder, count_correct, random_start
+from training import ENGINES, BatchOrder, count_correct, gather, random_start
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = 6  # variants of the one row whose variants share batches
+SHARED = 6  # variants of the rows whose variants share batches
+COMPILED = 16  # networks from which on compiling is tried
 BASELINES = {  # name in "speedup" -> contenders, of which the fastest counts
     "plain_loop": ("plain", "plain_2_threads"),
     "plain_loop_fused": ("plain_fused", "plain_fused_2_threads"),
@@ -71,13 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print a table, write JSON; exit code 2 with one sentence on bad input."""
     args = build_parser().parse_args(arguments)
     if args.quick:
-        args.sizes, args.dims, args.repeats, args.rows, args.validation_rows, args.steps = [1, 8], [16], 1, 320, 500, 4
+        args.sizes, args.dims, args.repeats, args.rows, args.validation_rows, args.steps = [1, 12], [16], 1, 320, 500, 4
     args.limit = 0.2 if args.quick else 10.0  # seconds; reached where threads wait for each other on a busy machine
     try:
         if args.rows > args.validation_rows:
             raise InputError("--rows must not be more than --validation-rows: all rows are classified.")
         if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
             raise InputError(f"The file '{args.output}' cannot be written: no such folder, or it is one itself.")
+        args.compiled = not args.quick and usable(32, (args.dims[0], 7, config.HIDDEN_SIZES))
         report = measure_all(args)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -102,7 +102,7 @@ def build_parser() -> Parser:
     add("--variants", type=positive, default=1, help="networks of a stack that share a start's batches (default 1)")
     add("--rows", type=positive, default=6000, help="rows to train on (default 6000)")
     add("--validation-rows", type=positive, default=9991, help="rows classified after each epoch (default 9991)")
-    add("--study", type=numbers, default=[], metavar="SEEDS", help="also time whole studies, for example of 1,20 seeds")
+    add("--study", type=studies, default=[], metavar="SEEDS", help="also time whole studies, for example 1,20,100x6")
     add("--quick", action="store_true", help="tiny sizes, once: does it run?")
     add("--output", type=Path, metavar="FILE", help="JSON file to write")
     return parser
@@ -120,6 +120,12 @@ def numbers(text: str) -> list[int]:
     return sorted({positive(part.strip()) for part in text.split(",")})
 
 
+def studies(text: str) -> list[tuple[int, int | None]]:
+    """``1,100x6`` -> [(1, None), (100, 6)]: seeds and variants."""
+    parts = [part.strip().partition("x") for part in text.split(",")]
+    return [(positive(seeds), positive(variants) if x else None) for seeds, x, variants in parts]
+
+
 # --- stacks ---------------------------------------------------------------------------------------------
 
 
@@ -132,8 +138,9 @@ class Stack:
         start = {name: value.unsqueeze(1).repeat_interleave(variants, 1) for name, value in starts(task, seeds).items()}
         template = FeedforwardClassifier(task.size, task.classes).to(device)
         self.engine = ENGINES[engine](template, {name: value.to(device) for name, value in start.items()}, 1e-3)
+        self.rooms = {}
         self.order = BatchOrder(range(seeds), "benchmark", rows)
-        self.sums = torch.zeros(2, seeds, variants, device=device)
+        self.sums, self.rates = torch.zeros(2, seeds, variants, device=device), {}
 
     def shuffle(self) -> None:
         self.batches = self.order.next_epoch().split(self.batch, dim=1)
@@ -141,7 +148,8 @@ class Stack:
     def steps(self, first: int, last: int) -> None:
         loss_sum, right_sum = self.sums
         for batch in self.batches[first:last]:
-            loss, right = self.engine.step(self.problem.features[batch], self.problem.labels[batch], {})
+            features = gather(self.problem.features, batch, self.rooms)
+            loss, right = self.engine.step(features, self.problem.labels[batch], self.rates)
             loss_sum += loss * batch.shape[1]
             right_sum += right
 
@@ -159,11 +167,11 @@ def starts(task: Task, seeds: int) -> dict[str, torch.Tensor]:
 
 
 class SideBySide:
-    """Stacks in threads of their own, each computing on one core."""
+    """Stacks in two threads, each computing on one core: what does not fit waits for its turn."""
 
     def __init__(self, stacks: list[Stack]):
         self.stacks, self.networks = stacks, sum(stack.networks for stack in stacks)
-        self.pool = ThreadPoolExecutor(len(stacks), initializer=torch.set_num_threads, initargs=(1,))
+        self.pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 
     def _each(self, action: Callable) -> None:
         list(self.pool.map(action, self.stacks))
@@ -176,6 +184,13 @@ class SideBySide:
 
     def validate(self) -> None:
         self._each(Stack.validate)
+
+
+def chunks(task: Task, engine: str, seeds: int, variants: int) -> SideBySide:
+    """`seeds` seeds in chunks of at most `SEEDS_PER_CHUNK`, two chunks or more, of nearly the same length."""
+    count = max(2, -(-seeds // config.SEEDS_PER_CHUNK))
+    lengths = [seeds * (i + 1) // count - seeds * i // count for i in range(count)]
+    return SideBySide([Stack(task, engine, length, variants) for length in lengths])
 
 
 # --- contenders -----------------------------------------------------------------------------------------
@@ -215,19 +230,19 @@ def contenders(task: Task, size: int, args: argparse.Namespace, processes: Proce
     add("sklearn_2_threads", lambda: [(1, measure_sklearn(task, args.epochs, 2))], threads=2)
 
     measured = min(args.steps, task.steps) if size > LARGE else task.steps
-    seeds, shared = max(1, size // args.variants), max(1, round(size / SHARED))
-    for engine in ENGINES:
+    seeds = max(1, size // args.variants)
+    engines = ["vmap", "matmul", *(["compiled"] if size >= COMPILED and args.compiled else [])]
+    for engine in engines:
         make = functools.partial(Stack, task, engine, seeds, args.variants)
         add(engine, stack(make), variants=args.variants)
-        if cuda:
-            add(f"{engine}_cuda", stack(functools.partial(make, "cuda"), "cuda"), device="cuda", variants=args.variants)
-    if size >= SHARED and args.variants != SHARED:
-        make = functools.partial(Stack, task, "matmul", shared, SHARED)
-        add("matmul_shared_batches", stack(make), variants=SHARED)
-    if seeds > 1:
-        halves = (seeds // 2, seeds - seeds // 2)
-        pair = [functools.partial(Stack, task, "matmul", half, args.variants) for half in halves]
-        add("matmul_2_stacks", stack(lambda: SideBySide([make() for make in pair])), threads=2, variants=args.variants)
+    for engine in ("vmap", "matmul", "captured") if cuda else ():
+        make = functools.partial(Stack, task, engine, seeds, args.variants, "cuda")
+        add(f"{engine}_cuda", stack(make, "cuda"), device="cuda", variants=args.variants)
+    for variants, mark in ((args.variants, ""), (SHARED, "_shared_batches")):
+        if size >= 2 * variants and not (mark and args.variants == SHARED):
+            for engine in engines[1:]:
+                make = functools.partial(chunks, task, engine, max(2, round(size / variants)), variants)
+                add(f"{engine}_chunks{mark}", stack(make), threads=2, variants=variants)
     return found
 
 
@@ -253,8 +268,8 @@ def measure_all(args: argparse.Namespace) -> dict:
                         row["seconds_by_repeat"].append([time.as_dict() for _, time in times])
                         row["by_repeat"].append(sum(count / (time.epoch * args.epochs) for count, time in times))
             for seeds in args.study:
-                tell(f"repeat {repeat + 1} of {args.repeats}: a study of {seeds} seeds")
-                studies[seeds].append(study_seconds(seeds))
+                tell(f"repeat {repeat + 1} of {args.repeats}: a study of {seeds[0]} seeds")
+                studies[seeds].append(study_seconds(*seeds))
     finally:
         processes.close()
         torch.set_num_threads(threads)
@@ -271,8 +286,8 @@ def measure_all(args: argparse.Namespace) -> dict:
         "results": [finished(row, rows, tasks[0], floors) for row in rows.values()],
         "floor": floors,
         "study": [
-            {"seeds": seeds, "seconds": statistics.median(values), "by_repeat": values}
-            for seeds, values in studies.items()
+            {"seeds": seeds, "variants": variants, "seconds": statistics.median(values), "by_repeat": values}
+            for (seeds, variants), values in studies.items()
         ],
         "machine": {
             "processor": processor(),
@@ -316,7 +331,7 @@ def finished(row: dict, rows: dict, task: Task, floors: list[dict]) -> dict:
         best = [max(values) for values in zip(*rates, strict=True)]
         ratios = [mine / other for mine, other in zip(row["networks_per_second_by_repeat"], best, strict=True)]
         row["speedup"][name], row["speedup_by_repeat"][name] = statistics.median(ratios), ratios
-    if row["device"] == "cpu" and row["contender"].startswith("matmul"):
+    if row["device"] == "cpu" and not row["contender"].startswith("vmap"):
         steps = [epoch[0]["steps"] / (task.steps * row["networks"]) for epoch in row["seconds_by_repeat"]]
         of = next(f for f in floors if f["feature_size"] == row["feature_size"])
         bounds = [floor_seconds(of, rate, row["threads"], row["variants"]) for rate in of["rates_by_repeat"]]
@@ -325,19 +340,6 @@ def finished(row: dict, rows: dict, task: Task, floors: list[dict]) -> dict:
 
 
 # --- whole studies, machine, table ----------------------------------------------------------------------
-
-
-def study_seconds(seeds: int) -> float:
-    """Seconds of ``experiment.py run`` on the bundled features, from start to exit."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "experiment.py"), "run", "--seeds", str(seeds), "--no-figures"]
-        run = functools.partial(subprocess.run, [*command, "--results-dir", folder], capture_output=True, text=True)
-        done = []
-        seconds = timed(lambda: done.append(run(cwd=ROOT, check=False)))
-    if done[0].returncode:
-        said = done[0].stderr.strip().splitlines()
-        raise InputError(f"The study of {seeds} seeds did not end well: {said[-1] if said else 'no reason given'}")
-    return seconds
 
 
 def processor() -> str:
@@ -369,7 +371,7 @@ def table(report: dict) -> str:
             rows = [cells.get((name, size), {}) for size in sizes]
             rates = [row.get("networks_per_second") for row in rows]
             lines.append(line(name, rates, ["~" if row.get("extrapolated") else "" for row in rows]))
-        for name in [name for name in names if name.startswith("matmul")]:
+        for name in [name for name in names if name.startswith(("matmul", "compiled", "captured"))]:
             rows = [cells.get((name, size), {}) for size in sizes]
             for baseline in BASELINES:
                 values = [row.get("speedup", {}).get(baseline) for row in rows]
@@ -383,7 +385,9 @@ def table(report: dict) -> str:
             f"{rate['bytes_per_second'] / 1e9:.1f} GB/s (first repeat); {of['seconds'][key] * 1e6:.1f} µs"
             for key, rate in rates.items()
         ]
-    lines += [f"Study of {of['seeds']} seeds: {of['seconds']:.1f} s, whole process" for of in report["study"]]
+    for of in report["study"]:
+        what = f"{of['variants']} variants" if of["variants"] else "experiment.py run"
+        lines.append(f"Study of {of['seeds']} seeds, {what}: {of['seconds']:.1f} s, whole process")
     return "\n".join(lines)
 
 

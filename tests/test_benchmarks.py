@@ -50,18 +50,18 @@ def test_quick_run_prints_a_table_and_writes_json(training_benchmark, no_process
     rows = {(row["contender"], row["size"]): row for row in report["results"] if row["device"] == "cpu"}
     assert {name for name, _ in rows} == {
         "plain", "plain_2_threads", "plain_fused", "plain_fused_2_threads", "processes", "processes_fused",
-        "sklearn", "sklearn_2_threads", "matmul", "vmap", "matmul_shared_batches", "matmul_2_stacks",
+        "sklearn", "sklearn_2_threads", "vmap", "matmul", "matmul_chunks", "matmul_chunks_shared_batches",
     }  # fmt: skip
     for (name, size), row in rows.items():
         assert name in printed
         assert row["networks_per_second"] > 0
-        if row["contender"] in ("matmul", "vmap", "matmul_2_stacks"):
+        if row["contender"] in ("matmul", "vmap", "matmul_chunks"):
             assert row["networks"] == size
             best = max(rows["plain", size]["networks_per_second"], rows["plain_2_threads", size]["networks_per_second"])
             assert row["speedup"]["plain_loop"] == pytest.approx(row["networks_per_second"] / best)
         assert ("fraction_of_floor" in row) == name.startswith("matmul")
-    assert rows["matmul_shared_batches", 8]["networks"] == 6
-    assert rows["matmul_shared_batches", 8]["variants"] == 6
+    shared = rows["matmul_chunks_shared_batches", 12]
+    assert (shared["networks"], shared["variants"], shared["threads"]) == (12, 6, 2)
 
 
 def test_unfinished_epochs_are_extrapolated(training_benchmark, monkeypatch):
