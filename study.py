@@ -7,11 +7,9 @@ numbers alone.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import groupby
-from threading import Event
 
 import torch
 from torch import Tensor
@@ -19,11 +17,11 @@ from tqdm.auto import tqdm
 
 import config
 from config import InputError, Settings
-from dataset import default_workers, free_memory
 from evaluation import report
 from features import FeatureSet, get_features
 from importance import normalize, top_k_mask
 from models import FeedforwardClassifier
+from parallel import in_flight, side_by_side
 from records import Results, environment, record_key
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, select_epoch, train_holdout
@@ -34,7 +32,6 @@ log = logging.getLogger(__name__)
 
 ALGORITHMS = ("erm", "importance")  # trained side by side; see `variants` for more
 SELECTIONS = ("last", "val")
-COPIES = 10  # of a network's numbers while it is trained: start, weights, gradients, two moments, rates, masks, results
 
 
 class Study:
@@ -229,33 +226,12 @@ class Study:
     def _side_by_side(self, phase: str, units: list, train: Callable, epochs: int) -> Iterator:
         """Results of `train` for each unit, in order; on a CPU as many at a time as cores and memory allow."""
         quiet = {} if self.progress and units else {"disable": True}  # else as TQDM_DISABLE in the environment says
-        cores = 1 if self.problem.features.is_cuda else self._in_flight(units)
-        with tqdm(total=len(units) * epochs, desc=phase, unit="epoch", **quiet) as bar:
-            if len(units) <= 1 or cores == 1:
-                yield from (train(unit, bar.update) for unit in units)
-                return
-            # Each thread computes on one core of its own; results are written here, in the order of the units.
-            stop = Event()
-
-            def tick() -> None:
-                bar.update()
-                if stop.is_set():
-                    raise InterruptedError  # Ctrl-C reached the main thread: do not finish the unit first
-
-            pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-            try:
-                yield from pool.map(lambda unit: train(unit, tick), units)
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-
-    def _in_flight(self, units: Sequence[tuple[str, Sequence[int]]]) -> int:
-        """How many units may be trained at a time: a core for each, in half of the memory that is free."""
         sizes = (self.problem.features.shape[1], len(self.problem.class_names), self.settings.hidden_sizes)
         floats = sum(p.numel() for p in FeedforwardClassifier.outline(*sizes).parameters())
         networks = max((len(seeds) for _, seeds in units), default=0) * len(self.algorithms)
-        need = COPIES * networks * floats * self.problem.features.element_size()
-        return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
+        at_a_time = 1 if self.problem.features.is_cuda else in_flight(networks, floats)
+        with tqdm(total=len(units) * epochs, desc=phase, unit="epoch", **quiet) as bar:
+            yield from side_by_side(train, units, at_a_time, bar)
 
     # --- to disk and back -----------------------------------------------------------------------------------
 

@@ -142,7 +142,8 @@ class Trained:
     Attributes:
         params: final parameters, name -> ``[S, V, *shape]``.
         loss: mean cross-entropy (nats) over each epoch's batches, ``[S, V, E]``.
-        train_accuracy: accuracy over the epoch's own batches, as they were met, ``[S, V, E]``.
+        train_accuracy: accuracy over the epoch's own batches, as they were met, ``[S, V, E]``; NaN where the engine
+            does not count it.
         correct: right answers after each epoch, int64 ``[S, V, E, domains, 2, classes]`` (2 = in, out).
         failed: first epoch (from 1) whose loss or weights were not finite, 0 = none, ``[S, V]``.
     """

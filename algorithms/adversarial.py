@@ -16,9 +16,9 @@ from algorithms.base import (
     adam,
     adam_state,
     choice,
+    linear_start,
     log_uniform,
 )
-from algorithms.experts import linear_start
 from algorithms.registry import register
 
 

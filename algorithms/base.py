@@ -107,6 +107,7 @@ class Algorithm:
         hyperparameters: name -> `Hyperparameter`, of this class alone; those of base classes are added to them.
             Their values are attributes of the object, by the same names.
         batches: "pooled" (source domains mixed, as Phase 2 trains) or "balanced" (as many rows of each domain).
+        record_names: entries of the state that are kept with the results.
         validate_every: part of an epoch after which `validated` is called with the loss on the sources' `out` split;
             None = never.
     """
@@ -116,6 +117,7 @@ class Algorithm:
         "weight_decay": Hyperparameter(0.0, "L2 penalty inside Adam", log_uniform(-6, -2)),
     }
     batches: ClassVar[str] = "pooled"
+    record_names: ClassVar[tuple[str, ...]] = ()
     validate_every: ClassVar[float | None] = None
 
     def __init__(self, setup: Setup, **values: float | int | str):
@@ -255,6 +257,11 @@ class Algorithm:
         """Names of the classifier's parameters, without those of `extra_parameters`."""
         depth = len(self.setup.hidden_sizes) + 1
         return tuple(f"layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias"))
+
+
+def linear_start(shape: tuple[int, ...], inputs: int, draw: torch.Generator) -> Tensor:
+    """Weights or biases as PyTorch's linear layers start: uniform within 1/sqrt(inputs) of 0."""
+    return (2 * torch.rand(shape, generator=draw) - 1) / inputs**0.5
 
 
 # --- Adam as a pure function (Kingma & Ba 2015) ---------------------------------------------------------------

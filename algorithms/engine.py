@@ -64,18 +64,17 @@ class AlgorithmEngine:
             domains: numbers among the problem's domains, ``[S, B]``.
 
         Returns:
-            Loss and number of right answers before the step, both ``[S, 1]``.
+            Loss before the step, and NaN for the right answers (they would take a second forward pass), ``[S, 1]``.
         """
         if rates:
             raise ValueError("An algorithm has rates of its own.")
-        right = (self._logits(features, True).argmax(-1) == targets).sum(-1)
         batch = Batch(features, targets, self.number_of[domains])
         noise = stacked([self.algorithm.draw(draw, features.shape[1]) for draw in self.draws], features)
         self.networks, self.state, loss = vmap(self.algorithm.update)(self.networks, batch, self.state, noise)
         self.steps_taken += 1
         if self.interval and self.steps_taken % self.interval == 0:
             self._validate()
-        return loss.unsqueeze(1), right.unsqueeze(1)
+        return loss.unsqueeze(1), torch.full_like(loss, torch.nan).unsqueeze(1)
 
     def _validate(self) -> None:
         features, labels = self.validation
@@ -84,14 +83,14 @@ class AlgorithmEngine:
         changes = vmap(self.algorithm.validated)(self.networks, self.state, loss)
         self.state = {**self.state, **changes}
 
-    def _logits(self, features: Tensor, own: bool = False) -> Tensor:
-        """``[N, D]``, or with `own` ``[S, N, D]``, -> ``[S, N, classes]``."""
-        return vmap(self.algorithm.logits, in_dims=(0, 0, 0 if own else None))(self.networks, self.state, features)
-
     @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """``[N, D]`` -> ``[S, N, classes]``."""
+        return vmap(self.algorithm.logits, in_dims=(0, 0, None))(self.networks, self.state, features)
+
     def classify(self, features: Tensor) -> Tensor:
         """Most probable class of the rows ``[N, D]`` for every network: int64 ``[S, 1, N]``."""
-        return self._logits(features).argmax(-1).unsqueeze(1)
+        return self.logits(features).argmax(-1).unsqueeze(1)
 
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[S, 1, N]``."""

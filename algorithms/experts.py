@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algorithms.base import Algorithm, Batch, Hyperparameter, Noise, Params, State, choice, log_uniform, uniform
+from algorithms.base import (
+    Algorithm,
+    Batch,
+    Hyperparameter,
+    Noise,
+    Params,
+    State,
+    choice,
+    linear_start,
+    log_uniform,
+    uniform,
+)
 from algorithms.registry import register
 
 
@@ -154,11 +165,6 @@ class GMoE(MixtureOfExperts):
         here = F.normalize(F.linear(features, params["router.weight"], params["router.bias"]), dim=-1)
         there = F.normalize(params["router.experts"], dim=-1)
         return here @ there.T * params["router.sharpness"].clamp(max=log(1 / 0.01)).exp()
-
-
-def linear_start(shape: tuple[int, ...], inputs: int, draw: torch.Generator) -> Tensor:
-    """Weights or biases as PyTorch's linear layers start: uniform within 1/sqrt(inputs) of 0."""
-    return (2 * torch.rand(shape, generator=draw) - 1) / inputs**0.5
 
 
 def keep_largest(probabilities: Tensor, k: int) -> Tensor:

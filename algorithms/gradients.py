@@ -145,6 +145,8 @@ class Projection(DomainGradients):
     In an epoch that is not over, they are of its steps so far. All tests of an epoch weigh the same.
     """
 
+    record_names = ("conflict_rate", "conflict_strength")
+
     def initial_state(self, params: Params) -> State:
         zeros = next(iter(params.values())).new_zeros(self.setup.epochs, len(self.shapes))
         return {**super().initial_state(params), "conflict_rate": zeros, "conflict_strength": zeros.clone()}

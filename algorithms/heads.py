@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algorithms.base import Algorithm, Batch, Hyperparameter, Noise, Params, State, choice
-from algorithms.experts import linear_start
+from algorithms.base import Algorithm, Batch, Hyperparameter, Noise, Params, State, choice, linear_start
 from algorithms.registry import register
 from config import InputError
 

@@ -27,7 +27,7 @@ def test_a_stack_equals_single_runs(name):
         single = methods.run(name, steps, (seed,), of=of)
         for key, value in stack.networks.items():
             assert torch.allclose(value[s], single.networks[key][0], rtol=0, atol=1e-9), key
-        assert torch.allclose(stack._logits(x)[s], single._logits(x)[0], rtol=0, atol=1e-8)
+        assert torch.allclose(stack.logits(x)[s], single.logits(x)[0], rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,7 +45,7 @@ def test_a_method_trains_through_the_one_loop(name):
 def test_a_row_is_predicted_on_its_own(name):
     engine = methods.run(name, 3)
     x = methods.batches(2)[0][0][0]
-    together, alone = engine._logits(x), torch.cat([engine._logits(row) for row in x.split(1)], dim=1)
+    together, alone = engine.logits(x), torch.cat([engine.logits(row) for row in x.split(1)], dim=1)
     assert torch.allclose(together, alone, rtol=0, atol=1e-9)
 
 

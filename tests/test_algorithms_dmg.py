@@ -77,7 +77,7 @@ def test_masks_that_are_open_and_do_not_learn_are_erm():
     ours, erm = methods.run("DMG", 20, of=THREE, **OPEN), methods.run("ERM", 20, of=THREE)
     assert methods.same(ours, erm)
     x = methods.one_batch(THREE).features
-    assert torch.allclose(ours._logits(x), erm._logits(x), rtol=0, atol=1e-9)
+    assert torch.allclose(ours.logits(x), erm.logits(x), rtol=0, atol=1e-9)
 
 
 def test_masks_learn_by_default():

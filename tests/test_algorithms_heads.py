@@ -87,7 +87,7 @@ def test_one_head_is_erm():
         erm.step(features, labels, {}, domains)
     ours = methods.run("MultiHead", 10, of=of)
     x = methods.one_batch().features
-    assert torch.allclose(ours._logits(x), erm._logits(x), rtol=0, atol=1e-9)
+    assert torch.allclose(ours.logits(x), erm.logits(x), rtol=0, atol=1e-9)
     assert torch.allclose(ours.networks["heads.weight"].squeeze(1), erm.networks["layers.3.weight"], rtol=0, atol=1e-9)
 
 

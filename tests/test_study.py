@@ -9,6 +9,7 @@ from problems import features as blobs
 from problems import problem
 
 import config
+import parallel
 import study as study_module
 from config import InputError, Settings
 from evaluation import paired_differences
@@ -229,13 +230,11 @@ def test_problem_is_split_the_same_whatever_the_row_order(data):
     assert torch.equal(inside, problem(per_cell=30).inside[order])
 
 
-def test_memory_decides_how_many_units_are_trained_at_a_time(data, tmp_path, monkeypatch):
-    study = Study(data, SETTINGS, Results(tmp_path), range(2), progress=False)
-    units = [("art", range(50)), ("photo", range(50))]
-    monkeypatch.setattr(study_module, "default_workers", lambda: 8)
-    for free, expected in ((float("inf"), 8), (1e3, 1)):
-        monkeypatch.setattr(study_module, "free_memory", lambda free=free: free)
-        assert study._in_flight(units) == expected
+def test_memory_decides_how_many_stacks_are_trained_at_a_time(monkeypatch):
+    monkeypatch.setattr(parallel, "default_workers", lambda: 8)
+    for free, expected in ((float("inf"), 8), (3 * 2 * 4 * parallel.COPIES * 100 * 50, 3), (1e3, 1)):
+        monkeypatch.setattr(parallel, "free_memory", lambda free=free: free)
+        assert parallel.in_flight(100, 50) == expected
 
 
 def test_the_engine_is_that_of_the_whole_study_and_is_noted(data, tmp_path, monkeypatch):
