@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config
+import field
 from config import InputError
 
 
@@ -31,17 +32,21 @@ def build_parser() -> Parser:
     study.add_argument(
         "--sweep-seeds", type=int, metavar="N", help="seeds of the exploratory sweep (default: 50 at most)"
     )
-    for command in (run, study):
+    compare, others = field.add_commands(commands.add_parser)
+    trained = [run, study, compare]
+    for command in trained:
         command.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
         command.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
         command.add_argument(
-            "--results-dir", metavar="DIR", help=f"default {config.RESULTS_DIR}, for study with /study"
+            "--results-dir",
+            metavar="DIR",
+            help=f"default {config.RESULTS_DIR}; below it study and compare have theirs",
         )
         command.add_argument("--overwrite", action="store_true", help="delete the results of other settings there")
         command.add_argument("--strict", action="store_true", help="stop at the first network that fails")
     features = commands.add_parser("features", help="run the frozen ViT over a folder of images, nothing else")
     features.add_argument("--output", metavar="FILE", help="copy the features there")
-    for command in (run, study, features):
+    for command in (*trained, features):
         command.add_argument("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
         command.add_argument("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
         command.add_argument("--verify", action="store_true", help="read all image files again, trust no time stamp")
@@ -50,7 +55,7 @@ def build_parser() -> Parser:
     predict.add_argument("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")
     predict.add_argument("--vit-model", metavar="ID_OR_DIR", help="the model the weights were trained on")
     predict.add_argument("--seed", type=int, metavar="N", help="which network of the file (default: its first)")
-    for command in (run, study, features, predict):
+    for command in (*trained, features, predict, *others):
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         command.add_argument("--threads", type=int, metavar="N", help="CPU threads")
         command.add_argument(
@@ -189,6 +194,10 @@ def joined_model(arrays: dict, header: dict, index: int):
     return ImageClassifier(extractor, classifier, classes).eval()
 
 
+COMMANDS = {"run": run, "study": study, "features": features, "predict": predict, "compare": field.compare}
+COMMANDS |= {"export-domainbed": field.export_domainbed, "import-domainbed": field.import_domainbed}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     from training import TrainingFailedError
@@ -198,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         apply_options(options)
-        {"run": run, "study": study, "features": features, "predict": predict}[options.command](options)
+        COMMANDS[options.command](options)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -31,8 +31,12 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-le
 
 
 def record_key(record: Mapping) -> str:
-    """Identity of a result: 16 hex digits over features, algorithm, settings, holdout, seed and selection."""
-    names = ("features", "algorithm", "settings", "holdout", "seed", "selection")
+    """Identity of a result: 16 hex digits over features, algorithm, settings, holdout, seed and selection.
+
+    Of a record of `compare` also over trial and hyperparameters.
+    """
+    names = ["features", "algorithm", "settings", "holdout", "seed", "selection"]
+    names += [name for name in ("trial", "hyperparameters") if name in record]
     return hashlib.sha256(json.dumps([record[name] for name in names]).encode()).hexdigest()[:16]
 
 

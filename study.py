@@ -88,7 +88,7 @@ class Study:
         with results:
             if overwrite:
                 results.clear()
-            with self._writing():
+            with self.writing():
                 pass  # an unfit directory is refused now, not after Phase 1
 
     @classmethod
@@ -129,7 +129,7 @@ class Study:
             how = {"strict": self.strict, "engine": self.engine, "on_epoch": tick}
             return train_domain(self.problem, domain, seeds, self.settings, **how)
 
-        with self._writing(units):
+        with self.writing(units):
             for networks in self._side_by_side("Phase 1", units, train, self.settings.ph1_num_epochs):
                 self._save_domain(networks)
 
@@ -140,22 +140,22 @@ class Study:
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> tuple:
             holdout, seeds = unit
             masks_of, next_masks_of = (
-                self._mask_maker(holdout, seeds),
-                self._mask_maker(holdout, [s + 1 for s in seeds]),
+                self.mask_maker(self.problem.sources(holdout), seeds),
+                self.mask_maker(self.problem.sources(holdout), [s + 1 for s in seeds]),
             )
             arms = build_arms(self.algorithms, holdout, seeds, masks_of, next_masks_of, self.settings)
             how = {"strict": self.strict, "engine": self.engine, "on_epoch": tick}
             networks = train_holdout(self.problem, holdout, seeds, arms, **how)
             return networks, masks_of(self.settings)
 
-        with self._writing(units):
+        with self.writing(units):
             for networks, masks in self._side_by_side("Phase 2", units, train, self.settings.ph2_num_epochs):
                 self._save_holdout(networks, masks)
                 self.results.append(self._records(networks))
 
     def report(self) -> str:
         """The answer as text, written to ``summary_report.txt`` as well."""
-        with self._writing():
+        with self.writing():
             text = report(self.records(), self.results.read_settings(), self.failures())
             self.results.write_text("summary_report.txt", text)
         return text
@@ -179,13 +179,18 @@ class Study:
         ]
 
     @contextmanager
-    def _writing(self, units: Sequence = ()) -> Iterator[None]:
-        """The results directory locked, and made sure to be that of these settings; noted what trains `units`."""
+    def writing(self, units: Sequence = (), engine: str | None = None) -> Iterator[None]:
+        """The results directory locked, and made sure to be that of these settings; noted what trains `units`.
+
+        Args:
+            units: what is going to be trained; if nothing, nothing is noted.
+            engine: that of `training`; default this study's own.
+        """
         with self.results:
             self.results.claim(self.settings, self.facts)
             if units:
                 device = self.problem.features.device.type
-                what = environment(device, config.THREADS or 1, self.engine)
+                what = environment(device, config.THREADS or 1, engine or self.engine)
                 self.results.claim(self.settings, self.facts, what)
             yield
 
@@ -277,13 +282,13 @@ class Study:
         header = self.header(phase=2, holdout=networks.holdout)
         self.results.save("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), header)
 
-    def _mask_maker(self, holdout: str, seeds: Sequence[int]) -> Callable[[Settings], HoldoutMasks]:
-        """Masks of a holdout for S seeds, as settings say, from the importances on disk (read when first asked for)."""
+    def mask_maker(self, sources: Sequence[str], seeds: Sequence[int]) -> Callable[[Settings], HoldoutMasks]:
+        """Masks from source domains for S seeds, as settings say, by the importances on disk (read when asked for)."""
 
         @cache
         def importances() -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
             moved, failed = {}, {}
-            for domain in self.problem.sources(holdout):
+            for domain in sources:
                 arrays, _ = self.results.load("importance", f"phase1_{domain}")
                 rows = torch.isin(arrays["seeds"], torch.tensor(seeds))
                 moved[domain] = [layer[rows] for layer in layers_of(arrays, "importance")]

@@ -7,7 +7,9 @@ of a step (no running loss or accuracy, which the stack does keep): the loop is 
 Everything that is measured has the same three parts of an epoch: `shuffle()`, `steps(first, last)`, `validate()`.
 """
 
+import argparse
 import functools
+import platform
 import statistics
 import time
 import warnings
@@ -15,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -256,3 +259,23 @@ def machine_rates(threads: int, quick: bool = False) -> dict:
         copy = min(timed(lambda: target.copy_(source)) for _ in range(6))
         result[name] = {"operations_per_second": 2 * side**3 / product, "bytes_per_second": 8 * length / copy}
     return result
+
+
+# --- shared by the benchmarks ---------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def processor() -> str:
+    """The processor by name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

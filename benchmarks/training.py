@@ -44,7 +44,9 @@ from plain import (
     machine_rates,
     measure,
     measure_sklearn,
+    positive,
     problem_of,
+    processor,
 )
 from whole import study_seconds
 
@@ -106,13 +108,6 @@ def build_parser() -> Parser:
     add("--quick", action="store_true", help="tiny sizes, once: does it run?")
     add("--output", type=Path, metavar="FILE", help="JSON file to write")
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
 
 
 def numbers(text: str) -> list[int]:
@@ -340,16 +335,6 @@ def finished(row: dict, rows: dict, task: Task, floors: list[dict]) -> dict:
 
 
 # --- whole studies, machine, table ----------------------------------------------------------------------
-
-
-def processor() -> str:
-    """The processor by name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(report: dict) -> str:

@@ -1,0 +1,203 @@
+"""What a comparison says: tables per selection rule, the report, and figures."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import drawing
+from compare import PARTNERS, Comparison
+from drawing import new_figure, settled, styled
+from models import FeedforwardClassifier
+from selection import as_text, comparison_table, select
+from stacks import apply_stack
+from visualization import difference_plot, save
+
+TITLES = {
+    "training-domain": "Training-domain validation (epoch and trial of best mean source `out` accuracy)",
+    "last": "Last epoch (trial of best mean source `out` accuracy at that epoch)",
+    "leave-one-domain-out": "Leave-one-domain-out validation",
+    "oracle": "Oracle: last epoch, trial ranked by the target's own `out` part. NOT a fair rule: it saw the target",
+}
+HEADLINE = "training-domain"
+
+
+def tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+    """`selection.comparison_table` by rule, for the rules that the runs allow."""
+    curves, partners = comparison.curves(), comparison.partners
+    pairs = any(len(holdouts) == 2 for holdouts in comparison.holdouts)
+    return {
+        rule: comparison_table(select(curves, rule), partners)
+        for rule in TITLES
+        if pairs or rule != "leave-one-domain-out"
+    }
+
+
+def ensemble(comparison: Comparison) -> pd.Series:
+    """Accuracy of the mean probabilities of the ERM networks of all seeds: last epoch, all images; by holdout.
+
+    An ensemble has no seed of its own, hence no interval, and is paired with nothing.
+    """
+    problem, found = comparison.problem, {}
+    for (holdout,) in [h for h in comparison.holdouts if len(h) == 1]:
+        arrays, header = comparison.study.load("weights", f"compare_{PARTNERS['pooled']}_0_{holdout}")
+        params = {k.removeprefix("final."): v for k, v in arrays.items() if k.startswith("final.")}
+        sound = arrays["failed"] == 0
+        rows = problem.rows([holdout], "all")
+        params = {name: value[sound].unsqueeze(1) for name, value in params.items()}
+        template = FeedforwardClassifier.outline(
+            problem.features.shape[1], len(problem.class_names), header["hidden_sizes"]
+        )
+        chances = apply_stack(template, params, problem.features[rows].cpu()).softmax(-1).mean((0, 1))
+        found[holdout] = float((chances.argmax(-1) == problem.labels[rows].cpu()).double().mean())
+    return pd.Series(found, dtype=float)
+
+
+def report(comparison: Comparison) -> str:
+    """The whole comparison as text."""
+    study, found = comparison.study, tables(comparison)
+    domains, seeds = [h[0] for h in comparison.holdouts if len(h) == 1], len(comparison.seeds)
+    lines = [
+        "Methods of the field on frozen features",
+        "",
+        f"{study.data.describe()}",
+        f"Classifier: {study.data.feature_size} -> {' -> '.join(map(str, comparison.settings.hidden_sizes))} -> "
+        f"{len(comparison.problem.class_names)}; {comparison.settings.ph2_num_epochs} epochs; {seeds} seeds; "
+        f"{comparison.trials} trial(s) of hyperparameters for every method, the first with its defaults.",
+        "Accuracy (%) on all images of the held-out domain, mean ± standard error over seeds. Differences are from",
+        "ERM on the same kind of batches (pooled, or balanced by domain), paired by seed and averaged over the",
+        "holdouts, in points, with 95 % t intervals over seeds: they cover starts and batch orders, conditional on",
+        "images, split and backbone. With many methods some intervals exclude 0 by chance: a survey, not a test.",
+    ]
+    for rule, table in found.items():
+        title = f"{TITLES[rule]}"
+        lines += ["", title, "-" * len(title), as_text(table)]
+    together = ensemble(comparison)
+    lines += [
+        "",
+        f"Ensemble (mean probabilities of the {seeds} ERM networks, last epoch; no interval, paired with nothing):",
+    ]
+    cells = [f"{name} {100 * value:.1f}" for name, value in together.items()]
+    if len(together) == len(domains) > 1:
+        cells.append(f"average {100 * together.mean():.1f}")
+    lines += [f"  {', '.join(cells)}"]
+    if failures := failed(comparison):
+        lines += ["", f"{len(failures)} networks failed and are left out:", *(f"  {text}" for text in failures)]
+    return "\n".join(lines) + "\n"
+
+
+def failed(comparison: Comparison) -> list[str]:
+    """One sentence per failed network."""
+    names = {cls.__name__ for cls in comparison.algorithms}
+    return [
+        f"{r['algorithm']}, trial {r['trial']}, holdout {r['holdout']}, seed {r['seed']}: {r['failed']}"
+        for r in comparison.results.records()
+        if r["failed"] and r["selection"] == "last" and r["algorithm"] in names and r["seed"] in comparison.seeds
+    ]
+
+
+def write(comparison: Comparison, figures: bool = True) -> str:
+    """Write ``comparison.txt``, a table per rule as CSV and, if asked, the figures; returns the text."""
+    text, directory = report(comparison), comparison.results.directory
+    with comparison.study.writing():
+        comparison.results.write_text("comparison.txt", text)
+        for rule, table in tables(comparison).items():
+            comparison.results.write_text(f"comparison_{rule}.csv", table.to_csv())
+        for name, make in all_figures(comparison).items() if figures else ():
+            save(make(), directory / "plots" / f"{name}.png")
+    return text
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def all_figures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:
+    """File name -> function that draws, of every figure that the comparison has data for."""
+    made = {"comparison": lambda: difference_figure(comparison)}
+    holdouts = [h for h in comparison.holdouts if len(h) == 1]
+    for cls in comparison.algorithms:
+        if "conflict_rate" in cls.record_names:
+            made[f"conflicts_{cls.__name__}"] = lambda c=cls.__name__: conflict_figure(comparison, c)
+        if hasattr(cls, "routing"):
+            for (holdout,) in holdouts:
+                made[f"experts_{cls.__name__}_{holdout}"] = lambda c=cls.__name__, h=holdout: expert_figure(
+                    comparison, c, h
+                )
+    return made
+
+
+def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
+    """Forest plot: every method minus ERM on the same batches, best first."""
+    table = tables(comparison)[rule]
+    rows = table[table["difference"].notna()].sort_values("difference", ascending=False)
+    batches = {cls.__name__: cls.batches for cls in comparison.algorithms}
+    shown = pd.DataFrame(
+        {
+            "label": rows.index,
+            "mean": rows["difference"],
+            "low": rows["low"],
+            "high": rows["high"],
+            "group": [f"{batches[name]} batches: minus {PARTNERS[batches[name]]}" for name in rows.index],
+        }
+    )
+    title = (
+        f"Average accuracy minus ERM's on the same batches, paired by seed, 95 % t interval ({_on(comparison)}, {rule})"
+    )
+    return difference_plot(shown, title)
+
+
+@styled
+def conflict_figure(comparison: Comparison, algorithm: str) -> Figure:
+    """Part of the tests in which gradients of domains conflict, per epoch and parameter tensor, mean over holdouts."""
+    rates = []
+    for holdouts in [h for h in comparison.holdouts if len(h) == 1]:
+        arrays, _ = comparison.load(algorithm, 0, holdouts)
+        rates.append(arrays["conflict_rate"][arrays["failed"] == 0].mean(0))
+    rate = torch.stack(rates).mean(0).T.numpy()  # [tensors, epochs]
+    depth = len(comparison.settings.hidden_sizes) + 1
+    names = [f"layer {i + 1} {kind}" for i in range(depth) for kind in ("weights", "biases")][: len(rate)]
+    figure = new_figure(
+        7.5, 1.6 + 0.34 * len(rate), f"{algorithm}: conflicts between domain gradients ({_on(comparison)})"
+    )
+    ax = figure.subplots()
+    image = ax.imshow(rate, cmap="viridis", vmin=0, vmax=max(0.5, float(rate.max())), aspect="auto")
+    ax.set_yticks(range(len(rate)), names)
+    ax.set_xticks(range(rate.shape[1]), range(1, rate.shape[1] + 1))
+    ax.set(xlabel="epoch")
+    figure.colorbar(image, ax=ax, label="part of the tests that conflict")
+    return settled(figure)
+
+
+@styled
+def expert_figure(comparison: Comparison, algorithm: str, holdout: str) -> Figure:
+    """Mean gate of each expert by domain and by class, of one seed: expert 1 of another is another expert."""
+    arrays, _ = comparison.load(algorithm, 0, (holdout,))
+    sound = (arrays["failed"] == 0).nonzero().flatten()
+    problem = comparison.problem
+    if len(sound) == 0:
+        raise ValueError(f"All networks of {algorithm} failed.")
+    use, seed = arrays["expert_use"][sound[0]], int(arrays["seeds"][sound[0]])
+    weights = problem.totals.sum(1).double().cpu().unsqueeze(-1)  # images per domain and class
+    by_domain = ((use.nan_to_num() * weights).sum(1) / weights.sum(1)).numpy()
+    by_class = ((use.nan_to_num() * weights).sum(0) / weights.sum(0)).numpy()
+    domains = [f"{d} (held out)" if d == holdout else d for d in problem.domain_names]
+    figure = new_figure(8.0, 3.6, f"{algorithm}: use of experts, holdout {holdout}, seed {seed} ({_on(comparison)})")
+    axes = figure.subplots(1, 2)
+    for ax, values, names in ((axes[0], by_domain, domains), (axes[1], by_class, problem.class_names)):
+        image = ax.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
+        ax.set(xlabel="expert")
+        for row, column in np.ndindex(values.shape):
+            colour = drawing.ink(image.cmap(image.norm(values[row, column])))
+            ax.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    figure.colorbar(image, ax=axes, label="mean gate")
+    return settled(figure)
+
+
+def _on(comparison: Comparison) -> str:
+    """What a figure was measured on."""
+    data, seeds = comparison.study.data, len(comparison.seeds)
+    return f"{data.model_name}, {data.feature_size}-d, {seeds} {'seed' if seeds == 1 else 'seeds'}"

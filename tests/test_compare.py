@@ -1,0 +1,229 @@
+"""A comparison of methods: what is trained, what is written, how it resumes, what it says."""
+
+import numpy as np
+import pytest
+import torch
+from problems import features as blobs
+
+import compare_report
+from algorithms import ALGORITHMS, Algorithm, Hyperparameter, registry
+from compare import PARTNERS, Comparison
+from config import InputError, Settings
+from evaluation import t_interval
+from feature_file import load_features, save_features
+from records import Results
+from study import Study
+
+SETTINGS = Settings.current(
+    hidden_sizes=(6, 5, 4), ph1_num_epochs=2, ph2_num_epochs=3, ph2_freeze_epoch=2, batch_size=16
+)
+DOMAINS = ("art", "cartoon", "photo", "sketch")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("features") / "blobs.safetensors"
+    d = blobs(domains=DOMAINS, per_cell=20)
+    save_features(path, d.features.half(), d.labels, d.domains, d.class_names, d.domain_names, d.files, dataset="blobs")
+    return load_features(path)
+
+
+def make(data, directory, algorithms=("ERM", "VREx"), seeds=2, **options):
+    return Comparison(data, SETTINGS, Results(directory), range(seeds), algorithms, progress=False, **options)
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """Methods of every kind of record, two trials, pairs of holdouts as well."""
+    names = ("ERM", "VREx", "CorGrad", "GMoE", "ImportanceMask", "OtherSeedMask")
+    comparison = make(data, tmp_path_factory.mktemp("whole"), names, 3, trials=2, leave_one_out=True)
+    comparison.run()
+    return comparison
+
+
+def contents(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_the_partners_of_all_methods_are_trained_too(data, tmp_path):
+    comparison = make(data, tmp_path, ["VREx", "SD"])
+    assert {cls.__name__ for cls in comparison.algorithms} == {"ERM", "ERMBalanced", "VREx", "SD"}
+    assert comparison.partners == {"ERM": "ERM", "ERMBalanced": "ERMBalanced", "VREx": "ERMBalanced", "SD": "ERM"}
+
+
+def test_records_are_of_every_run_and_all_different(whole):
+    records = whole.results.records()
+    runs = 7 * 2 * (4 + 6) * 3  # methods with partners, trials, holdouts and pairs, seeds
+    assert len(records) == 2 * runs  # selections
+    assert len({r["key"] for r in records}) == len(records)
+    assert {r["trial"] for r in records} == {0, 1}
+
+
+def test_interrupted_and_resumed_is_the_same(whole, data, tmp_path, monkeypatch):
+    saves, real = [], Comparison._save
+
+    def save(self, unit, networks):
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+        saves.append(unit)
+        real(self, unit, networks)
+
+    names = ["ERM", "CorGrad"]
+    make(data, tmp_path / "a", names).run()
+    monkeypatch.setattr(Comparison, "_save", save)
+    with pytest.raises(KeyboardInterrupt):
+        make(data, tmp_path / "b", names).run()
+    monkeypatch.setattr(Comparison, "_save", real)
+    make(data, tmp_path / "b", names).run()
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert [n for n in a if a[n] != b[n]] == []
+
+
+def test_a_second_run_trains_nothing(whole, monkeypatch):
+    monkeypatch.setattr(Comparison, "_train", lambda *_: pytest.fail("trained again"))
+    before = contents(whole.results.directory)
+    whole.run()
+    assert contents(whole.results.directory) == before
+
+
+def test_other_defaults_are_not_mixed_with_what_is_there(data, tmp_path, monkeypatch):
+    make(data, tmp_path, ["VREx"]).run()
+    changed = {**ALGORITHMS["VREx"].hyperparameters, "penalty_weight": Hyperparameter(3.0, "β")}
+    monkeypatch.setattr(ALGORITHMS["VREx"], "hyperparameters", changed)
+    with pytest.raises(InputError, match=r"VREx, trial 0, with penalty_weight = 10.0, not 3.0"):
+        make(data, tmp_path, ["VREx"]).run()
+
+
+def test_trial_0_has_the_defaults_and_others_are_drawn_the_same_each_time(whole):
+    cls = ALGORITHMS["VREx"]
+    defaults = {name: h.default for name, h in cls.known_hyperparameters().items()}
+    assert whole.values(cls, 0) == defaults
+    drawn = [whole.values(cls, trial) for trial in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert all(drawn[0][name] != defaults[name] for name in ("learning_rate", "penalty_weight", "anneal"))
+
+
+def test_every_search_gives_values_that_the_method_trains_with(whole, data, tmp_path):
+    names = sorted(ALGORITHMS)
+    comparison = make(data, tmp_path, names, 1, trials=2, holdouts=["art"])
+    comparison.run()
+    last = [r for r in comparison.results.records() if r["selection"] == "last"]
+    assert {(r["algorithm"], r["trial"]) for r in last} == {(name, trial) for name in names for trial in (0, 1)}
+    assert [r["algorithm"] for r in last if r["failed"]] == []
+
+
+def test_the_mask_is_that_of_the_study(whole, data, tmp_path):
+    """`ImportanceMask` with the project's settings is Phase 2, up to rounding of float32."""
+    study = Study(data, SETTINGS, Results(tmp_path), range(3), progress=False)
+    study.phase1()
+    study.phase2()
+    for holdout in DOMAINS:
+        theirs, _ = study.load("histories", f"phase2_{holdout}_importance")
+        ours, _ = whole.load("ImportanceMask", 0, (holdout,))
+        assert torch.allclose(ours["loss"][:, 0], theirs["loss"][:, 0], rtol=1e-4)
+        shares = [h["correct"][:, -1].sum((1, 2, 3)).double() for h in (ours, theirs)]
+        assert (shares[0] - shares[1]).abs().max() <= 3  # of 240 images
+
+
+def test_masks_never_see_a_held_out_domain(whole, monkeypatch):
+    asked, real = [], Study.mask_maker
+
+    def spy(self, sources, seeds):
+        asked.append(sources)
+        return real(self, sources, seeds)
+
+    monkeypatch.setattr(Study, "mask_maker", spy)
+    whole._given(ALGORITHMS["ImportanceMask"], {"kept": 60.0}, ("art", "sketch"), (0, 1))
+    assert set(asked) == {("cartoon", "photo")}
+
+
+def test_curves_are_the_accuracies_on_disk(whole):
+    curves = whole.curves()
+    assert len(curves) == 7 * 2 * 10 * 3 * 3 * 4  # methods, trials, holdouts, seeds, epochs, domains
+    record = next(
+        r
+        for r in whole.results.records()
+        if (r["algorithm"], r["trial"], r["holdout"], r["seed"], r["selection"]) == ("VREx", 1, "photo", 2, "last")
+    )
+    row = curves[
+        (curves.algorithm == "VREx") & (curves.trial == 1) & (curves.holdouts == ("photo",)) & (curves.seed == 2)
+        & (curves.epoch == 3) & (curves.domain == "photo")
+    ]  # fmt: skip
+    assert row[["in", "out", "full"]].to_dict("records") == [record["accuracy"]]
+
+
+def test_tables_hold_paired_differences_from_the_right_erm(whole):
+    table = compare_report.tables(whole)["last"]
+    averages = {}
+    for r in whole.results.records():
+        if r["selection"] == "last" and r["trial"] == 0 and "+" not in r["holdout"]:
+            averages.setdefault((r["algorithm"], r["seed"]), []).append(r["accuracy"]["full"])
+    assert set(compare_report.tables(whole)) == {"training-domain", "last", "leave-one-domain-out", "oracle"}
+    assert set(table.index) == {a for a, _ in averages}
+    only_defaults = make(whole.study.data, whole.results.directory, ["ERM", "VREx"], 3)
+    table = compare_report.tables(only_defaults)["last"]
+    own = [np.mean(averages["VREx", s]) - np.mean(averages["ERMBalanced", s]) for s in range(3)]
+    assert table.loc["VREx", ["difference", "low", "high"]].tolist() == pytest.approx(list(t_interval(own)))
+
+
+def test_the_ensemble_averages_probabilities(whole):
+    found = compare_report.ensemble(whole)
+    assert set(found.index) == set(DOMAINS)
+    assert found.between(0, 1).all()
+    problem = whole.problem
+    weights, _ = whole.results.load("weights", f"compare_{PARTNERS['pooled']}_0_art")
+    rows = problem.rows(["art"], "all")
+    total = 0
+    for s in range(3):
+        x = problem.features[rows]
+        for i in range(4):
+            x = x @ weights[f"final.layers.{i}.weight"][s].T + weights[f"final.layers.{i}.bias"][s]
+            x = x.relu() if i < 3 else x.softmax(-1)
+        total = total + x
+    assert found["art"] == pytest.approx(float((total.argmax(-1) == problem.labels[rows]).double().mean()))
+
+
+def test_the_report_and_its_files(whole):
+    text = compare_report.write(whole)
+    directory = whole.results.directory
+    assert (directory / "comparison.txt").read_text("utf-8") == text
+    assert "NOT a fair rule" in text
+    for word in ("VREx", "ImportanceMask", "Ensemble", "3 seeds", "2 trial"):
+        assert word in text
+    for name in ("comparison", "conflicts_CorGrad", "experts_GMoE_art"):
+        assert (directory / "plots" / f"{name}.png").stat().st_size > 5_000
+    assert (directory / "comparison_training-domain.csv").is_file()
+
+
+def test_expert_use_is_of_whole_images(whole):
+    use = whole.load("GMoE", 0, ("art",))[0]["expert_use"]
+    assert use.shape[:3] == (3, 4, 3)
+    assert torch.allclose(use.sum(-1), torch.ones(3, 4, 3), atol=1e-5)
+
+
+def test_failed_networks_are_left_out_and_told(data, tmp_path, monkeypatch):
+    class Explodes(Algorithm):
+        """Its loss is never finite."""
+
+        def loss(self, params, batch, state, noise):
+            loss, changes = super().loss(params, batch, state, noise)
+            return loss * torch.inf, changes
+
+    monkeypatch.setattr(registry, "ALGORITHMS", dict(ALGORITHMS))
+    comparison = make(data, tmp_path, [Explodes])
+    comparison.run()
+    assert len(compare_report.failed(comparison)) == 4 * 2
+    text = compare_report.report(comparison)
+    assert "8 networks failed and are left out" in text
+    assert "Explodes, trial 0, holdout art, seed 0: the loss is no longer finite in epoch 1" in text
+    strict = make(data, tmp_path / "strict", [Explodes], strict=True)
+    with pytest.raises(RuntimeError, match="Explodes, trial 0, holdout art"):
+        strict.run()
+
+
+def test_bad_input_is_told(data, tmp_path):
+    with pytest.raises(InputError, match="no algorithm 'Nothing'"):
+        make(data, tmp_path, ["Nothing"])
+    with pytest.raises(InputError, match="--trials must be at least 1"):
+        make(data, tmp_path, trials=0)
