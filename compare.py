@@ -124,7 +124,7 @@ class Comparison:
         networks = max((len(seeds) for *_, seeds in units), default=0)
         at_a_time = 1 if self.problem.features.is_cuda else in_flight(networks, floats)
         with (
-            self.study.writing(units, "vmap"),
+            self.study.writing(units, engine="vmap"),
             tqdm(total=len(units) * self.settings.ph2_num_epochs, desc="Methods", unit="epoch", **quiet) as bar,
         ):
             for unit, trained in zip(units, side_by_side(self._train, units, at_a_time, bar), strict=True):

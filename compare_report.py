@@ -1,5 +1,6 @@
 """What a comparison says: tables per selection rule, the report, and figures."""
 
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 import drawing
 from compare import PARTNERS, Comparison
 from drawing import new_figure, settled, styled
+from evaluation import AVERAGE
 from models import FeedforwardClassifier
 from selection import as_text, comparison_table, select
 from stacks import apply_stack
@@ -24,7 +26,7 @@ TITLES = {
 HEADLINE = "training-domain"
 
 
-def tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+def tables_by_rule(comparison: Comparison) -> dict[str, pd.DataFrame]:
     """`selection.comparison_table` by rule, for the rules that the runs allow."""
     curves, partners = comparison.curves(), comparison.partners
     pairs = any(len(holdouts) == 2 for holdouts in comparison.holdouts)
@@ -55,9 +57,39 @@ def ensemble(comparison: Comparison) -> pd.Series:
     return pd.Series(found, dtype=float)
 
 
+def finding(table: pd.DataFrame, together: pd.Series) -> str:
+    """What a table says, in plain sentences, computed.
+
+    Args:
+        table: as `selection.comparison_table` returns it.
+        together: accuracy of the ensemble by holdout, as `ensemble` returns it.
+    """
+    rows = table.sort_values("rank")
+
+    def names(chosen: pd.Series) -> str:
+        return ", ".join(rows.index[chosen]) or "none"
+
+    best = rows[f"{AVERAGE}_mean"].max()
+    text = f"Above ERM on the same batches, with an interval that excludes 0: {names(rows['low'] > 0)}. "
+    text += f"Below it: {names(rows['high'] < 0)}. "
+    if len(together) > 1:
+        relation = "above" if together.mean() > best else "not above"
+        text += f"The ensemble of the ERM networks has {100 * together.mean():.1f} %, {relation} every single network. "
+    if "ImportanceMask" in rows.index and np.isfinite(rows.loc["ImportanceMask", "difference"]):
+        row = rows.loc["ImportanceMask"]
+        text += f"Importance masking is number {row['rank']} of {len(rows)}, {signed(row)} points from ERM."
+    return text.rstrip()
+
+
+def signed(row: pd.Series) -> str:
+    """Difference and interval in points, as "+0.31 [−0.10, +0.72]"."""
+    numbers = [f"{100 * row[name]:+.2f}".replace("-", "−") for name in ("difference", "low", "high")]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
 def report(comparison: Comparison) -> str:
     """The whole comparison as text."""
-    study, found = comparison.study, tables(comparison)
+    study, found, together = comparison.study, tables_by_rule(comparison), ensemble(comparison)
     domains, seeds = [h[0] for h in comparison.holdouts if len(h) == 1], len(comparison.seeds)
     lines = [
         "Methods of the field on frozen features",
@@ -65,16 +97,16 @@ def report(comparison: Comparison) -> str:
         f"{study.data.describe()}",
         f"Classifier: {study.data.feature_size} -> {' -> '.join(map(str, comparison.settings.hidden_sizes))} -> "
         f"{len(comparison.problem.class_names)}; {comparison.settings.ph2_num_epochs} epochs; {seeds} seeds; "
-        f"{comparison.trials} trial(s) of hyperparameters for every method, the first with its defaults.",
+        f"{comparison.trials} draws of hyperparameters for every method, the first its defaults.",
         "Accuracy (%) on all images of the held-out domain, mean ± standard error over seeds. Differences are from",
         "ERM on the same kind of batches (pooled, or balanced by domain), paired by seed and averaged over the",
         "holdouts, in points, with 95 % t intervals over seeds: they cover starts and batch orders, conditional on",
         "images, split and backbone. With many methods some intervals exclude 0 by chance: a survey, not a test.",
     ]
+    lines += ["", *textwrap.wrap(finding(found[HEADLINE], together), 110)]
     for rule, table in found.items():
-        title = f"{TITLES[rule]}"
+        title = TITLES[rule]
         lines += ["", title, "-" * len(title), as_text(table)]
-    together = ensemble(comparison)
     lines += [
         "",
         f"Ensemble (mean probabilities of the {seeds} ERM networks, last epoch; no interval, paired with nothing):",
@@ -103,7 +135,7 @@ def write(comparison: Comparison, figures: bool = True) -> str:
     text, directory = report(comparison), comparison.results.directory
     with comparison.study.writing():
         comparison.results.write_text("comparison.txt", text)
-        for rule, table in tables(comparison).items():
+        for rule, table in tables_by_rule(comparison).items():
             comparison.results.write_text(f"comparison_{rule}.csv", table.to_csv())
         for name, make in all_figures(comparison).items() if figures else ():
             save(make(), directory / "plots" / f"{name}.png")
@@ -130,7 +162,7 @@ def all_figures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:
 
 def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
     """Forest plot: every method minus ERM on the same batches, best first."""
-    table = tables(comparison)[rule]
+    table = tables_by_rule(comparison)[rule]
     rows = table[table["difference"].notna()].sort_values("difference", ascending=False)
     batches = {cls.__name__: cls.batches for cls in comparison.algorithms}
     shown = pd.DataFrame(
@@ -150,23 +182,23 @@ def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
 
 @styled
 def conflict_figure(comparison: Comparison, algorithm: str) -> Figure:
-    """Part of the tests in which gradients of domains conflict, per epoch and parameter tensor, mean over holdouts."""
-    rates = []
-    for holdouts in [h for h in comparison.holdouts if len(h) == 1]:
-        arrays, _ = comparison.load(algorithm, 0, holdouts)
-        rates.append(arrays["conflict_rate"][arrays["failed"] == 0].mean(0))
-    rate = torch.stack(rates).mean(0).T.numpy()  # [tensors, epochs]
+    """How often and how strongly gradients of domains conflict, per epoch and parameter tensor, mean over holdouts."""
+    parts = {"conflict_rate": "part of the tests that conflict", "conflict_strength": "|cosine| where they conflict"}
     depth = len(comparison.settings.hidden_sizes) + 1
-    names = [f"layer {i + 1} {kind}" for i in range(depth) for kind in ("weights", "biases")][: len(rate)]
-    figure = new_figure(
-        7.5, 1.6 + 0.34 * len(rate), f"{algorithm}: conflicts between domain gradients ({_on(comparison)})"
-    )
-    ax = figure.subplots()
-    image = ax.imshow(rate, cmap="viridis", vmin=0, vmax=max(0.5, float(rate.max())), aspect="auto")
-    ax.set_yticks(range(len(rate)), names)
-    ax.set_xticks(range(rate.shape[1]), range(1, rate.shape[1] + 1))
-    ax.set(xlabel="epoch")
-    figure.colorbar(image, ax=ax, label="part of the tests that conflict")
+    names = [f"layer {i + 1} {kind}" for i in range(depth) for kind in ("weights", "biases")]
+    figure = new_figure(9.5, 1.8 + 0.3 * len(names), f"{algorithm}: conflicts of domain gradients ({_on(comparison)})")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (part, label) in zip(axes, parts.items(), strict=True):
+        means = []
+        for holdouts in [h for h in comparison.holdouts if len(h) == 1]:
+            arrays, _ = comparison.load(algorithm, 0, holdouts)
+            means.append(arrays[part][arrays["failed"] == 0].mean(0))
+        values = torch.stack(means).nanmean(0).T.numpy()  # [tensors, epochs]
+        image = ax.imshow(values, cmap="viridis", vmin=0, aspect="auto")
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
+        ax.set(xlabel="epoch")
+        figure.colorbar(image, ax=ax, label=label)
     return settled(figure)
 
 
@@ -183,7 +215,9 @@ def expert_figure(comparison: Comparison, algorithm: str, holdout: str) -> Figur
     by_domain = ((use.nan_to_num() * weights).sum(1) / weights.sum(1)).numpy()
     by_class = ((use.nan_to_num() * weights).sum(0) / weights.sum(0)).numpy()
     domains = [f"{d} (held out)" if d == holdout else d for d in problem.domain_names]
-    figure = new_figure(8.0, 3.6, f"{algorithm}: use of experts, holdout {holdout}, seed {seed} ({_on(comparison)})")
+    data = comparison.study.data
+    on = f"{data.model_name}, {data.feature_size}-d, seed {seed}"
+    figure = new_figure(8.0, 3.6, f"{algorithm}: mean gate of the experts, holdout {holdout} ({on})")
     axes = figure.subplots(1, 2)
     for ax, values, names in ((axes[0], by_domain, domains), (axes[1], by_class, problem.class_names)):
         image = ax.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,10 +80,10 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
     Raises:
         InputError: no such folder, fewer than two domains, a domain that lacks a class others have, an empty class.
     """
-    given, top = root, Path(root)
+    given, top = root, Path(os.path.expanduser(root))
     if not top.is_dir():
         raise InputError(
-            f"There is no folder '{os.path.abspath(given)}': DATA_ROOT must be a folder of domain folders of class "
+            f"There is no folder '{os.path.abspath(top)}': DATA_ROOT must be a folder of domain folders of class "
             "folders of images."
         )
     while len(inner := _folders(top)) == 1 and not _is_domain(top / inner[0]):
@@ -125,7 +126,15 @@ def _images(folder: Path) -> list[str]:
     known = image_extensions()
     with os.scandir(folder) as entries:
         found = (entry for entry in entries if os.path.splitext(entry.name)[1].lower() in known)
-        return sorted(entry.name for entry in found if not _hidden(entry.name) and entry.is_file())
+        return sorted(entry.name for entry in found if not _hidden(entry.name) and _is_file(entry))
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Also a link that leads nowhere: somebody meant an image, and `check_images` lists it with the unreadable."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # links in a circle
+        return True
 
 
 def _is_domain(folder: Path) -> bool:
@@ -227,9 +236,7 @@ def check_images(
     """
     memo_file = Path(cache_dir) / f"images_{_sha256(os.path.abspath(dataset.root).encode())[:16]}.json"
     memo = {} if verify else _read_memo(memo_file)
-    stats = {
-        file: (stat.st_size, stat.st_mtime_ns) for file in dataset.files for stat in [os.stat(dataset.root / file)]
-    }
+    stats = {file: _size_and_time(dataset.root / file) for file in dataset.files}
     known = {file: memo[file] for file in dataset.files if file in memo and tuple(memo[file][:2]) == stats[file]}
     todo = [file for file in dataset.files if file not in known]
     unreadable, young = [], set()
@@ -267,6 +274,14 @@ def free_memory() -> float:
         return math.inf
 
 
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return -1, 0  # never remembered: reading it says what is wrong
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -284,9 +299,17 @@ def _digests(path: Path) -> _Digests:
         data = path.read_bytes()
         image = load_image(io.BytesIO(data))
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-        return _Digests(started, problem=" ".join(str(error).split()) or type(error).__name__)
+        return _Digests(started, problem=problem_of(error, path))
     pixels = f"{image.width}x{image.height} ".encode() + image.tobytes()
     return _Digests(started, _sha256(data), _sha256(pixels))
+
+
+def problem_of(error: Exception, path: Path) -> str:
+    """Why an image cannot be read, in words that do not name it again."""
+    if isinstance(error, OSError) and error.strerror:
+        return "a link that leads nowhere" if path.is_symlink() else error.strerror
+    text = re.sub(r" <_io\.BytesIO[^>]*>", "", " ".join(str(error).split()))
+    return text.replace(f" {str(path)!r}", "") or type(error).__name__
 
 
 def _read_all(root: Path, files: list[str], workers: int, progress: bool) -> Iterator[tuple[str, _Digests]]:

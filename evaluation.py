@@ -112,9 +112,11 @@ def paired_differences(records: Sequence[Mapping], algorithm: str, baseline: str
 
 
 def wide_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A tidy table (`lodo_table`) for reading: a row per algorithm, "mean ± half width" in per cent."""
+    """A tidy table (`lodo_table`) for reading: a row per algorithm, "mean ± half width" in per cent, "–" for none."""
 
     def cell(row: pd.Series) -> str:
+        if np.isnan(row["mean"]):
+            return "–"
         mean, half = 100 * row["mean"], 50 * (row["high"] - row["low"])
         return f"{mean:.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:.1f}"
 
@@ -198,7 +200,10 @@ def finding(records: Sequence[Mapping], algorithm: str = "importance", baseline:
     if differences["n"] == 0:
         return "No seed has sound networks on all held-out domains: there is no answer."
     if not np.isfinite(differences["low"]):
-        return "One seed gives no interval: use more seeds for an answer."
+        failed = {r["seed"] for r in records if r["failed"] and r["algorithm"] in (algorithm, baseline)}
+        if not failed:
+            return "One seed gives no interval: use more seeds for an answer."
+        return f"One sound seed is left, networks of {len(failed)} others failed: that gives no interval and no answer."
     n, mean, low, high = (differences[name] * (1 if name == "n" else 100) for name in INTERVAL)
     interval = f"{mean:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, {n:.0f} seeds)"
     holdouts = {record["holdout"] for record in records}
@@ -248,8 +253,11 @@ def report(records: Sequence[Mapping], about: Mapping, failures: Sequence[str] =
     return "\n".join(lines) + "\n"
 
 
-def _bounds(row) -> str:
-    return f" [{100 * row.low:+.2f}, {100 * row.high:+.2f}]" if np.isfinite(row.low) else ""
+def _difference(row) -> str:
+    if row.n == 0:
+        return "no seed whose networks are sound"
+    bounds = f" [{100 * row.low:+.2f}, {100 * row.high:+.2f}]" if np.isfinite(row.low) else ""
+    return f"{100 * row.mean:+.2f}{bounds}, {row.n} {'seed' if row.n == 1 else 'seeds'}"
 
 
 PARTS = {"full": "all images of the held-out domain", "in": "its `in` part (what DomainBed reports)"}
@@ -262,11 +270,10 @@ def _section(records: Sequence[Mapping], choice: Mapping[str, str]) -> list[str]
     title = f"{metric.capitalize()} (%), {PARTS[choice['part']]}, {RULES[choice['selection']]}"
     table = lodo_table(records, **choice)
     lines = [title, "-" * len(title), wide_table(table).to_string()]
+    if WITHOUT_HARDEST in set(table["holdout"]):
+        lines.append(f"The hardest domain is {_hardest(accuracy_table(records, **choice))}.")
     if {"importance", "erm"} <= set(table["algorithm"]):
         difference = paired_differences(records, "importance", "erm", **choice)
         lines += ["importance − erm, paired by seed (points):"]
-        lines += [
-            f"  {row.holdout}: {100 * row.mean:+.2f}{_bounds(row)}, {row.n} {'seed' if row.n == 1 else 'seeds'}"
-            for row in difference.itertuples()
-        ]
+        lines += [f"  {row.holdout}: {_difference(row)}" for row in difference.itertuples()]
     return lines

@@ -3,11 +3,18 @@
 Exit codes: 0 done; 1 a training run failed (one seed, or --strict); 2 bad input, one sentence on stderr; 130 Ctrl-C.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C before `main` can see to it, as early as can be
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nInterrupted.\n"), os._exit(130)))
+
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import config
 import field
@@ -74,6 +81,11 @@ def apply_options(options: argparse.Namespace) -> None:
     names = {"data_root": "DATA_ROOT", "vit_model": "VIT_MODEL", "features": "FEATURES_FILE", "device": "DEVICE"}
     names |= {"results_dir": "RESULTS_DIR", "seeds": "NUM_SEEDS", "threads": "THREADS"}
     config.apply({n: v for option, n in names.items() if (v := getattr(options, option, None)) is not None})
+    for option in ("results_dir", "output", "weights", "directory"):  # the shell does not expand --option=~/x
+        if getattr(options, option, None):
+            setattr(options, option, os.path.expanduser(getattr(options, option)))
+    paths = {name: getattr(config, name) for name in ("DATA_ROOT", "FEATURES_FILE", "RESULTS_DIR", "CACHE_DIR")}
+    config.apply({name: os.path.expanduser(path) for name, path in paths.items() if path})
     if config.NUM_SEEDS < 1:
         raise InputError(f"--seeds must be at least 1, not {config.NUM_SEEDS}.")
     if not config.RESULTS_DIR:
@@ -87,7 +99,6 @@ def apply_options(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train both phases and write everything a run writes."""
     from evaluation import finding, lodo_table, wide_table
-    from figures import save_all
     from study import Study
 
     holdouts = [name.strip() for name in options.holdouts.split(",")] if options.holdouts else None
@@ -98,6 +109,8 @@ def run(options: argparse.Namespace) -> None:
     study.phase2()
     study.report()
     if not options.no_figures:
+        from figures import save_all  # takes a second to import
+
         save_all(study, config.DATA_ROOT)
     print(f"\n{wide_table(lodo_table(study.records())).to_string()}\n")
     print(finding(study.records()))
@@ -142,10 +155,14 @@ def features(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Print the class probabilities of images, best first, a line per image."""
-    from dataset import load_image
+    """Print the class probabilities of images, best first, a line per image, batch by batch."""
+    from dataset import load_image, problem_of
     from records import load_arrays
     from training import prepare_machine
+
+    size = 8 if config.EXTRACTION_BATCH_SIZE is None else config.EXTRACTION_BATCH_SIZE
+    if size < 1:
+        raise InputError(f"EXTRACTION_BATCH_SIZE must be at least 1, not {size}.")
 
     arrays, header = load_arrays(options.weights)
     if not any(name.startswith("final.") for name in arrays):
@@ -154,16 +171,43 @@ def predict(options: argparse.Namespace) -> None:
     seed = seeds[0] if options.seed is None else options.seed
     if seed not in seeds:
         raise InputError(f"'{options.weights}' has no seed {seed}; it has {', '.join(map(str, seeds))}.")
-    images = []
-    for path in options.images:
-        try:
-            images.append(load_image(path))
-        except (OSError, ValueError) as error:
-            raise InputError(f"'{path}' cannot be read as an image ({error}).") from error
+    refuse_failed(Path(options.weights), arrays, seed)
     model = joined_model(arrays, header, seeds.index(seed)).to(prepare_machine())
-    for path, chances in zip(options.images, model.predict(images), strict=True):
-        ranked = sorted(zip(chances.tolist(), model.class_names, strict=True), reverse=True)
-        print(f"{path}: " + ", ".join(f"{name} {chance:.3f}" for chance, name in ranked))
+    for paths in (options.images[i : i + size] for i in range(0, len(options.images), size)):
+        images = []
+        for path in paths:
+            try:
+                images.append(load_image(path))
+            except Exception as error:  # Pillow's decoders raise anything
+                reason = problem_of(error, Path(path))
+                raise InputError(f"'{path}' cannot be read as an image ({reason}).") from error
+        for path, chances in zip(paths, model.predict(images), strict=True):
+            ranked = sorted(zip(chances.tolist(), model.class_names, strict=True), reverse=True)
+            print(f"{path}: " + ", ".join(f"{name} {chance:.3f}" for chance, name in ranked), flush=True)
+
+
+def refuse_failed(path: Path, arrays: dict, seed: int) -> None:
+    """Raise an `InputError` if this network failed, by the code in its weights file or else in the history beside it.
+
+    A network is not sound because its weights are finite: its mask may have come from a source network that failed.
+    """
+    from records import load_arrays
+    from training import failure_reason
+
+    seeds, coded = arrays["seeds"].tolist(), arrays
+    history = path.parent.parent / "histories" / f"{path.stem}.npz"
+    if "failed" not in arrays and history.is_file():  # weights of an earlier version
+        coded = load_arrays(history)[0]
+    codes = dict(zip(coded["seeds"].tolist(), coded["failed"].tolist(), strict=True)) if "failed" in coded else {}
+    reasons = {number: failure_reason(code) for number, code in codes.items() if code}
+    finals = [value.flatten(1).isfinite().all(1) for name, value in arrays.items() if name.startswith("final.")]
+    for row, number in enumerate(seeds):
+        if not all(finite[row] for finite in finals):
+            reasons.setdefault(number, "its weights are not finite")
+    if seed in reasons:
+        sound = ", ".join([str(number) for number in seeds if number not in reasons][:10])
+        advice = f"give another one with --seed: {sound}" if sound else "and so did all others in the file"
+        raise InputError(f"Network {seed} of '{path}' failed in training ({reasons[seed]}); {advice}.")
 
 
 def joined_model(arrays: dict, header: dict, index: int):
@@ -188,8 +232,6 @@ def joined_model(arrays: dict, header: dict, index: int):
     classes = header["class_names"]
     classifier = FeedforwardClassifier(extractor.feature_size, len(classes), header["hidden_sizes"])
     state = {n.removeprefix("final."): v[index] for n, v in arrays.items() if n.startswith("final.")}
-    if not all(value.isfinite().all() for value in state.values()):
-        raise InputError("This network failed in training: give another one with --seed.")
     classifier.load_state_dict(state)
     return ImageClassifier(extractor, classifier, classes).eval()
 
@@ -200,11 +242,24 @@ COMMANDS |= {"export-domainbed": field.export_domainbed, "import-domainbed": fie
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    from training import TrainingFailedError
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return perform(arguments)
+    except KeyboardInterrupt:
+        if signal.getsignal(signal.SIGINT) is leave:  # not where a notebook calls this function
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"\n{goodbye(arguments)}", file=sys.stderr, flush=True)
+        return 130
 
+
+def perform(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit code, unless it is interrupted."""
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "matplotlib"):  # requests, and a new list of fonts
+        logging.getLogger(library).setLevel(logging.WARNING)
+    from training import TrainingFailedError
+
     try:
         apply_options(options)
         COMMANDS[options.command](options)
@@ -220,11 +275,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{error} Without --strict and with more seeds, failed networks are recorded and left out.", file=sys.stderr
         )
         return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
     return 0
 
 
+def goodbye(arguments: Sequence[str]) -> str:
+    """What is said at Ctrl-C."""
+    change = "without --overwrite, " if "--overwrite" in arguments else ""
+    return f"Interrupted; {change}the same command goes on from here."
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C: `KeyboardInterrupt`, but the end at once inside an import, which may lose the exception."""
+    outer = frame
+    while outer is not None:
+        if outer.f_code.co_filename == "<frozen importlib._bootstrap>":
+            leave(number, frame)
+        outer = outer.f_back
+    signal.signal(signal.SIGINT, leave)
+    raise KeyboardInterrupt
+
+
+def leave(_number: int, _frame: FrameType | None) -> None:
+    """The second Ctrl-C, while the first one waits for work that is in flight: the end at once, without a traceback."""
+    os.write(2, f"\n{goodbye(sys.argv)}\n".encode())
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, interrupt)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done
+    sys.stdout.flush()
+    if code == 130:
+        os._exit(code)  # no thread or library is waited for, which a second Ctrl-C would stop in the middle
+    sys.exit(code)

@@ -85,7 +85,7 @@ def get_features(
     if data_root is not None and features_file is not None:
         raise InputError("DATA_ROOT and FEATURES_FILE exclude each other: set one of them to None.")
     if features_file is not None:
-        return load_features(features_file)
+        return load_features(os.path.expanduser(features_file))
     if data_root is None:
         return bundled_features()
     dataset = find_dataset(data_root)

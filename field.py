@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import config
@@ -45,7 +46,7 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 def compare(options: argparse.Namespace) -> None:
     """Train every method on every holdout, write tables, report and figures."""
-    from algorithms import ALGORITHMS
+    from algorithms import ALGORITHMS, find
     from compare import Comparison
     from compare_report import failed, write
     from features import get_features
@@ -53,14 +54,16 @@ def compare(options: argparse.Namespace) -> None:
     from training import prepare_machine
 
     names = _split(options.algorithms) or sorted(ALGORITHMS)
+    for name in names:
+        find(name)
     device = prepare_machine()
+    directory, settings = results_folder(options), replace(config.Settings.current(), ph2_init="fresh")
+    Results(directory).check(settings, options.overwrite)  # before an extraction that may take long
     data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=options.verify)
     print(data.describe(), flush=True)
-    directory = results_folder(options)
     choice = {"trials": options.trials, "holdouts": _split(options.holdouts), "leave_one_out": options.leave_one_out}
     choice |= {"device": device, "strict": options.strict, "overwrite": options.overwrite}
-    settings, seeds = config.Settings.current(), range(config.NUM_SEEDS)
-    comparison = Comparison(data, settings, Results(directory), seeds, names, **choice)
+    comparison = Comparison(data, settings, Results(directory), range(config.NUM_SEEDS), names, **choice)
     comparison.run()
     print(f"\n{write(comparison, figures=not options.no_figures)}")
     print(f"Everything is in {directory}: start with comparison.txt.")

@@ -1,6 +1,7 @@
 """Every figure of a run, drawn from its results directory; the notebook and the command line show the same ones."""
 
 from collections.abc import Callable, Iterator, Mapping
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -8,9 +9,14 @@ from matplotlib.figure import Figure
 
 import visualization as draw
 from dataset import find_dataset, load_image
+from drawing import new_figure, styled
 from evaluation import AVERAGE, confusion, levels, lodo_table, overlap_table, paired_differences
 from importance import flatten
 from study import ALGORITHMS, Study, layers_of
+
+log = getLogger(__name__)
+
+MIN_POINTS = 4  # fewer are no picture
 
 # What is drawn of an importance file: kind of number -> (how it is drawn, words for the title)
 DOMAIN_GRIDS = {
@@ -75,8 +81,11 @@ def phase2_curves(study: Study, holdout: str) -> Figure:
 def overlap_figure(study: Study) -> Figure:
     """Agreement of the masks that the single domains would give, beside chance."""
     masks = {d: layers_of(study.load("importance", f"phase1_{d}")[0], "mask") for d in study.domains}
-    table, chance = overlap_table(masks)
     title = f"Overlap (IoU) of the masks of single domains ({_on(study)})"
+    if not any(layer.any() for layers in masks.values() for layer in layers):
+        percent = study.settings.importance_threshold_percentile
+        return sentence_figure(f"No mask marks a weight ({percent:g} % are kept): there is no overlap to show.", title)
+    table, chance = overlap_table(masks)
     return draw.overlap_matrix(table.to_numpy(), list(table), title, chance)
 
 
@@ -108,10 +117,22 @@ def confusion_figure(study: Study, algorithm: str) -> Figure:
 
 def projection_figure(study: Study) -> Figure:
     """t-SNE of the features, coloured by domain and by class."""
-    data = study.data
+    data, features = study.data, study.data.features.float()
     names = data.class_names, data.domain_names
     title = f"Features of {data.dataset} ({data.model_name}, {data.feature_size}-d), t-SNE"
-    return draw.feature_projection(data.features.float(), data.labels, data.domains, *names, title)
+    if data.feature_size < 2:
+        return sentence_figure("t-SNE needs two dimensions or more; these features have one.", title)
+    if len(features) < MIN_POINTS or torch.equal(features, features[:1].expand_as(features)):
+        return sentence_figure(f"t-SNE needs {MIN_POINTS} images or more, and features that are not all equal.", title)
+    return draw.feature_projection(features, data.labels, data.domains, *names, title)
+
+
+@styled
+def sentence_figure(sentence: str, title: str) -> Figure:
+    """In place of a figure that cannot be: its title, and why."""
+    figure = new_figure(7.0, 1.6, title)
+    figure.text(0.5, 0.35, sentence, ha="center", va="center", wrap=True)
+    return figure
 
 
 def sample_figure(root: str | Path) -> Figure:
@@ -152,9 +173,19 @@ def all_figures(study: Study, data_root: str | Path | None = None) -> Iterator[t
 
 
 def save_all(study: Study, data_root: str | Path | None = None) -> list[Path]:
-    """Draw every figure into ``plots/`` of the results directory; the paths written."""
+    """Draw every figure into ``plots/`` of the results directory; the paths written.
+
+    A figure that cannot be drawn is told in a warning, and the others are drawn all the same.
+    """
     paths = []
     for name, make in all_figures(study, data_root):
-        paths.append(study.results.directory / "plots" / f"{name}.png")
-        draw.save(make(), paths[-1])
+        path = study.results.directory / "plots" / f"{name}.png"
+        try:
+            draw.save(make(), path)
+        except Exception as error:  # whatever it is: hours of training stand behind the others
+            why = " ".join(str(error).split()) or type(error).__name__
+            path.unlink(missing_ok=True)  # or one of an earlier run would be taken for this one's
+            log.warning("The figure '%s' cannot be drawn (%s); the others are.", name, why)
+        else:
+            paths.append(path)
     return paths

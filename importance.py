@@ -66,11 +66,17 @@ def _rank(flat: Tensor) -> Tensor:
     """Share of a network's other weights that lie strictly below each weight, ``[*stack, n]`` in [0, 1]."""
     ordered = flat.sort(dim=-1).values.contiguous()
     below = torch.searchsorted(ordered, flat.contiguous())  # equal weights get equal ranks
-    return below.to(flat.dtype) / max(flat.shape[-1] - 1, 1)
+    return below.to(_wide(flat)) / max(flat.shape[-1] - 1, 1)
 
 
 def _normalized_sum(domains: Tensor) -> Tensor:
+    domains = domains.to(_wide(domains))
     return (domains / domains.sum(-1, keepdim=True)).sum(0)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The type of `values`, float32 at least: a total or a rank can be more than float16 holds."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 # name -> scores [*stack, n] from the importances of all domains [domains, *stack, n]

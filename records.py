@@ -8,6 +8,7 @@ written whole. `settings.json` says what made them. Nothing here holds a clock t
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,14 +43,25 @@ def record_key(record: Mapping) -> str:
 
 def environment(device: str, threads: int, engine: str) -> dict[str, object]:
     """What a result may depend on beside its settings: versions, device, threads, engine, commit."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a git checkout
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     versions = {package: version(package) for package in PACKAGES}
-    return {"versions": versions, "device": name, "threads": threads, "engine": engine, "commit": commit}
+    return {"versions": versions, "device": name, "threads": threads, "engine": engine, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Commit of this project's own checkout; None where it has none, even inside the checkout of something else."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            return None
+        return git("describe", "--always", "--dirty", "--exclude", "*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class Results:
@@ -60,7 +72,7 @@ class Results:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory = Path(os.path.expanduser(directory))
         self._lock = FileLock(self.directory / ".lock")  # counts its holders: `with` may be nested
 
     def __enter__(self) -> "Results":
@@ -81,6 +93,8 @@ class Results:
     def claim(self, settings: Settings, features: Mapping, environment: Mapping | None = None) -> None:
         """Make this directory that of one set of settings and features, or check that it already is.
 
+        A torn last record is cut off.
+
         Args:
             settings: of the run.
             features: facts about the features, with "fingerprint".
@@ -90,25 +104,45 @@ class Results:
             InputError: it holds results of others; the first differing setting is named.
         """
         mine = {"hash": settings.hash, "settings": settings.as_dict(), "features": dict(features)}
-        there = self.read_settings()
-        if there is None:
-            self._refuse_strangers()
-        if there is not None:
-            self._compare(mine, there)
-            if environment is None or environment in there["environments"]:
-                return
+        there = self._refuse_others(mine)
+        self._cut_torn_line()
+        if there is not None and (environment is None or environment in there["environments"]):
+            return
         environments = [*(there or {}).get("environments", []), *([] if environment is None else [dict(environment)])]
         self.write_text("settings.json", json.dumps({**mine, "environments": environments}, indent=1) + "\n")
 
-    def _compare(self, mine: Mapping, there: Mapping) -> None:
-        pairs = {**mine["settings"], "features": mine["features"]["fingerprint"]}
-        others = {**there["settings"], "features": there["features"]["fingerprint"]}
+    def check(self, settings: Settings, overwrite: bool = False) -> None:
+        """Refuse what `claim` would refuse, as far as it can be known before there are features.
+
+        Args:
+            settings: of the run.
+            overwrite: the run is going to `clear` the directory first.
+
+        Raises:
+            InputError: it holds results of other settings, files of somebody else, or another run writes to it.
+        """
+        with self:
+            if overwrite:
+                self._refuse_uncleared()
+            else:
+                self._refuse_others({"settings": settings.as_dict()})
+
+    def _refuse_others(self, mine: Mapping) -> dict | None:
+        """The content of settings.json, if it is that of `mine`: settings and, where known, features."""
+        there = self.read_settings()
+        if there is None:
+            self._refuse_strangers()
+            return None
+        pairs, others = dict(mine["settings"]), {**there["settings"], "features": there["features"]["fingerprint"]}
+        if "features" in mine:
+            pairs["features"] = mine["features"]["fingerprint"]
         for name, value in pairs.items():
             if others.get(name) != value:
                 raise InputError(
                     f"'{self.directory}' holds results with {name} = {others.get(name)!r}, not {value!r}: give another "
                     "RESULTS_DIR (--results-dir), or delete them with OVERWRITE (--overwrite)."
                 )
+        return there
 
     def read_settings(self) -> dict | None:
         """The content of settings.json, or None where there is none."""
@@ -129,14 +163,17 @@ class Results:
         Raises:
             InputError: files of these names are there, but no settings.json of this project.
         """
-        if self.read_settings() is None:
-            self._refuse_strangers()
+        self._refuse_uncleared()
         for name in OUTPUTS:
             path = self.directory / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _refuse_uncleared(self) -> None:
+        if self.read_settings() is None:
+            self._refuse_strangers()
 
     def _refuse_strangers(self) -> None:
         if left := [name for name in OUTPUTS if (self.directory / name).exists()]:
@@ -152,7 +189,7 @@ class Results:
         """All complete records, in the order written; a torn last line is passed over.
 
         Raises:
-            InputError: a line that is not the last is not JSON.
+            InputError: a line that is not the last is no record.
         """
         if not self._records_path.is_file():
             return []
@@ -160,18 +197,29 @@ class Results:
         if torn:
             log.warning("The last line of %s is torn and passed over.", self._records_path)
         try:
-            return [json.loads(line) for line in lines]
+            records = [json.loads(line) for line in lines]
+            for number, record in enumerate(records, start=1):
+                if not (isinstance(record, dict) and "key" in record):
+                    raise ValueError(f"line {number} is no record")
         except ValueError as error:
             raise InputError(f"'{self._records_path}' is damaged ({error}); restore it or use --overwrite.") from error
+        return records
+
+    def _cut_torn_line(self) -> None:
+        if not self._records_path.is_file():
+            return
+        with self._records_path.open("rb+") as file:
+            content = file.read()
+            if not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
 
     def append(self, records: Iterable[Mapping]) -> None:
         """Append those records whose key is not there yet; a torn last line is cut off first."""
         have = {record["key"] for record in self.records()}
         new = [record for record in records if record["key"] not in have and not have.add(record["key"])]
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._records_path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        self._cut_torn_line()
+        with self._records_path.open("ab") as file:
             file.write(b"".join(json.dumps(record).encode() + b"\n" for record in new))
             file.flush()
 
@@ -182,6 +230,8 @@ class Results:
 
     def save(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
         """Write arrays with a leading seed axis, merged with the seeds that are already there.
+
+        An array that the seeds already there lack (a file of an earlier version) is left out.
 
         Args:
             kind: "weights" (safetensors), "histories" or "importance" (npz).
@@ -194,7 +244,7 @@ class Results:
         if self._path(kind, name).is_file():
             old, _ = self.load(kind, name)
             keep = ~torch.isin(old["seeds"], new["seeds"])
-            new = {key: torch.cat([old[key][keep], value]) for key, value in new.items()}
+            new = {key: torch.cat([old[key][keep], value]) for key, value in new.items() if key in old}
         order = new["seeds"].argsort()
         new = {key: value[order].contiguous() for key, value in new.items()}
         text = json.dumps(header, sort_keys=True)
@@ -229,7 +279,7 @@ def load_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     Raises:
         InputError: the file is missing or is not of that format.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise InputError(f"There is no file '{path}'.")
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import groupby
+from operator import index
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 import config
 from config import InputError, Settings
+from dataset import find_dataset
 from evaluation import report
 from features import FeatureSet, get_features
 from importance import normalize, top_k_mask
@@ -51,7 +53,7 @@ class Study:
         overwrite: delete what an earlier run left in the results directory.
 
     Raises:
-        InputError: an unknown holdout, or a results directory of other settings.
+        InputError: seeds that are none, an unknown holdout, or a results directory of other settings.
     """
 
     def __init__(
@@ -73,13 +75,9 @@ class Study:
             holdouts = [holdouts]
         if config.SEEDS_PER_CHUNK < 1:
             raise InputError(f"SEEDS_PER_CHUNK must be at least 1, not {config.SEEDS_PER_CHUNK}.")
-        unknown = [name for name in holdouts or () if name not in data.domain_names]
-        if unknown:
-            raise InputError(
-                f"There is no domain '{unknown[0]}' to hold out; there are {', '.join(data.domain_names)}."
-            )
+        check_holdouts(holdouts, data.domain_names)
         self.data, self.settings, self.results = data, settings, results
-        self.seeds = tuple(sorted(set(seeds)))
+        self.seeds = check_seeds(seeds)
         self.holdouts = tuple(dict.fromkeys(holdouts)) if holdouts else data.domain_names
         self.algorithms, self.keep_weights = tuple(algorithms), keep_weights
         self.strict, self.progress = strict or len(self.seeds) == 1, progress
@@ -108,10 +106,12 @@ class Study:
             verify: see `features.extract`.
             options: `strict`, `progress`, `overwrite`, see the class.
         """
-        settings, device = Settings.current(), prepare_machine()
+        settings, device, results = Settings.current(), prepare_machine(), Results(config.RESULTS_DIR)
+        seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
+        if config.DATA_ROOT is not None:  # what can be known before an extraction that may take long
+            check_holdouts(holdouts, find_dataset(config.DATA_ROOT).domain_names)
+            results.check(settings, options.get("overwrite", False))
         data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=verify)
-        results = Results(config.RESULTS_DIR)
-        seeds = range(config.NUM_SEEDS) if seeds is None else seeds
         return cls(data, settings, results, seeds, holdouts, device=device, **options)
 
     @property
@@ -179,20 +179,23 @@ class Study:
         ]
 
     @contextmanager
-    def writing(self, units: Sequence = (), engine: str | None = None) -> Iterator[None]:
+    def writing(self, units: Sequence = (), **facts: object) -> Iterator[None]:
         """The results directory locked, and made sure to be that of these settings; noted what trains `units`.
 
         Args:
             units: what is going to be trained; if nothing, nothing is noted.
-            engine: that of `training`; default this study's own.
+            facts: entries of `environment` that are others than this study's own.
         """
         with self.results:
             self.results.claim(self.settings, self.facts)
             if units:
-                device = self.problem.features.device.type
-                what = environment(device, config.THREADS or 1, engine or self.engine)
-                self.results.claim(self.settings, self.facts, what)
+                self.results.claim(self.settings, self.facts, self.environment | facts)
             yield
+
+    @property
+    def environment(self) -> dict[str, object]:
+        """What the results may depend on beside settings and features: see `records.environment`."""
+        return environment(self.problem.features.device.type, config.THREADS or 1, self.engine)
 
     @cached_property
     def engine(self) -> str:
@@ -264,7 +267,8 @@ class Study:
         history = {key: getattr(networks, key) for key in ("loss", "train_accuracy", "validation_accuracy", "failed")}
         self.results.save("importance", name, seeds, _numbered(layers), header)
         self.results.save("histories", name, seeds, history, header)
-        self.results.save("weights", name, seeds, _both(networks.start, networks.final), header)
+        weights = _both(networks.start, networks.final) | {"failed": networks.failed}
+        self.results.save("weights", name, seeds, weights, header)
 
     def _save_holdout(self, networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
         seeds, hidden = networks.seeds, self.settings.hidden_sizes
@@ -276,7 +280,8 @@ class Study:
             keys = ("loss", "train_accuracy", "validation_accuracy", "correct", "failed")
             self.results.save("histories", name, seeds, {k: getattr(networks, k)[:, v] for k in keys}, header)
             if self.keep_weights:
-                self.results.save("weights", name, seeds, _both(start, final), header)
+                weights = _both(start, final) | {"failed": networks.failed[:, v]}
+                self.results.save("weights", name, seeds, weights, header)
             if algorithm == "importance":
                 layers = {"initial": tracked(start, hidden), "final": tracked(final, hidden)} | layers
         header = self.header(phase=2, holdout=networks.holdout)
@@ -330,6 +335,24 @@ class Study:
         if algorithm.partition("@")[0] != "erm" and selection == "val" and self.settings.ph1_data == "all":
             record["note"] = "Phase 1 trained on all images, so the mask saw the validation images."
         return {"key": record_key(record), **record}
+
+
+def check_holdouts(holdouts: Sequence[str] | str | None, domain_names: Sequence[str]) -> None:
+    """Raise an `InputError` for the first holdout that is no domain."""
+    for name in [holdouts] if isinstance(holdouts, str) else holdouts or ():
+        if name not in domain_names:
+            raise InputError(f"There is no domain '{name}' to hold out; there are {', '.join(domain_names)}.")
+
+
+def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Seeds sorted, each once; an `InputError` if there is none or one that is no whole number from 0."""
+    try:
+        found = sorted({index(seed) for seed in seeds})
+    except TypeError:
+        found = []
+    if not found or found[0] < 0:
+        raise InputError(f"Seeds must be whole numbers from 0, and one or more of them, not {seeds!r}.")
+    return tuple(found)
 
 
 def feature_facts(data: FeatureSet) -> dict[str, object]:

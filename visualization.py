@@ -160,7 +160,8 @@ def accuracy_bars(table, title: str, chance: float | None = None, majority: Mapp
         known = np.isfinite(low + high)
         ax.errorbar(np.array(x)[known], mean[known], yerr=errors[:, known], **drawing.ERROR_BARS)
         for place, value, top in zip(x, mean, mean + errors[1], strict=True):
-            drawing.write_bar_value(ax, place, top, value, rotation=0 if few else 90)
+            if np.isfinite(value):
+                drawing.write_bar_value(ax, place, top, value, rotation=0 if few else 90)
     handles = [Patch(**drawing.bar_style(index), label=name) for index, name in enumerate(algorithms)]
     handles += _bar_references(ax, holdouts, step, chance, majority or {})
     names = [wrap(name, int(bar * step * 11)) for name in holdouts]
@@ -235,7 +236,8 @@ def difference_plot(table, title: str, xlabel: str = "difference in accuracy (pe
         style = drawing.line_style(kinds.index(group))
         ax.plot([low, high], [row, row], color=style["color"], linewidth=2)
         ax.plot([mean], [row], **(style | {"markersize": 7}))
-        interval = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if np.isfinite(low + high) else f"{mean:+.1f}"
+        known = "–" if np.isnan(mean) else f"{mean:+.1f}"
+        interval = f"{known} [{low:+.1f}, {high:+.1f}]" if np.isfinite(low + high) else known
         ax.text(1.02, row, interval, transform=ax.get_yaxis_transform(), va="center")
     ax.text(1.02, 1.0, "mean [low, high]", transform=ax.transAxes, va="bottom")
     ax.set_yticks(range(len(table)), [wrap(label, 40) for label in table["label"]])
@@ -289,6 +291,8 @@ def feature_projection(
 
 def _project(features: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str]]:
     """`[N, D]` -> `[N, 2]` and what its two axes are called."""
+    if min(features.shape) < 2 or not np.ptp(features, axis=0).any():  # equal points even crash t-SNE
+        raise ValueError("A projection needs two dimensions, and two points that differ.")
     if method == "pca":
         from sklearn.decomposition import PCA
 

@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -150,7 +151,7 @@ class PlainLoop:
 
 
 class Processes:
-    """Plain loops in processes of one thread each, which wait for each other before each part of an epoch."""
+    """Processes of one thread each, which wait for each other before each part of an epoch."""
 
     def __init__(self, count: int):
         context = get_context("spawn")
@@ -158,9 +159,9 @@ class Processes:
         barrier = context.Barrier(count, timeout=300)
         self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(barrier,))
 
-    def measure(self, task: Task, fused: bool, limit: float) -> list[Times]:
-        """Of each process, while the others run."""
-        futures = [self.pool.submit(_measure_in_process, task, fused, limit) for _ in range(self.count)]
+    def run(self, function: Callable, *args) -> list:
+        """``function(i, count, *args)`` in each process i, side by side."""
+        futures = [self.pool.submit(function, i, self.count, *args) for i in range(self.count)]
         return [future.result() for future in futures]
 
     def close(self) -> None:
@@ -176,8 +177,15 @@ def _begin(barrier) -> None:
     torch.set_num_threads(1)
 
 
-def _measure_in_process(task: Task, fused: bool, limit: float) -> Times:
-    return measure(PlainLoop(task, fused), task, task.steps, limit, together=_barrier.wait)
+def together() -> None:
+    """Wait for the other processes, where there are any."""
+    if _barrier is not None:
+        _barrier.wait()
+
+
+def measure_plain(mine: int, of: int, task: Task, fused: bool, limit: float) -> tuple[int, Times]:
+    """A plain loop, one in each of the processes: networks, and times of an epoch."""
+    return 1, measure(PlainLoop(task, fused), task, task.steps, limit, together=together)
 
 
 def measure_sklearn(task: Task, epochs: int, threads: int) -> Times:

@@ -5,7 +5,7 @@ one holdout of PACS (6,000 rows to train on, 9,991 classified after each epoch, 
 - a plain PyTorch loop with default and fused Adam, on one thread and on two, and in two processes at once;
 - scikit-learn's MLPClassifier;
 - stacks of S networks, one per engine, stepped as `training.train` does, on one thread; with six variants per seed
-  that share its batches; and cut into chunks of 50 seeds, two at a time in two threads, as `study.py` trains;
+  that share its batches; and cut into chunks of 50 seeds, two at a time in two processes, as `study.py` trains;
 - plain loop and stacks on CUDA, where there is a CUDA device;
 - the floor: floating-point operations and bytes of a step, over the matrix rate and copy bandwidth of this machine;
   `fraction_of_floor` is the floor over the measured time of the steps, 1 where they could not be faster.
@@ -24,7 +24,6 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -43,19 +42,19 @@ from plain import (
     floor_seconds,
     machine_rates,
     measure,
+    measure_plain,
     measure_sklearn,
     positive,
-    problem_of,
     processor,
 )
+from stacked import Stack, measure_chunks
 from whole import study_seconds
 
 import config
 from compiled import usable
 from config import InputError
 from experiment import Parser
-from models import FeedforwardClassifier
-from training import ENGINES, BatchOrder, count_correct, gather, random_start
+from training import ENGINES
 
 SHARED = 6  # variants of the rows whose variants share batches
 COMPILED = 16  # networks from which on compiling is tried
@@ -121,73 +120,6 @@ def studies(text: str) -> list[tuple[int, int | None]]:
     return [(positive(seeds), positive(variants) if x else None) for seeds, x, variants in parts]
 
 
-# --- stacks ---------------------------------------------------------------------------------------------
-
-
-class Stack:
-    """S seeds × V variants, with the steps of `training.train`: each seed gathers batches of its own."""
-
-    def __init__(self, task: Task, engine: str, seeds: int, variants: int = 1, device: str = "cpu"):
-        self.problem, rows = problem_of(task, device)
-        self.batch, self.networks = task.batch, seeds * variants
-        start = {name: value.unsqueeze(1).repeat_interleave(variants, 1) for name, value in starts(task, seeds).items()}
-        template = FeedforwardClassifier(task.size, task.classes).to(device)
-        self.engine = ENGINES[engine](template, {name: value.to(device) for name, value in start.items()}, 1e-3)
-        self.rooms = {}
-        self.order = BatchOrder(range(seeds), "benchmark", rows)
-        self.sums, self.rates = torch.zeros(2, seeds, variants, device=device), {}
-
-    def shuffle(self) -> None:
-        self.batches = self.order.next_epoch().split(self.batch, dim=1)
-
-    def steps(self, first: int, last: int) -> None:
-        loss_sum, right_sum = self.sums
-        for batch in self.batches[first:last]:
-            features = gather(self.problem.features, batch, self.rooms)
-            loss, right = self.engine.step(features, self.problem.labels[batch], self.rates)
-            loss_sum += loss * batch.shape[1]
-            right_sum += right
-
-    def validate(self) -> None:
-        """Right answers per cell, and whether the weights are finite."""
-        for value in self.engine.params.values():
-            value.isfinite().flatten(2).all(2)
-        count_correct(self.engine, self.problem)
-
-
-@functools.lru_cache(maxsize=1)
-def starts(task: Task, seeds: int) -> dict[str, torch.Tensor]:
-    """Random networks: their making is no part of what is measured."""
-    return random_start(range(seeds), "fresh_start", (task.size, task.classes, config.HIDDEN_SIZES))
-
-
-class SideBySide:
-    """Stacks in two threads, each computing on one core: what does not fit waits for its turn."""
-
-    def __init__(self, stacks: list[Stack]):
-        self.stacks, self.networks = stacks, sum(stack.networks for stack in stacks)
-        self.pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
-
-    def _each(self, action: Callable) -> None:
-        list(self.pool.map(action, self.stacks))
-
-    def shuffle(self) -> None:
-        self._each(Stack.shuffle)
-
-    def steps(self, first: int, last: int) -> None:
-        self._each(lambda stack: stack.steps(first, last))
-
-    def validate(self) -> None:
-        self._each(Stack.validate)
-
-
-def chunks(task: Task, engine: str, seeds: int, variants: int) -> SideBySide:
-    """`seeds` seeds in chunks of at most `SEEDS_PER_CHUNK`, two chunks or more, of nearly the same length."""
-    count = max(2, -(-seeds // config.SEEDS_PER_CHUNK))
-    lengths = [seeds * (i + 1) // count - seeds * i // count for i in range(count)]
-    return SideBySide([Stack(task, engine, length, variants) for length in lengths])
-
-
 # --- contenders -----------------------------------------------------------------------------------------
 
 
@@ -217,8 +149,8 @@ def contenders(task: Task, size: int, args: argparse.Namespace, processes: Proce
         name = "plain_fused" if fused else "plain"
         add(name, plain(fused, 1))
         add(f"{name}_2_threads", plain(fused, 2), threads=2)
-        both = functools.partial(processes.measure, task, fused, args.limit)
-        add("processes_fused" if fused else "processes", lambda b=both: [(1, t) for t in b()], processes=2)
+        both = functools.partial(processes.run, measure_plain, task, fused, args.limit)
+        add("processes_fused" if fused else "processes", both, processes=2)
         if cuda:
             add(f"{name}_cuda", plain(fused, 1, "cuda"), device="cuda")
     add("sklearn", lambda: [(1, measure_sklearn(task, args.epochs, 1))])
@@ -236,8 +168,15 @@ def contenders(task: Task, size: int, args: argparse.Namespace, processes: Proce
     for variants, mark in ((args.variants, ""), (SHARED, "_shared_batches")):
         if size >= 2 * variants and not (mark and args.variants == SHARED):
             for engine in engines[1:]:
-                make = functools.partial(chunks, task, engine, max(2, round(size / variants)), variants)
-                add(f"{engine}_chunks{mark}", stack(make), threads=2, variants=variants)
+                seeds = max(2, round(size / variants))
+                both = functools.partial(processes.run, measure_chunks, task, engine, seeds, variants, args.steps)
+                add(
+                    f"{engine}_chunks{mark}",
+                    functools.partial(both, args.limit),
+                    processes=2,
+                    threads=2,
+                    variants=variants,
+                )
     return found
 
 
@@ -327,7 +266,8 @@ def finished(row: dict, rows: dict, task: Task, floors: list[dict]) -> dict:
         ratios = [mine / other for mine, other in zip(row["networks_per_second_by_repeat"], best, strict=True)]
         row["speedup"][name], row["speedup_by_repeat"][name] = statistics.median(ratios), ratios
     if row["device"] == "cpu" and not row["contender"].startswith("vmap"):
-        steps = [epoch[0]["steps"] / (task.steps * row["networks"]) for epoch in row["seconds_by_repeat"]]
+        slowest = [max(part["steps"] for part in epoch) for epoch in row["seconds_by_repeat"]]
+        steps = [seconds / (task.steps * row["networks"]) for seconds in slowest]
         of = next(f for f in floors if f["feature_size"] == row["feature_size"])
         bounds = [floor_seconds(of, rate, row["threads"], row["variants"]) for rate in of["rates_by_repeat"]]
         row["fraction_of_floor"] = statistics.median(b / s for b, s in zip(bounds, steps, strict=True))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import FeedforwardClassifier
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -24,15 +26,13 @@ def training_benchmark(monkeypatch):
 @pytest.fixture
 def no_processes(training_benchmark, monkeypatch):
     """Starting two processes takes longer than all the rest: measure here instead."""
-    plain = sys.modules["plain"]
 
     class Here:
         def __init__(self, count):
             self.count = count
 
-        def measure(self, task, fused, limit):
-            loops = [plain.PlainLoop(task, fused) for _ in range(self.count)]
-            return [plain.measure(loop, task, task.steps, limit) for loop in loops]
+        def run(self, function, *args):
+            return [function(i, self.count, *args) for i in range(self.count)]
 
         def close(self):
             pass
@@ -92,7 +92,7 @@ def test_floor_counts_what_a_step_needs(training_benchmark):
     rate = {"operations_per_second": 1e9, "bytes_per_second": 1e9}
     rates = [{"1_thread": rate, "all_threads": {key: 2 * value for key, value in rate.items()}}]
     of = plain.floor(plain.Task(192, batch=32, classes=7), rates, 2)
-    network = training_benchmark.FeedforwardClassifier(192, 7, (10,) * 5)
+    network = FeedforwardClassifier(192, 7, (10,) * 5)
     assert of["parameters"] == sum(p.numel() for p in network.parameters())
     weights = [layer.weight.numel() for layer in network.layers]
     assert of["operations"] == 2 * 32 * (3 * sum(weights) - weights[0])
@@ -111,11 +111,16 @@ def test_processes_measure_at_the_same_time(training_benchmark):
     plain = sys.modules["plain"]
     processes = plain.Processes(2)
     try:
-        times = processes.measure(plain.Task(4, rows=64, total=100), True, 1.0)
+        task = plain.Task(4, rows=64, total=100)
+        single = processes.run(plain.measure_plain, task, True, 1.0)
+        stacks = processes.run(sys.modules["stacked"].measure_chunks, task, "matmul", 5, 3, 2, 1.0)
     finally:
         processes.close()
-    assert [time.steps_measured for time in times] == [2, 2]
-    assert all(time.epoch > 0 for time in times)
+    assert [count for count, _ in single] == [1, 1]
+    assert sorted(count for count, _ in stacks) == [2 * 3, 3 * 3]
+    for _, times in single + stacks:
+        assert times.steps_measured == 2
+        assert times.epoch > 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A comparison of methods: what is trained, what is written, how it resumes, what it says."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from problems import features as blobs
@@ -154,15 +155,15 @@ def test_curves_are_the_accuracies_on_disk(whole):
 
 
 def test_tables_hold_paired_differences_from_the_right_erm(whole):
-    table = compare_report.tables(whole)["last"]
+    table = compare_report.tables_by_rule(whole)["last"]
     averages = {}
     for r in whole.results.records():
         if r["selection"] == "last" and r["trial"] == 0 and "+" not in r["holdout"]:
             averages.setdefault((r["algorithm"], r["seed"]), []).append(r["accuracy"]["full"])
-    assert set(compare_report.tables(whole)) == {"training-domain", "last", "leave-one-domain-out", "oracle"}
+    assert set(compare_report.tables_by_rule(whole)) == {"training-domain", "last", "leave-one-domain-out", "oracle"}
     assert set(table.index) == {a for a, _ in averages}
     only_defaults = make(whole.study.data, whole.results.directory, ["ERM", "VREx"], 3)
-    table = compare_report.tables(only_defaults)["last"]
+    table = compare_report.tables_by_rule(only_defaults)["last"]
     own = [np.mean(averages["VREx", s]) - np.mean(averages["ERMBalanced", s]) for s in range(3)]
     assert table.loc["VREx", ["difference", "low", "high"]].tolist() == pytest.approx(list(t_interval(own)))
 
@@ -189,11 +190,22 @@ def test_the_report_and_its_files(whole):
     directory = whole.results.directory
     assert (directory / "comparison.txt").read_text("utf-8") == text
     assert "NOT a fair rule" in text
-    for word in ("VREx", "ImportanceMask", "Ensemble", "3 seeds", "2 trial"):
+    for word in ("VREx", "ImportanceMask", "Ensemble", "3 seeds", "2 draws"):
         assert word in text
     for name in ("comparison", "conflicts_CorGrad", "experts_GMoE_art"):
         assert (directory / "plots" / f"{name}.png").stat().st_size > 5_000
     assert (directory / "comparison_training-domain.csv").is_file()
+
+
+def test_the_finding_is_computed():
+    rows = {"ERM": (1, 0.5, np.nan, np.nan, np.nan), "A": (2, 0.4, -0.1, -0.2, -0.05)}
+    rows |= {"B": (3, 0.3, 0.1, 0.05, 0.2), "ImportanceMask": (4, 0.2, 0.0, -0.1, 0.1)}
+    table = pd.DataFrame.from_dict(rows, "index", columns=["rank", "average_mean", "difference", "low", "high"])
+    text = compare_report.finding(table.astype({"rank": int}), pd.Series({"art": 0.7, "photo": 0.4}))
+    assert "excludes 0: B. Below it: A." in text
+    assert "has 55.0 %, above every" in text
+    assert "number 4 of 4, +0.00 [−10.00, +10.00] points" in text
+    assert "not above every" in compare_report.finding(table, pd.Series({"art": 0.3, "photo": 0.2}))
 
 
 def test_expert_use_is_of_whole_images(whole):

@@ -291,6 +291,28 @@ def test_all_unreadable_images_are_listed(image_root, tmp_path):
         assert name in str(caught.value)
 
 
+def test_links_that_lead_nowhere_are_listed_with_the_unreadable(image_root, tmp_path):
+    lost, circle = image_root / "art/dog/lost.png", image_root / "photo/dog/circle.png"
+    lost.symlink_to(tmp_path / "nothing.png")
+    circle.symlink_to(circle)
+    (image_root / "photo/horse/002.png").write_bytes(b"no image")
+    good = image_root / "art/dog/linked.png"
+    good.symlink_to(image_root / "art/dog/000.png")
+    with pytest.raises(InputError, match="3 of 15 images") as caught:
+        check_images(find_dataset(image_root), tmp_path, progress=False)
+    for words in (
+        "art/dog/lost.png (a link that leads nowhere)",
+        "photo/dog/circle.png (a link that leads nowhere)",
+        "photo/horse/002.png (cannot identify image file)",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_tilde_is_the_home_folder(image_root, monkeypatch):
+    monkeypatch.setenv("HOME", str(image_root.parent))
+    assert find_dataset(f"~/{image_root.name}").files == find_dataset(image_root).files
+
+
 def test_a_damaged_memory_is_made_anew(image_root, tmp_path, caplog):
     found = find_dataset(image_root)
     first = check_images(found, tmp_path)

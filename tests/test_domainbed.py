@@ -266,7 +266,8 @@ TWO = [[(0.7, 0.6), (0.5, 0.4), (0.3, 0.2), (1, 0)], [(0.8, 0.7), (0.6, 0.5), (0
 
 
 def test_its_own_runs_are_read(tmp_path, caplog):
-    foreign(tmp_path / "a", TWO)
+    path = foreign(tmp_path / "a", TWO)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))  # steps have an order, lines none
     foreign(tmp_path / "b", TWO[:1], test_envs=[3, 0], algorithm="IRM", hparams_seed=5)
     for name in "cd":
         foreign(tmp_path / name, TWO, done=False, test_envs=[0])

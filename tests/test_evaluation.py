@@ -359,6 +359,12 @@ def test_one_seed_gives_no_verdict():
     assert "helps" not in text
 
 
+def test_one_seed_that_is_left_is_told_from_one_that_was_asked_for():
+    text = finding(make_records({"erm": {"a": [0.5, 0.6, 0.7]}, "importance": {"a": [None, 0.6, None]}}))
+    assert text.startswith("One sound seed is left, networks of 2 others failed")
+    assert "use more seeds" not in text
+
+
 def test_no_sound_pair_is_not_called_one_seed():
     records = make_records(
         {"erm": {"a": [0.5, 0.6], "b": [0.5, 0.6]}, "importance": {"a": [None, None], "b": [0.5, 0.6]}}
@@ -608,6 +614,20 @@ def test_the_report_of_networks_that_all_failed(about):
     records = make_records({name: {"art": [None] * 2, "photo": [None] * 2} for name in HAND}, ("last", "val"))
     text = report(records, about, ["erm, holdout art, seed 0: the loss is no longer finite in epoch 1"])
     assert "the loss is no longer finite in epoch 1" in text
+    assert "nan" not in text
+    assert text.count("art: no seed whose networks are sound") == 4
+
+
+def test_the_report_names_the_hardest_domain(about):
+    records = make_records(HAND, ("last", "val"))
+    for record in records:
+        if record["accuracy"] and record["algorithm"] == "erm" and record["holdout"] == "photo":
+            record["accuracy"]["in"] = 0.0
+    text = report(records, about)
+    assert "The hardest domain is sketch." in section(text, "Accuracy (%), all images of the held-out domain, last")
+    assert "The hardest domain is photo." in section(text, "Accuracy (%), its `in` part")
+    alone = [record for record in records if record["holdout"] == "art"]
+    assert "hardest" not in report(alone, about)
 
 
 def test_the_report_is_the_same_for_the_same_records(about):

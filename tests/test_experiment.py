@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_images
 from problems import features as blobs
 
 import config
-from experiment import main
+from config import InputError
+from experiment import main, refuse_failed
 from feature_file import load_features, save_features
+from records import Results, load_arrays
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--set", "HIDDEN_SIZES=(6, 5, 4)", "--set", "PH1_NUM_EPOCHS=2", "--set", "PH2_NUM_EPOCHS=2", "--threads", "1"]
@@ -33,8 +37,8 @@ def command(*arguments):
     return [sys.executable, str(ROOT / "experiment.py"), *map(str, arguments)]
 
 
-def experiment(*arguments, cwd):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+def experiment(*arguments, cwd, **environment):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
@@ -68,14 +72,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(feature
     whole = run_small(feature_file, "whole", *options, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     arguments = ["run", "--features", feature_file, "--results-dir", "stopped", *SMALL, *options]
-    process = subprocess.Popen(
-        command(*arguments),
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it otherwise
-    )
+    process = interruptible(*arguments, cwd=tmp_path)
     records = tmp_path / "stopped" / "records.jsonl"
     deadline = time.monotonic() + 120
     while not records.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -91,6 +88,60 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(feature
     assert not [p for p in (tmp_path / "stopped").rglob(".*") if p.name != ".lock"]
     assert run_small(feature_file, "stopped", *options, cwd=tmp_path).returncode == 0
     assert records.read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
+
+
+def interruptible(*arguments, cwd, **options):
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it otherwise
+        **options,
+    )
+
+
+@pytest.mark.parametrize("module", ["logging", "field", "torch", "pandas"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(module, tmp_path):
+    """A module in the place of a library that sends the signal, swallows what comes of it and waits."""
+    code = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    code += "except BaseException:\n    time.sleep(60)\n"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        f"            exec({code!r})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    process = interruptible("run", "--results-dir", "out", cwd=tmp_path, env=environment)
+    try:
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert re.fullmatch(r"\nInterrupted(; the same command goes on from here)?\.\n", error)
+
+
+def test_two_ctrl_c_while_training_are_one_line_that_says_to_leave_overwrite_out(feature_file, tmp_path):
+    options = ["--seeds", "40", "--no-figures", "--set", "SEEDS_PER_CHUNK=2", "--overwrite"]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    arguments = ["run", "--features", feature_file, "--results-dir", "stopped", *SMALL, *options]
+    process = interruptible(*arguments, cwd=tmp_path, env=environment)
+    weights = tmp_path / "stopped" / "weights" / "phase1_art.safetensors"
+    deadline = time.monotonic() + 120
+    while not weights.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(20):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error == "\nInterrupted; without --overwrite, the same command goes on from here.\n"
 
 
 BAD = {
@@ -172,7 +223,8 @@ def test_images_to_prediction_with_a_tiny_vit(tiny_vit, tmp_path):
     """The full setting, from a folder of images to the class of one: D is the model's, not 192."""
     image_tree = make_images(tmp_path / "tree", domains=("art", "photo", "sketch"), per_class=12)
     images = ["--data-root", image_tree, "--vit-model", tiny_vit]
-    done = experiment("features", *images, "--output", "mine.safetensors", "--threads", 1, cwd=tmp_path)
+    options = ["--output=~/mine.safetensors", "--threads", 1]
+    done = experiment("features", *images, *options, cwd=tmp_path, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     data = load_features(tmp_path / "mine.safetensors")
     assert data.feature_size not in (192, 768)
@@ -191,12 +243,46 @@ def test_images_to_prediction_with_a_tiny_vit(tiny_vit, tmp_path):
     chances = {part.rsplit(" ", 1)[0]: float(part.rsplit(" ", 1)[1]) for part in ranked.split(", ")}
     assert set(chances) == set(data.class_names)
     assert sum(chances.values()) == pytest.approx(1, abs=0.01)
-    done = experiment("predict", weights, "--weights", weights, "--vit-model", tiny_vit, cwd=tmp_path)
+    done = experiment("predict", weights, *options, cwd=tmp_path)
     assert done.returncode == 2
-    assert "cannot be read as an image" in done.stderr
+    assert "cannot be read as an image (cannot identify image file)" in done.stderr
     done = experiment("predict", picture, "--weights", weights, "--vit-model", tiny_vit, "--seed", 9, cwd=tmp_path)
     assert done.returncode == 2
     assert "has no seed 9; it has 0, 1" in done.stderr
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:-200])
+    options += ["--set", "EXTRACTION_BATCH_SIZE=2"]
+    done = experiment("predict", picture, picture, picture, broken, *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == lines  # the first batch is printed before the second is read
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_networks_that_failed_do_not_predict(tmp_path):
+    results = Results(tmp_path / "r")
+    arrays = {"final.a": torch.zeros(4, 2)}
+    arrays["final.a"][3, 1] = torch.nan
+    results.save("weights", "new", range(4), arrays | {"failed": torch.tensor([0, -1, 2, 0])}, {})
+    results.save("weights", "old", range(4), arrays, {})
+    results.save("histories", "old", range(1, 6), {"failed": torch.tensor([0, 3, 0, 0, 0])}, {})
+    results.save("weights", "bad", range(2), {"final.a": arrays["final.a"][2:], "failed": torch.tensor([1, 0])}, {})
+
+    def refused(name, seed):
+        path = tmp_path / "r" / "weights" / f"{name}.safetensors"
+        try:
+            refuse_failed(path, load_arrays(path)[0], seed)
+        except InputError as error:
+            return str(error).partition(f"'{path}' ")[2]
+
+    advice = "give another one with --seed: "
+    assert refused("new", 0) is None
+    why = "failed in training (the importance is all equal or not finite)"
+    assert refused("new", 1) == f"{why}; {advice}0."
+    assert refused("new", 2) == f"failed in training (the loss is no longer finite in epoch 2); {advice}0."
+    assert refused("new", 3) == f"failed in training (its weights are not finite); {advice}0."
+    assert refused("old", 0) is refused("old", 1) is None
+    assert refused("old", 2) == f"failed in training (the loss is no longer finite in epoch 3); {advice}0, 1."
+    assert refused("bad", 0).endswith("in epoch 1); and so did all others in the file.")
 
 
 def test_networks_of_an_unknown_model_do_not_see_images(feature_file, tmp_path, tiny_vit):

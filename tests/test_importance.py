@@ -93,6 +93,15 @@ def test_normalized_sum_is_blind_to_the_scale_of_a_domain():
     assert not torch.allclose(aggregate([loud, b])[0], aggregate([a, b])[0])
 
 
+@pytest.mark.parametrize("method", ["normalized_sum", "union", "intersection"])
+def test_totals_and_ranks_do_not_overflow_in_half_precision(method):
+    generator = torch.Generator().manual_seed(0)
+    domains = [[200 * torch.rand(300, 300, generator=generator).half()] for _ in range(2)]
+    wide = [[layer.double() for layer in layers] for layers in domains]
+    found, expected = (flatten(aggregate(x, method)) for x in (domains, wide))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
 def test_aggregation_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="no domain"):
         aggregate({})

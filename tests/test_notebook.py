@@ -50,8 +50,8 @@ def test_it_runs_without_an_error_and_shows_every_figure(executed):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    # projection, curves of both phases, grids of two domains and one holdout, overlap, bars, confusions, forests
-    assert len(pictures) == 1 + 2 + 4 * 2 + 3 + 1 + 1 + 2 + 2
+    # projection, curves of both phases, grids of two domains and one holdout, overlap, bars, confusions, three forests
+    assert len(pictures) == 1 + 2 + 4 * 2 + 3 + 1 + 1 + 2 + 3
 
 
 def test_the_committed_notebook_was_run_from_top_to_bottom():

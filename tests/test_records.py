@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -117,7 +118,23 @@ def test_a_file_of_one_torn_line_is_begun_anew(tmp_path):
     assert results.records() == [make_record()]
 
 
-@pytest.mark.parametrize("damage", [b'{"key": \n', b"\n", b"\xff\xfe\n", b"hello\n"])
+def test_a_torn_line_is_cut_off_where_nothing_is_appended(tmp_path, caplog):
+    results, settings = Results(tmp_path), Settings.current()
+    results.claim(settings, FEATURES)
+    results.append([make_record()])
+    path = tmp_path / "records.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"key": "to')
+    with pytest.raises(InputError):
+        results.claim(Settings.current(batch_size=7), FEATURES)
+    assert path.read_bytes() != whole  # another's file is not touched
+    results.claim(settings, FEATURES)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"key": \n', b"\n", b"\xff\xfe\n", b"hello\n", b"null\n", b"[]\n", b"7\n", b"{}\n"]
+)
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path, damage):
     results = Results(tmp_path)
     results.append([make_record(seed=0)])
@@ -248,11 +265,40 @@ def test_clear_of_a_linked_folder(tmp_path):
     assert results.seeds("weights", "a") == set()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_claim_would_refuse_is_refused_without_features(tmp_path, overwrite):
+    results, settings = Results(tmp_path / "r"), Settings.current()
+    results.check(settings, overwrite)
+    results.append([make_record()])
+    with pytest.raises(InputError, match=r"no settings\.json"):
+        results.check(settings, overwrite)
+    (results.directory / "records.jsonl").unlink()
+    fill(results)
+    before = everything(tmp_path)
+    results.check(settings, overwrite)
+    if overwrite:
+        results.check(Settings.current(batch_size=7), overwrite)
+    else:
+        with pytest.raises(InputError, match="BATCH_SIZE = 32, not 7"):
+            results.check(Settings.current(batch_size=7))
+    with Results(results.directory), pytest.raises(InputError, match="Another run"):
+        results.check(settings, overwrite)
+    assert everything(tmp_path) == before
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Results("~/r").save("weights", "a", [0], arrays_for([0]), {})
+    assert (tmp_path / "r" / "weights" / "a.safetensors").is_file()
+    assert load_arrays("~/r/weights/a.safetensors")[0]["seeds"].tolist() == [0]
+
+
 # --- environment --------------------------------------------------------------------------------------------
 
 
 def test_environment_names_versions_device_and_commit(monkeypatch):
-    monkeypatch.setattr(records.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="abc123-dirty\n"))
+    said = {"rev-parse": f"{ROOT}\n", "describe": "abc123-dirty\n"}
+    monkeypatch.setattr(records.subprocess, "run", lambda c, **_: SimpleNamespace(stdout=said[c[3]]))
     found = environment("cpu", 3, "matmul")
     assert (found["device"], found["threads"], found["commit"]) == ("cpu", 3, "abc123-dirty")
     assert found["engine"] == "matmul"
@@ -268,6 +314,19 @@ def test_environment_without_a_git_checkout(monkeypatch, error):
 
     monkeypatch.setattr(records.subprocess, "run", run)
     assert environment("cpu", 1, "vmap")["commit"] is None
+
+
+def test_the_commit_is_that_of_the_project_s_own_checkout(monkeypatch, tmp_path):
+    """Unpacked inside the checkout of something else, the project has no commit: that one says nothing of it."""
+    git = shutil.which("git") or pytest.skip("no git here")
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "outer" / "project" / "records.py"))
+    (tmp_path / "outer" / "project").mkdir(parents=True)
+    for folder in (tmp_path / "outer", tmp_path / "outer" / "project"):
+        assert environment("cpu", 1, "matmul")["commit"] is None
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+            subprocess.run([git, "-C", str(folder), *arguments], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}(-dirty)?", environment("cpu", 1, "matmul")["commit"])
 
 
 # --- arrays -------------------------------------------------------------------------------------------------
@@ -299,6 +358,13 @@ def test_arrays_come_back_as_they_were_saved(tmp_path, kind):
     assert results.seeds(kind, "phase1_art") == {0, 1, 2}
     assert results.seeds(kind, "phase1_photo") == set()
     assert len(everything(tmp_path)) == 1  # no temporary files
+
+
+def test_an_array_that_older_seeds_lack_is_left_out(tmp_path):
+    results, arrays = Results(tmp_path), arrays_for([1])
+    results.save("weights", "a", [0], {"loss": arrays["loss"]}, {})
+    results.save("weights", "a", [1], arrays, {})
+    assert set(results.load("weights", "a")[0]) == {"seeds", "loss"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

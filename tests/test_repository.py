@@ -1,6 +1,7 @@
 """What the repository promises about itself: commands, layering, imports without side effects."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from evaluation import finding, lodo_table, wide_table
 from records import Results
 
 ROOT = Path(__file__).resolve().parent.parent
+DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 # A module imports only from floors below its own.
 FLOORS = {
@@ -79,12 +81,45 @@ def test_the_readme_quotes_the_reference_results():
     assert quoted.replace("-", "−") in readme.replace("\n", " ")
 
 
+def readme_examples():
+    """The blocks of code in the README that run by themselves."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(r"```python\n(import sys.*?)```", text, re.DOTALL)
+
+
+def run_example(code, folder):
+    code = code.replace("path/to/this/folder", str(ROOT))
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, env=environment)
+
+
 def test_the_readme_example_runs(tmp_path):
-    code = re.findall(r"```python\n(import sys.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(code) == 1
-    code = code[0].replace("path/to/this/folder", str(ROOT)) + "\nprint(int(sum(m.sum() for m in mask)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    _, masking = sorted(readme_examples(), key=lambda code: "step_with_rates" in code)
+    done = run_example(f"{masking}\nprint(int(sum(m.sum() for m in mask)))", tmp_path)
     assert (done.stdout.strip(), done.stderr) == (str(int(0.6 * 2 * 16 * 16 + 0.5)), "")
+
+
+def test_the_readme_example_of_a_method_runs(tmp_path):
+    own, _ = sorted(readme_examples(), key=lambda code: "step_with_rates" in code)
+    for long, short in (("range(3)", "range(2)"), ("Settings.current()", "Settings.current(ph2_num_epochs=1)")):
+        assert long in own
+        own = own.replace(long, short)
+    done = run_example(own, tmp_path)
+    assert done.stderr == ""
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"ERM", "LabelSmoothing"}
+
+
+def test_the_readme_quotes_the_reference_comparison():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = pd.read_csv(ROOT / "results" / "reference" / "compare" / "comparison_training-domain.csv", index_col=0)
+    for name, row in table.iterrows():
+        cells = [f"{100 * row[f'{d}_mean']:.1f} ± {100 * row[f'{d}_error']:.1f}" for d in (*DOMAINS, "average")]
+        numbers = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(
+            **{key: 100 * row[key] for key in ("difference", "low", "high")}
+        )
+        last = "" if pd.isna(row["difference"]) else numbers.replace("-", "−")
+        assert re.search(rf"^\| {name} \| \w+ \| {re.escape(' | '.join([*cells, last]))}", readme, re.MULTILINE), name
 
 
 def test_the_readme_quotes_the_reference_study():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import make_images
 from problems import features as blobs
 from problems import problem
 
@@ -165,6 +166,33 @@ def test_an_unknown_holdout_is_refused(data, tmp_path):
         run(data, tmp_path, holdouts=["foto"])
 
 
+@pytest.mark.parametrize("seeds", [[], [-1, 2], [0.5], ["0"], "01", 3, None], ids=str)
+def test_seeds_that_are_none_are_refused(data, tmp_path, seeds):
+    with pytest.raises(InputError, match="whole numbers from 0"):
+        Study(data, SETTINGS, Results(tmp_path), seeds)
+    assert Study(data, SETTINGS, Results(tmp_path), np.array([3, 1, 3])).seeds == (1, 3)
+
+
+def test_what_can_be_known_is_told_before_an_extraction(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("extracted")
+
+    monkeypatch.setattr(study_module, "get_features", refuse)
+    monkeypatch.setattr(config, "DATA_ROOT", str(make_images(tmp_path / "images")))
+    monkeypatch.setattr(config, "RESULTS_DIR", str(tmp_path / "r"))
+    with pytest.raises(InputError, match="no domain 'foto' to hold out; there are art, photo"):
+        Study.from_config([0, 1], ["foto"])
+    with pytest.raises(InputError, match="whole numbers"):
+        Study.from_config([])
+    with Results(tmp_path / "r") as results:
+        results.claim(Settings.current(batch_size=7), {"fingerprint": "x"})
+    with pytest.raises(InputError, match="BATCH_SIZE = 7, not 32"):
+        Study.from_config([0, 1])
+    for options in ({"overwrite": True}, {"holdouts": "art", "overwrite": True}):
+        with pytest.raises(AssertionError, match="extracted"):
+            Study.from_config([0, 1], **options)
+
+
 def test_a_failed_network_is_recorded_and_left_out(data, tmp_path, monkeypatch):
     start = study_module.train_domain.__globals__["random_start"]
 
@@ -177,6 +205,8 @@ def test_a_failed_network_is_recorded_and_left_out(data, tmp_path, monkeypatch):
 
     monkeypatch.setitem(study_module.train_domain.__globals__, "random_start", poisoned)
     study = run(data, tmp_path)
+    for name in ("phase1_art", "phase2_art_importance"):
+        assert study.load("weights", name)[0]["failed"].tolist() == [0, 1, 0, 0]
     failures = study.failures()
     assert len(failures) == 3  # importance of seed 1 on each holdout; erm has a start of its own
     assert all("importance" in f and "seed 1: the loss is no longer finite in epoch 1" in f for f in failures)

@@ -383,6 +383,24 @@ def test_tsne_of_very_few_points():
     assert "5 of 5 images" in figure.axes[0].get_title()
 
 
+@pytest.mark.parametrize("features", [np.zeros((30, 5)), np.arange(30.0)[:, None]])
+def test_what_has_no_projection_is_refused(features):
+    """Equal points make scikit-learn's t-SNE end the whole process."""
+    labels = np.zeros(30, int)
+    for method in ("tsne", "pca"):
+        with pytest.raises(ValueError, match="needs two dimensions, and two points that differ"):
+            v.feature_projection(features, labels, labels, ["a"], ["b"], "P", method)
+
+
+def test_numbers_that_are_not_known_are_not_written(monkeypatch):
+    table = differences()
+    table[["mean", "low", "high"]] = np.nan
+    bars = bars_table(["erm"], ["a", "b"])
+    bars.loc[0, ["mean", "low", "high"]] = np.nan
+    for figure in (v.difference_plot(table, "D"), v.accuracy_bars(bars, "A")):
+        assert not any("nan" in text for text, _, _ in drawn_texts(figure, monkeypatch))
+
+
 def test_sample_sheet_places_images_by_domain_and_class():
     red, green = Image.new("RGB", (30, 20), "red"), np.full((20, 30, 3), [0, 255, 0], np.uint8)
     figure = v.sample_sheet({"photo": {"dog": red, "cat": green}, "sketch": {"cat": Image.new("L", (9, 9), 7)}}, "S")
