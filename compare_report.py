@@ -77,7 +77,7 @@ def finding(table: pd.DataFrame, together: pd.Series) -> str:
         text += f"The ensemble of the ERM networks has {100 * together.mean():.1f} %, {relation} every single network. "
     if "ImportanceMask" in rows.index and np.isfinite(rows.loc["ImportanceMask", "difference"]):
         row = rows.loc["ImportanceMask"]
-        text += f"Importance masking is number {row['rank']} of {len(rows)}, {signed(row)} points from ERM."
+        text += f"Importance masking is number {int(row['rank'])} of {len(rows)}, {signed(row)} points from ERM."
     return text.rstrip()
 
 
