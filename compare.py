@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import config
-from algorithms import Algorithm, find, register
+from algorithms import Algorithm, Hyperparameter, find, register
 from algorithms.experts import expert_use
 from config import InputError, Settings
 from features import FeatureSet
@@ -82,7 +82,7 @@ class Comparison:
     ):
         if trials < 1:
             raise InputError(f"--trials must be at least 1, not {trials}: trial 0 has the defaults.")
-        asked = [find(a) if isinstance(a, str) else register(a) for a in algorithms]
+        asked = [find(a) if isinstance(a, str) else register(sound(a)) for a in algorithms]
         partners = [find(PARTNERS[cls.batches]) for cls in asked]
         self.algorithms = tuple(dict.fromkeys([*sorted(set(partners), key=lambda c: c.__name__), *asked]))
         variants = tuple(dict.fromkeys(cls.variant for cls in self.algorithms if getattr(cls, "masked", False)))
@@ -95,6 +95,8 @@ class Comparison:
         if leave_one_out:
             if len(domains) < 4:
                 raise InputError("--leave-one-out leaves out two domains and trains on two or more: four are needed.")
+            if any("+" in name for name in domains):
+                raise InputError("--leave-one-out joins names of domains by '+', which one of them has: rename it.")
             self.holdouts += [pair for pair in combinations(domains, 2) if set(pair) & set(self.study.holdouts)]
 
     @classmethod
@@ -151,13 +153,17 @@ class Comparison:
 
     def curves(self) -> pd.DataFrame:
         """Accuracies after each epoch, of these methods, trials, holdouts and seeds: see `selection`."""
+        if missing := self._missing():
+            cls, trial, holdouts, _ = missing[0]
+            raise InputError(
+                f"The comparison is incomplete: {len(missing)} runs are missing, first {cls.__name__}, trial {trial}, "
+                f"without {' and '.join(holdouts)}. All methods need the same seeds, trials and holdouts: run compare."
+            )
         parts = []
         for cls in self.algorithms:
             for trial in range(self.trials):
                 for holdouts in self.holdouts:
                     arrays, header = self.load(cls.__name__, trial, holdouts)
-                    if len(arrays["seeds"]) < len(self.seeds):
-                        raise InputError(f"{cls.__name__} lacks seeds, trial {trial}: finish the comparison first.")
                     shares = accuracies(arrays["correct"], self.problem.totals.cpu())
                     sound = (arrays["failed"] == 0).view(-1, 1, 1)
                     shares = {part: torch.where(sound, value, torch.nan) for part, value in shares.items()}
@@ -186,10 +192,8 @@ class Comparison:
 
     def _missing(self) -> list[Unit]:
         """What is not on disk; checks that what is there was trained with the same hyperparameters."""
-        units, recorded = (
-            [],
-            {(r["algorithm"], r.get("trial"), r["holdout"], r["seed"]) for r in self.results.records()},
-        )
+        names = ("algorithm", "trial", "holdout", "seed")
+        units, recorded = [], {tuple(r.get(name) for name in names) for r in self.results.records()}
         for cls in self.algorithms:
             for trial in range(self.trials):
                 for holdouts in self.holdouts:
@@ -197,18 +201,26 @@ class Comparison:
                     there = self.results.seeds("histories", _name(name, trial, holdouts))
                     if there:
                         self._check(cls, trial, self.results.load("histories", _name(name, trial, holdouts))[1])
+                    if self._keeps_weights(cls, trial, holdouts):
+                        there &= self.results.seeds("weights", _name(name, trial, holdouts))
                     wanted = [s for s in self.seeds if s not in there or (name, trial, where, s) not in recorded]
                     groups = groupby(sorted(wanted), key=lambda seed: seed // config.SEEDS_PER_CHUNK)
                     units += [(cls, trial, holdouts, tuple(group)) for _, group in groups]
         return units
 
+    @staticmethod
+    def _keeps_weights(cls: type[Algorithm], trial: int, holdouts: Sequence[str]) -> bool:
+        """Whether the weights are kept: for the ensemble."""
+        return cls.__name__ == PARTNERS["pooled"] and trial == 0 and len(holdouts) == 1
+
     def _check(self, cls: type[Algorithm], trial: int, header: Mapping) -> None:
-        values = self.values(cls, trial)
-        for name, value in header["hyperparameters"].items():
-            if values.get(name) != value:
+        mine, there = self.values(cls, trial), header["hyperparameters"]
+        for name in [*there, *mine]:
+            if mine.get(name) != there.get(name):
                 raise InputError(
-                    f"'{self.results.directory}' holds {cls.__name__}, trial {trial}, with {name} = {value!r}, not "
-                    f"{values.get(name)!r}: give another RESULTS_DIR (--results-dir), or use --overwrite."
+                    f"'{self.results.directory}' holds {cls.__name__}, trial {trial}, with {name} = "
+                    f"{there.get(name)!r}, not {mine.get(name)!r}: give another RESULTS_DIR (--results-dir), or use "
+                    "--overwrite."
                 )
 
     def _train(self, unit: Unit, tick: Callable[[], None]) -> Trained:
@@ -250,7 +262,7 @@ class Comparison:
         about |= {"hyperparameters": self.values(cls, trial), "steps_per_epoch": trained.steps_per_epoch}
         header = self.study.header(**about)
         self.results.save("histories", name, seeds, trained.arrays, header)
-        if cls.__name__ == PARTNERS["pooled"] and trial == 0 and len(holdouts) == 1:
+        if self._keeps_weights(cls, trial, holdouts):
             final = {f"final.{key}": value for key, value in trained.params.items()}
             self.results.save("weights", name, seeds, final | {"failed": trained.arrays["failed"]}, header)
         self.results.append(self._records(unit, trained.arrays))
@@ -299,6 +311,23 @@ class Comparison:
                     record[key] = None if code else {k: float(v[s, epoch, target]) for k, v in shares.items()}
                 records.append({"key": record_key(record), **record})
         return records
+
+
+def sound(algorithm: type[Algorithm]) -> type[Algorithm]:
+    """A class of one's own, if it declares what a method has to.
+
+    Raises:
+        InputError: what is wrong, in one sentence.
+    """
+    if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
+        raise InputError(f"A method is a class that extends Algorithm, not {algorithm!r}.")
+    name = algorithm.__name__
+    if algorithm.batches not in PARTNERS:
+        raise InputError(f"{name}.batches must be one of {', '.join(PARTNERS)}, not {algorithm.batches!r}.")
+    for knob, value in algorithm.known_hyperparameters().items():
+        if not isinstance(value, Hyperparameter):
+            raise InputError(f"{name}.hyperparameters['{knob}'] must be Hyperparameter(default, meaning), not {value}.")
+    return algorithm
 
 
 def _name(algorithm: str, trial: int, holdouts: Sequence[str]) -> str:

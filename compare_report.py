@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from logging import getLogger
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,8 @@ from models import FeedforwardClassifier
 from selection import as_text, comparison_table, select
 from stacks import apply_stack
 from visualization import difference_plot, save
+
+log = getLogger(__name__)
 
 TITLES = {
     "training-domain": "Training-domain validation (epoch and trial of best mean source `out` accuracy)",
@@ -40,9 +43,13 @@ def tables_by_rule(comparison: Comparison) -> dict[str, pd.DataFrame]:
 def ensemble(comparison: Comparison) -> pd.Series:
     """Accuracy of the mean probabilities of the ERM networks of all seeds: last epoch, all images; by holdout.
 
+    Empty where ERM on pooled batches is not among the methods.
+
     An ensemble has no seed of its own, hence no interval, and is paired with nothing.
     """
     problem, found = comparison.problem, {}
+    if PARTNERS["pooled"] not in {cls.__name__ for cls in comparison.algorithms}:
+        return pd.Series(found, dtype=float)
     for (holdout,) in [h for h in comparison.holdouts if len(h) == 1]:
         arrays, header = comparison.study.load("weights", f"compare_{PARTNERS['pooled']}_0_{holdout}")
         params = {k.removeprefix("final."): v for k, v in arrays.items() if k.startswith("final.")}
@@ -74,7 +81,9 @@ def finding(table: pd.DataFrame, together: pd.Series) -> str:
     text += f"Below it: {names(rows['high'] < 0)}. "
     if len(together) > 1:
         relation = "above" if together.mean() > best else "not above"
-        text += f"The ensemble of the ERM networks has {100 * together.mean():.1f} %, {relation} every single network. "
+        text += (
+            f"The ensemble of the ERM networks has {100 * together.mean():.1f} %, {relation} the mean of every method. "
+        )
     if "ImportanceMask" in rows.index and np.isfinite(rows.loc["ImportanceMask", "difference"]):
         row = rows.loc["ImportanceMask"]
         text += f"Importance masking is number {int(row['rank'])} of {len(rows)}, {signed(row)} points from ERM."
@@ -107,14 +116,15 @@ def report(comparison: Comparison) -> str:
     for rule, table in found.items():
         title = TITLES[rule]
         lines += ["", title, "-" * len(title), as_text(table)]
-    lines += [
-        "",
-        f"Ensemble (mean probabilities of the {seeds} ERM networks, last epoch; no interval, paired with nothing):",
-    ]
-    cells = [f"{name} {100 * value:.1f}" for name, value in together.items()]
-    if len(together) == len(domains) > 1:
-        cells.append(f"average {100 * together.mean():.1f}")
-    lines += [f"  {', '.join(cells)}"]
+    if len(together):
+        title = (
+            f"Ensemble (mean probabilities of the ERM networks of {seeds} seeds, last epoch; no interval, unpaired):"
+        )
+        lines += ["", title]
+        cells = [f"{name} {100 * value:.1f}" for name, value in together.items()]
+        if len(together) == len(domains) > 1:
+            cells.append(f"average {100 * together.mean():.1f}")
+        lines += [f"  {', '.join(cells)}"]
     if failures := failed(comparison):
         lines += ["", f"{len(failures)} networks failed and are left out:", *(f"  {text}" for text in failures)]
     return "\n".join(lines) + "\n"
@@ -135,10 +145,18 @@ def write(comparison: Comparison, figures: bool = True) -> str:
     text, directory = report(comparison), comparison.results.directory
     with comparison.study.writing():
         comparison.results.write_text("comparison.txt", text)
-        for rule, table in tables_by_rule(comparison).items():
-            comparison.results.write_text(f"comparison_{rule}.csv", table.to_csv())
+        found = tables_by_rule(comparison)
+        for rule in TITLES:
+            name = f"comparison_{rule}.csv"
+            if rule in found:
+                comparison.results.write_text(name, found[rule].to_csv())
+            else:
+                (directory / name).unlink(missing_ok=True)  # of other runs
         for name, make in all_figures(comparison).items() if figures else ():
-            save(make(), directory / "plots" / f"{name}.png")
+            try:
+                save(make(), directory / "plots" / f"{name}.png")
+            except Exception as error:  # whatever it is: the numbers stand
+                log.warning("The figure '%s' cannot be drawn (%s); the others are.", name, " ".join(str(error).split()))
     return text
 
 

@@ -175,11 +175,16 @@ def _refuse_others(directory: Path, mine: Mapping[str, Mapping]) -> None:
             )
 
 
+def _is_whole(results: Path, lines: int) -> bool:
+    """Whether a run's file has all of its lines, the last one not torn."""
+    return results.is_file() and results.read_bytes().count(b"\n") == lines
+
+
 def _write_run(
     folder: Path, args: Mapping[str, object], hparams: Mapping, run: pd.DataFrame, domain_names: Sequence[str]
 ) -> bool:
     """Write one run, `done` last; False if it is there."""
-    if (folder / DONE).is_file() and (folder / RESULTS).is_file():
+    if (folder / DONE).is_file() and _is_whole(folder / RESULTS, run["epoch"].nunique()):
         return False
     about = {"args": {**args, "output_dir": folder.name}, "hparams": hparams}
     number = {name: i for i, name in enumerate(domain_names)}

@@ -92,7 +92,7 @@ def apply_options(options: argparse.Namespace) -> None:
         raise InputError("RESULTS_DIR is empty: which folder?")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
-    if options.command in ("run", "study") and options.vit_model and config.DATA_ROOT is None:
+    if options.command in ("run", "study", "compare") and options.vit_model and config.DATA_ROOT is None:
         raise InputError("--vit-model needs --data-root: without images there is nothing to run a model on.")
 
 

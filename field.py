@@ -53,7 +53,9 @@ def compare(options: argparse.Namespace) -> None:
     from records import Results
     from training import prepare_machine
 
-    names = _split(options.algorithms) or sorted(ALGORITHMS)
+    if config.PH2_INIT != "fresh":
+        raise InputError("compare trains from a fresh start: PH2_INIT must be 'fresh'.")
+    names = sorted(ALGORITHMS) if options.algorithms is None else _split(options.algorithms)
     for name in names:
         find(name)
     device = prepare_machine()
@@ -79,12 +81,16 @@ def export_domainbed(options: argparse.Namespace) -> None:
     from records import Results
     from training import prepare_machine
 
+    _named(options.directory)
     results = Results(results_folder(options))
     records = [r for r in results.records() if "trial" in r]
-    if not records:
+    about = results.read_settings()
+    if not records or about is None:
         raise InputError(f"'{results.directory}' holds no comparison: run compare first, or give --results-dir.")
     data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=prepare_machine())
-    made_with = {name.lower(): value for name, value in results.read_settings()["settings"].items()}
+    if data.fingerprint != about["features"]["fingerprint"]:
+        raise InputError("The comparison was made with other features: give them with --features or --data-root.")
+    made_with = {name.lower(): value for name, value in about["settings"].items()}
     settings = config.Settings.current(**made_with)
     comparison = Comparison.of(data, settings, results, records)
     values = {(c.__name__, t): comparison.values(c, t) for c in comparison.algorithms for t in range(comparison.trials)}
@@ -98,6 +104,7 @@ def import_domainbed(options: argparse.Namespace) -> None:
     from domainbed import import_runs
     from selection import RULES, as_text, comparison_table, select
 
+    _named(options.directory)
     curves, _ = import_runs(options.directory, options.dataset)
     algorithms = list(curves["algorithm"].unique())
     baselines = dict.fromkeys(algorithms, "ERM") if "ERM" in algorithms else {}
@@ -109,4 +116,11 @@ def import_domainbed(options: argparse.Namespace) -> None:
 
 
 def _split(text: str | None) -> list[str] | None:
-    return [name.strip() for name in text.split(",")] if text else None
+    if text is not None and not text.strip():
+        raise InputError("A list of names is empty: leave the option out for all.")
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _named(directory: str) -> None:
+    if not directory.strip():
+        raise InputError("DIR is empty: which folder?")

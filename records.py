@@ -27,7 +27,9 @@ from files import whole
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = ("weights", "histories", "importance", "plots", "records.jsonl", "summary_report.txt", "settings.json")
+RULES = ("training-domain", "leave-one-domain-out", "oracle", "last")  # of selection; each has a table
+OUTPUTS = ("weights", "histories", "importance", "plots", "records.jsonl", "summary_report.txt", "comparison.txt")
+OUTPUTS += (*(f"comparison_{rule}.csv" for rule in RULES), "settings.json")
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn")
 
 

@@ -177,7 +177,16 @@ class Algorithm:
         Returns:
             Gradient by parameter name, the loss (scalar), and entries of the state that change.
         """
-        gradient, (loss, changes) = self.gradient_of(lambda p: self.loss(p, batch, state, noise), params)
+
+        def loss_and_changes(p: Params) -> tuple[Tensor, State]:
+            found = self.loss(p, batch, state, noise)
+            if not isinstance(found, tuple):
+                raise InputError(
+                    f"{type(self).__name__}.loss must return the loss and changes of the state: loss, {{}}."
+                )
+            return found
+
+        gradient, (loss, changes) = self.gradient_of(loss_and_changes, params)
         return gradient, loss, changes
 
     def update(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Params, State, Tensor]:

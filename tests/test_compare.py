@@ -203,9 +203,9 @@ def test_the_finding_is_computed():
     table = pd.DataFrame.from_dict(rows, "index", columns=["rank", "average_mean", "difference", "low", "high"])
     text = compare_report.finding(table.astype({"rank": int}), pd.Series({"art": 0.7, "photo": 0.4}))
     assert "excludes 0: B. Below it: A." in text
-    assert "has 55.0 %, above every" in text
+    assert "has 55.0 %, above the mean of every" in text
     assert "number 4 of 4, +0.00 [−10.00, +10.00] points" in text
-    assert "not above every" in compare_report.finding(table, pd.Series({"art": 0.3, "photo": 0.2}))
+    assert "not above the mean of every" in compare_report.finding(table, pd.Series({"art": 0.3, "photo": 0.2}))
 
 
 def test_expert_use_is_of_whole_images(whole):
@@ -239,3 +239,72 @@ def test_bad_input_is_told(data, tmp_path):
         make(data, tmp_path, ["Nothing"])
     with pytest.raises(InputError, match="--trials must be at least 1"):
         make(data, tmp_path, trials=0)
+
+
+def test_only_balanced_methods_have_no_ensemble_and_a_report_all_the_same(data, tmp_path):
+    comparison = make(data, tmp_path, ["VREx"])
+    comparison.run()
+    text = compare_report.write(comparison, figures=False)
+    assert "VREx" in text
+    assert "nsemble" not in text
+
+
+def test_lost_weights_are_trained_again(data, tmp_path):
+    make(data, tmp_path, ["ERM"]).run()
+    lost = tmp_path / "weights" / "compare_ERM_0_photo.safetensors"
+    before = lost.read_bytes()
+    lost.unlink()
+    comparison = make(data, tmp_path, ["ERM"])
+    assert [unit[2] for unit in comparison._missing()] == [("photo",)]
+    comparison.run()
+    assert lost.read_bytes() == before
+
+
+def test_tables_of_other_runs_do_not_stay(whole, data, tmp_path):
+    comparison = make(data, tmp_path, ["ERM"])
+    comparison.run()
+    (tmp_path / "comparison_leave-one-domain-out.csv").write_text("old")
+    compare_report.write(comparison, figures=False)
+    assert not (tmp_path / "comparison_leave-one-domain-out.csv").exists()
+    comparison.results.clear()
+    assert not list(tmp_path.glob("comparison*"))
+
+
+def test_an_incomplete_comparison_says_what_is_missing(data, tmp_path):
+    make(data, tmp_path, ["ERM"]).run()
+    with pytest.raises(InputError, match=r"4 runs are missing, first ERM, trial 1, without art\. .* run compare"):
+        make(data, tmp_path, ["ERM"], trials=2).curves()
+
+
+def test_an_added_hyperparameter_is_noticed(data, tmp_path, monkeypatch):
+    make(data, tmp_path, ["SD"]).run()
+    more = {**ALGORITHMS["SD"].hyperparameters, "extra": Hyperparameter(1.0, "more")}
+    monkeypatch.setattr(ALGORITHMS["SD"], "hyperparameters", more)
+    with pytest.raises(InputError, match=r"with extra = None, not 1\.0"):
+        make(data, tmp_path, ["SD"]).run()
+
+
+def test_a_figure_that_fails_does_not_stop_the_report(whole, monkeypatch, caplog):
+    def broken(*_):
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(compare_report, "expert_figure", broken)
+    assert "GMoE" in compare_report.write(whole)
+    assert "The figure 'experts_GMoE_art' cannot be drawn (no picture)" in caplog.text
+
+
+def test_a_method_that_declares_nonsense_is_told(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "ALGORITHMS", dict(ALGORITHMS))
+    kinds = {
+        "batches must be one of pooled, balanced": {"batches": "ballanced"},
+        r"hyperparameters\['a'\] must be Hyperparameter": {"hyperparameters": {"a": 0.1}},
+    }
+    for sentence, body in kinds.items():
+        with pytest.raises(InputError, match=sentence):
+            make(data, tmp_path, [type("Mine", (Algorithm,), body)])
+    with pytest.raises(InputError, match="extends Algorithm"):
+        make(data, tmp_path, [int])
+    assert "Mine" not in registry.ALGORITHMS
+    forgets = type("Forgets", (Algorithm,), {"loss": lambda self, p, b, s, n: self.forward(p, b.features).sum()})
+    with pytest.raises(InputError, match=r"Forgets\.loss must return the loss and changes"):
+        make(data, tmp_path, [forgets]).run()

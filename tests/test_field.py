@@ -65,6 +65,16 @@ def test_runs_go_out_to_domainbed_and_come_back(features, compared, tmp_path, ca
         assert name in printed
 
 
+def test_a_torn_run_is_written_anew(features, compared, tmp_path):
+    command = ["export-domainbed", str(tmp_path / "runs"), "--results-dir", compared, "--features", features]
+    assert main(command) == 0
+    torn = next((tmp_path / "runs").iterdir()) / "results.jsonl"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:100])
+    assert main(command) == 0
+    assert torn.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -72,7 +82,11 @@ def test_runs_go_out_to_domainbed_and_come_back(features, compared, tmp_path, ca
         (["compare", "--trials", "0"], "--trials must be at least 1"),
         (["compare", "--holdouts", "moon"], "moon"),
         (["compare", "--seeds", "0"], "--seeds must be at least 1"),
+        (["compare", "--algorithms", ""], "A list of names is empty"),
+        (["compare", "--set", "PH2_INIT=phase1"], "PH2_INIT must be 'fresh'"),
+        (["compare", "--vit-model", "x"], "--vit-model needs --data-root"),
         (["export-domainbed", "{tmp}/out"], "holds no comparison"),
+        (["export-domainbed", ""], "DIR is empty"),
         (["import-domainbed", "{tmp}/nothing"], "nothing"),
     ],
 )
