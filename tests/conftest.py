@@ -1,6 +1,7 @@
 """What several test files need: small trees of images, and a tiny random ViT in a local directory."""
 
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,15 @@ import pytest
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]  # of the preprocessor of `vit`
+VIT = {  # a tiny ViT
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
 OLD = 1_000_000_000  # seconds since the epoch: images that were not written a moment ago
 
 
@@ -31,20 +41,23 @@ def write_image(path, seed=0, size=(36, 30), time=OLD):
     os.utime(path, (time, time))
 
 
+def save_model(model_config, folder):
+    """Save a random model of a `transformers` configuration."""
+    import torch
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    AutoModel.from_config(model_config).save_pretrained(folder)
+    return folder
+
+
 def make_vit(folder, seed=0, hidden=24, processor=True, **processor_settings):
     """Save a random ViT (2 layers, patches of 8) and, if asked, its image processor; images of 32×32."""
     import torch
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     size = 32 if processor else 224
-    settings = ViTConfig(
-        hidden_size=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=size,
-        patch_size=8 if processor else 56,
-    )
+    settings = ViTConfig(**VIT | {"hidden_size": hidden, "image_size": size, "patch_size": 8 if processor else 56})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         ViTModel(settings).save_pretrained(folder)
@@ -57,6 +70,18 @@ def make_vit(folder, seed=0, hidden=24, processor=True, **processor_settings):
 def tiny_vit(tmp_path_factory) -> Path:
     """Directory of a tiny random ViT, 24-d."""
     return make_vit(tmp_path_factory.mktemp("models") / "tiny-vit")
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory) -> Path:
+    """Another, whose preprocessor tells the channels apart. Read it, don't write to it."""
+    return make_vit(tmp_path_factory.mktemp("models") / "vit", image_mean=MEAN, image_std=STD)
+
+
+@pytest.fixture
+def copy(vit, tmp_path) -> Path:
+    """A copy of `vit` to damage."""
+    return Path(shutil.copytree(vit, tmp_path / "copy"))
 
 
 @pytest.fixture
