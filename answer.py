@@ -108,22 +108,41 @@ class Answer:
     def __init__(
         self, data: FeatureSet, settings: Settings, directory: str | Path, seeds: int, sweep_seeds: int, **options
     ):
-        settings = replace(settings, ph2_init="fresh")
         self.directory, self.seeds = Path(directory), seeds
         arms = {"short": BOTH_STARTS, "long": family_arms(), "sweep": sweep_arms()}
-        lengths = {"short": settings, "long": scaled(settings, LONGER), "sweep": settings}
         self.studies = {
             kind: Study(
                 data,
-                lengths[kind],
-                Results(self.directory / ("sweep" if kind == "sweep" else f"epochs_{lengths[kind].ph2_num_epochs}")),
+                own,
+                results,
                 range(sweep_seeds if kind == "sweep" else seeds),
                 algorithms=arms[kind],
                 keep_weights=False,
                 **options,
             )
-            for kind in arms
+            for kind, (own, results) in self.places(settings, directory).items()
         }
+
+    @staticmethod
+    def places(settings: Settings, directory: str | Path) -> dict[str, tuple[Settings, Results]]:
+        """Settings and results directory of each of the studies: "short", "long" and "sweep"."""
+        settings = replace(settings, ph2_init="fresh")
+        longer = scaled(settings, LONGER)
+
+        def at(name: str) -> Results:
+            return Results(Path(directory) / name)
+
+        return {
+            "short": (settings, at(f"epochs_{settings.ph2_num_epochs}")),
+            "long": (longer, at(f"epochs_{longer.ph2_num_epochs}")),
+            "sweep": (settings, at("sweep")),
+        }
+
+    @classmethod
+    def check(cls, settings: Settings, directory: str | Path, overwrite: bool = False) -> None:
+        """Refuse unfit results directories before there are features: see `records.Results.check`."""
+        for own, results in cls.places(settings, directory).values():
+            results.check(own, overwrite)
 
     def run(self) -> None:
         """Train what is missing, in the order of importance."""

@@ -130,10 +130,10 @@ def study(options: argparse.Namespace) -> None:
     sweep = min(seeds, 50) if options.sweep_seeds is None else options.sweep_seeds
     if seeds < 2 or sweep < 2:
         raise InputError("A study compares over seeds: --seeds and --sweep-seeds must be at least 2.")
-    device = prepare_machine()
+    device, directory = prepare_machine(), options.results_dir or Path(config.RESULTS_DIR) / "study"
+    Answer.check(Settings.current(), directory, options.overwrite)  # before an extraction that may take long
     data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=options.verify)
     print(data.describe(), flush=True)
-    directory = options.results_dir or Path(config.RESULTS_DIR) / "study"
     choice = {"device": device, "strict": options.strict, "overwrite": options.overwrite}
     answer = Answer(data, Settings.current(), directory, seeds, sweep, **choice)
     answer.run()

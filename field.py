@@ -49,8 +49,10 @@ def compare(options: argparse.Namespace) -> None:
     from algorithms import ALGORITHMS, find
     from compare import Comparison
     from compare_report import failed, write
+    from dataset import find_dataset
     from features import get_features
     from records import Results
+    from study import check_holdouts
     from training import prepare_machine
 
     if config.PH2_INIT != "fresh":
@@ -60,10 +62,13 @@ def compare(options: argparse.Namespace) -> None:
         find(name)
     device = prepare_machine()
     directory, settings = results_folder(options), replace(config.Settings.current(), ph2_init="fresh")
-    Results(directory).check(settings, options.overwrite)  # before an extraction that may take long
+    holdouts = _split(options.holdouts)
+    if config.DATA_ROOT is not None:  # what can be known before an extraction that may take long
+        check_holdouts(holdouts, find_dataset(config.DATA_ROOT).domain_names)
+    Results(directory).check(settings, options.overwrite)
     data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=options.verify)
     print(data.describe(), flush=True)
-    choice = {"trials": options.trials, "holdouts": _split(options.holdouts), "leave_one_out": options.leave_one_out}
+    choice = {"trials": options.trials, "holdouts": holdouts, "leave_one_out": options.leave_one_out}
     choice |= {"device": device, "strict": options.strict, "overwrite": options.overwrite}
     comparison = Comparison(data, settings, Results(directory), range(config.NUM_SEEDS), names, **choice)
     comparison.run()

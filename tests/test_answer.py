@@ -1,20 +1,14 @@
-"""The answer: what is compared, what it says on records that were made up, and one complete small run of it."""
+"""The answer: what is compared, and what it says on records that were made up."""
 
-import json
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from test_study import make_features
 
-import answer as answer_module
-import config
-import study as study_module
 from answer import (
     LONGER,
-    Answer,
     contrasts,
     family_arms,
     probe_sentence,
@@ -25,7 +19,6 @@ from answer import (
     sweep_table,
 )
 from config import Settings
-from experiment import main
 from trainer_phase2 import unimportant_rate
 from variants import parse_name
 
@@ -40,15 +33,6 @@ SIX = [
     "importance@phase1 − permuted@phase1",
 ]
 ARMS = {f"{name}{start}" for name in ("importance", *BASELINES) for start in ("", "@phase1")}
-SMALL = Settings.current(
-    hidden_sizes=(6, 5, 4),
-    ph1_num_epochs=2,
-    ph1_learning_rate=1e-2,
-    ph2_num_epochs=2,
-    ph2_lr_important=1e-2,
-    ph2_freeze_epoch=1,
-)
-SEEDS, SWEEP_SEEDS = 3, 2
 
 
 # --- what is fixed in advance --------------------------------------------------------------------------------
@@ -265,190 +249,3 @@ def test_where_the_probe_stands(full, place):
         f"Logistic regression on the same features reaches {100 * full:.1f} %, {place}; "
         "the best network (importance, 10 epochs) has 70.0 %."
     )
-
-
-# --- a complete small answer ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_features(tmp_path_factory.mktemp("features") / "blobs.safetensors")
-
-
-def answer(data, directory):
-    return Answer(data, SMALL, directory, SEEDS, SWEEP_SEEDS, progress=False)
-
-
-def contents(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
-    """(directory, report, contents) of a complete run."""
-    directory = tmp_path_factory.mktemp("answer") / "study"
-    complete = answer(data, directory)
-    complete.run()
-    return directory, complete.write(), contents(directory)
-
-
-def records_of(directory, kind):
-    return [json.loads(line) for line in (directory / kind / "records.jsonl").read_text("utf-8").splitlines()]
-
-
-def test_the_directory_holds_tables_figures_and_report(done):
-    directory, text, files = done
-    tables = {
-        "contrasts", "contrasts_longer", "accuracy", "accuracy_longer", "sweep", "linear_probe", "seed_stability",
-        "zero_importance", "mask_density", "domain_overlap", "seeds", "seeds_longer",
-    }  # fmt: skip
-    figures = {"forest", "overlap", "importance_threshold_percentile", "ph2_freeze_epoch"}
-    here = {p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
-    assert here == {f"{t}.csv" for t in tables} | {f"{f}.png" for f in figures} | {"report.txt"}
-    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"epochs_2", "epochs_6", "sweep"}
-    assert files["report.txt"].decode() == text
-    assert all(files[f"{f}.png"].startswith(b"\x89PNG") for f in figures)
-    assert not [name for name in files if name.split("/")[-1].startswith(".") and not name.endswith(".lock")]
-
-
-def test_each_study_has_its_arms_seeds_and_settings(done):
-    directory, *_ = done
-    both = {f"{v}{s}" for v in study_module.build_arms.__globals__["VARIANTS"] for s in ("", "@phase1")}
-    for kind, arms, seeds, epochs in (
-        ("epochs_2", both, SEEDS, 2),
-        ("epochs_6", ARMS, SEEDS, 6),
-        ("sweep", set(sweep_arms()), SWEEP_SEEDS, 2),
-    ):
-        records = records_of(directory, kind)
-        found = {(r["algorithm"], r["holdout"], r["seed"], r["selection"]) for r in records}
-        assert found == set(product(arms, HOLDOUTS, range(seeds), ("last", "val")))
-        assert {r["epoch"] for r in records if r["selection"] == "last"} == {epochs}
-        said = json.loads((directory / kind / "settings.json").read_text("utf-8"))["settings"]
-        assert said["PH2_NUM_EPOCHS"] == epochs
-        assert said["PH2_FREEZE_EPOCH"] == epochs // 2
-        assert said["PH2_INIT"] == "fresh"
-
-
-@pytest.mark.parametrize(("kind", "ending"), [("epochs_2", ""), ("epochs_6", "_longer")])
-def test_tables_are_those_of_the_records(done, kind, ending):
-    directory, *_ = done
-    frame = pd.DataFrame(records_of(directory, kind)).query("selection == 'last'")
-    frame = frame.assign(full=[a["full"] for a in frame["accuracy"]])
-    averages = frame.pivot_table("full", "seed", "algorithm", aggfunc="mean")
-    written = pd.read_csv(directory / f"seeds{ending}.csv", index_col="seed")
-    assert sorted(written.columns) == sorted(averages.columns)
-    np.testing.assert_allclose(written[averages.columns], averages, rtol=1e-5)
-    assert averages.std().max() > 0  # the networks learned something, and not all the same
-    table = pd.read_csv(directory / f"contrasts{ending}.csv").set_index("contrast")
-    assert table.index.tolist() == SIX
-    for name in SIX:
-        better, worse = name.split(" − ")
-        assert table.loc[name, "mean"] == pytest.approx((averages[better] - averages[worse]).mean(), abs=1e-6)
-    accuracy = pd.read_csv(directory / f"accuracy{ending}.csv").query("holdout == 'average'").set_index("algorithm")
-    np.testing.assert_allclose(accuracy["mean"][averages.columns], averages.mean(), rtol=1e-5)
-
-
-def test_the_default_points_of_the_sweep_are_the_default_arm(done):
-    table = pd.read_csv(done[0] / "sweep.csv", keep_default_na=False).set_index(["algorithm", "setting", "value"])
-    assert len(table) == 31
-    table = table[["n", "mean", "low", "high"]]
-    default = table.loc[("importance", "", "")]
-    for setting, value in (
-        ("IMPORTANCE_THRESHOLD_PERCENTILE", "60"),
-        ("PH2_FREEZE_EPOCH", "1"),
-        ("IMPORTANCE_AGGREGATION", "sum"),
-    ):
-        assert table.loc[("importance", setting, value)].tolist() == default.tolist()
-    assert set(table["n"]) == {SWEEP_SEEDS}
-
-
-def test_the_report_says_what_it_must(done):
-    directory, text, _ = done
-    assert text.startswith("Does importance masking help?\n")
-    for epochs in (2, 6):
-        for name in SIX:
-            assert text.count(f"\n{epochs} epochs, {name}: ") == 1
-        assert f"Confirmatory family, {epochs} epochs" in text
-        assert f"Accuracy (%), {epochs} epochs" in text
-    assert "EXPLORATORY: one setting at a time, 2 seeds" in text
-    assert "the best point is not a result" in text
-    assert "Chance is 33.3 %." in text
-    probe = pd.read_csv(directory / "linear_probe.csv")["full"].mean()
-    assert f"\nLogistic regression on the same features reaches {100 * probe:.1f} %, " in text
-    assert "270 × 8-d" in text
-    assert f"{SEEDS} seeds, 3 held-out domains" in text
-    assert "failed" not in text
-    assert str(directory) not in text
-
-
-def test_the_probe_is_not_above_networks_that_the_longer_training_made_better(done, data):
-    complete = answer(data, done[0])
-    tables = complete.tables()
-    tables["accuracy_longer"] = tables["accuracy_longer"].assign(mean=tables["linear_probe"]["full"].mean() + 0.01)
-    assert "above every network" not in complete.report(tables)
-
-
-def test_again_gives_the_same_bytes_and_trains_nothing(done, data, monkeypatch):
-    directory, text, before = done
-
-    def refuse(*_, **__):
-        raise AssertionError("trained again")
-
-    for name in ("train_domain", "train_holdout"):
-        monkeypatch.setattr(study_module, name, refuse)
-    again = answer(data, directory)
-    again.run()
-    assert again.write() == text
-    assert contents(directory) == before
-
-
-def test_the_answer_starts_fresh_whatever_the_settings_say(data, tmp_path):
-    settings = Settings.current(**{**vars(SMALL), "ph2_init": "phase1"})
-    studies = Answer(data, settings, tmp_path, SEEDS, SWEEP_SEEDS, progress=False).studies
-    assert {study.settings.ph2_init for study in studies.values()} == {"fresh"}
-    assert [len(study.seeds) for study in studies.values()] == [SEEDS, SEEDS, SWEEP_SEEDS]
-
-
-def test_failed_networks_are_counted_in_the_report(data, tmp_path, monkeypatch):
-    variables = study_module.train_domain.__globals__
-    start = variables["random_start"]
-
-    def poisoned(seeds, purpose, sizes):
-        params = start(seeds, purpose, sizes)
-        for i, seed in enumerate(seeds):
-            if seed == 1 and purpose == "start":
-                params["layers.0.weight"][i] = float("inf")
-        return params
-
-    monkeypatch.setitem(variables, "random_start", poisoned)
-    monkeypatch.setattr(answer_module, "SWEEPS", {"PH2_FREEZE_EPOCH": (0, 1), "IMPORTANCE_THRESHOLD_PERCENTILE": (60,)})
-    failing = answer(data, tmp_path)
-    failing.run()
-    text = failing.write()
-    records = [r for kind in ("epochs_2", "epochs_6", "sweep") for r in records_of(tmp_path, kind)]
-    count = sum(r["failed"] is not None and r["selection"] == "last" for r in records)
-    assert count > 0
-    assert f"{count} networks failed and are left out, first: " in text
-    for name in ("contrasts", "contrasts_longer"):
-        assert set(pd.read_csv(tmp_path / f"{name}.csv")["n"]) == {SEEDS - 1}  # the importance of seed 1 is of no use
-
-
-# --- from the command line -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def restored_config():
-    """Constants of `config` as they were, after a command has set them in this process."""
-    before = {name: getattr(config, name) for name in config.names()}
-    yield
-    config.apply(before)
-
-
-@pytest.mark.parametrize("options", [("--seeds", "1"), ("--seeds", "5", "--sweep-seeds", "1")], ids=" ".join)
-def test_one_seed_is_refused_in_one_sentence(options, tmp_path, monkeypatch, capsys, restored_config):
-    monkeypatch.chdir(tmp_path)
-    assert main(["study", *options]) == 2
-    written = capsys.readouterr()
-    assert written.err == "A study compares over seeds: --seeds and --sweep-seeds must be at least 2.\n"
-    assert written.out == ""
-    assert not list(tmp_path.iterdir())
