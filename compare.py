@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import config
-from algorithms import Algorithm, Hyperparameter, find, register
+from algorithms import Algorithm, Hyperparameter, code_of, find, register
 from algorithms.experts import expert_use
 from config import InputError, Settings
 from features import FeatureSet
@@ -214,6 +214,12 @@ class Comparison:
         return cls.__name__ == PARTNERS["pooled"] and trial == 0 and len(holdouts) == 1
 
     def _check(self, cls: type[Algorithm], trial: int, header: Mapping) -> None:
+        codes = {header.get("code"), code_of(cls)} - {None}
+        if len(codes) > 1:
+            raise InputError(
+                f"'{self.results.directory}' holds {cls.__name__} as it was before its code changed: give the class "
+                "another name, choose another results directory, or use overwrite=True."
+            )
         mine, there = self.values(cls, trial), header["hyperparameters"]
         for name in [*there, *mine]:
             if mine.get(name) != there.get(name):
@@ -260,6 +266,7 @@ class Comparison:
         name = _name(cls.__name__, trial, holdouts)
         about = {"algorithm": cls.__name__, "trial": trial, "holdouts": list(holdouts), "batches": cls.batches}
         about |= {"hyperparameters": self.values(cls, trial), "steps_per_epoch": trained.steps_per_epoch}
+        about["code"] = code_of(cls)
         header = self.study.header(**about)
         self.results.save("histories", name, seeds, trained.arrays, header)
         if self._keeps_weights(cls, trial, holdouts):

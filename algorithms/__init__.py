@@ -6,9 +6,9 @@
 from algorithms import adversarial, alignment, averaging, dmg, erm, experts, gradients, heads, masks, meta, penalties
 from algorithms.base import Algorithm, Batch, Hyperparameter, Setup
 from algorithms.engine import AlgorithmEngine
-from algorithms.registry import ALGORITHMS, find, register
+from algorithms.registry import ALGORITHMS, code_of, find, register
 
 FAMILIES = (adversarial, alignment, averaging, dmg, erm, experts, gradients, heads, masks, meta, penalties)
 
 __all__ = ["ALGORITHMS", "FAMILIES", "Algorithm", "AlgorithmEngine", "Batch", "Hyperparameter", "Setup", "find"]
-__all__ += ["register"]
+__all__ += ["code_of", "register"]
