@@ -1,7 +1,8 @@
 """The methods of the field on the same features, seeds, starts and splits, through the one training loop.
 
-A `Comparison` trains every method on every holdout with the same number of trials: trial 0 has the method's defaults,
-the others draw its hyperparameters at random. It resumes by (method, trial, holdout, chunk of seeds), as `study` does.
+A `Comparison` trains every method on every holdout with the same number of trials: trial 0 has the method's defaults
+(learning rates and masks as the settings say), the others draw its hyperparameters at random. It resumes by (method,
+trial, holdout, chunk of seeds), as `study` does.
 What is chosen from it afterwards, and how, is the business of `selection`.
 """
 
@@ -25,7 +26,7 @@ from config import InputError, Settings
 from features import FeatureSet
 from models import FeedforwardClassifier
 from parallel import in_flight, side_by_side
-from records import Results, record_key
+from records import MASKS_SAW_VALIDATION, Results, record_key
 from selection import curves_of
 from stacks import Params
 from study import Study
@@ -133,13 +134,14 @@ class Comparison:
                 self._save(unit, trained)
 
     def hyperparameters(self, algorithm: type[Algorithm], trial: int) -> dict[str, float | int | str]:
-        """Those of a trial that are not the defaults: none in trial 0, in others drawn at random, always the same."""
+        """Those that are not the method's defaults: in trial 0 the settings' own, in others drawn, always the same."""
+        own = algorithm.from_settings(self.settings)
         if trial == 0:
-            return {}
+            return own
         digest = hashlib.sha256(f"{algorithm.__name__}/{trial}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
         searched = {name: h.search for name, h in algorithm.known_hyperparameters().items() if h.search is not None}
-        return {name: searched[name](rng) for name in sorted(searched)}
+        return own | {name: searched[name](rng) for name in sorted(searched)}
 
     def values(self, algorithm: type[Algorithm], trial: int) -> dict[str, float | int | str]:
         """All hyperparameters of a trial."""
@@ -232,10 +234,12 @@ class Comparison:
     def _train(self, unit: Unit, tick: Callable[[], None]) -> Trained:
         cls, trial, holdouts, seeds = unit
         values = self.hyperparameters(cls, trial)
-        given = self._given(cls, self.values(cls, trial), holdouts, seeds)
+        given, useless = self._given(cls, self.values(cls, trial), holdouts, seeds)
         networks = train_algorithm(
             self.problem, holdouts, seeds, cls, values, self.settings, given=given, on_epoch=tick
         )
+        if useless is not None:
+            networks.failed = torch.where(networks.failed == 0, useless, networks.failed)
         if self.study.strict:
             raise_failure(networks.failed, seeds, f"{cls.__name__}, trial {trial}, holdout {'+'.join(holdouts)}")
         arrays = {key: getattr(networks, key) for key in ("loss", "validation_accuracy", "correct", "failed")}
@@ -246,10 +250,13 @@ class Comparison:
 
     def _given(
         self, cls: type[Algorithm], values: Mapping, holdouts: Sequence[str], seeds: Sequence[int]
-    ) -> dict | None:
-        """The masks of a method that needs them, from the source domains alone: name -> bool ``[S, out, in]``."""
+    ) -> tuple[dict | None, Tensor | None]:
+        """The masks of a method that needs them, from the source domains alone: name -> bool ``[S, out, in]``.
+
+        And codes of the seeds whose mask is of no use, as in `training.Trained.failed`.
+        """
         if not getattr(cls, "masked", False):
-            return None
+            return None, None
         settings = replace(self.settings, importance_threshold_percentile=float(values["kept"]))
         sources = tuple(name for name in self.problem.domain_names if name not in holdouts)
         masks_of = self.study.mask_maker(sources, seeds)
@@ -257,7 +264,11 @@ class Comparison:
         arm = build_arms([cls.variant], "+".join(holdouts), seeds, masks_of, next_of, settings)[cls.variant]
         device = self.problem.features.device
         names = tracked_names(settings.hidden_sizes)
-        return {"mask": {name: mask.to(device) for name, mask in zip(names, arm.mask, strict=True)}}
+        return {"mask": {name: mask.to(device) for name, mask in zip(names, arm.mask, strict=True)}}, arm.failed
+
+    def masks_saw_validation(self, cls: type[Algorithm]) -> bool:
+        """Whether a method's masks are made from images that it is validated on."""
+        return getattr(cls, "masked", False) and cls.variant != "random" and self.settings.ph1_data == "all"
 
     # --- to disk --------------------------------------------------------------------------------------------
 
@@ -314,6 +325,8 @@ class Comparison:
                     "epoch": None if code else epoch + 1,
                     "failed": failure_reason(code) if code else None,
                 }
+                if selection == "val" and self.masks_saw_validation(cls):
+                    record["note"] = MASKS_SAW_VALIDATION
                 for key, shares in (("accuracy", plain), ("balanced_accuracy", balanced)):
                     record[key] = None if code else {k: float(v[s, epoch, target]) for k, v in shares.items()}
                 records.append({"key": record_key(record), **record})

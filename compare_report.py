@@ -14,6 +14,7 @@ from compare import PARTNERS, Comparison
 from drawing import new_figure, settled, styled
 from evaluation import AVERAGE
 from models import FeedforwardClassifier
+from probe import linear_probe
 from selection import as_text, comparison_table, select
 from stacks import apply_stack
 from visualization import difference_plot, save
@@ -50,7 +51,7 @@ def ensemble(comparison: Comparison) -> pd.Series:
     problem, found = comparison.problem, {}
     if PARTNERS["pooled"] not in {cls.__name__ for cls in comparison.algorithms}:
         return pd.Series(found, dtype=float)
-    for (holdout,) in [h for h in comparison.holdouts if len(h) == 1]:
+    for holdout in single(comparison):
         arrays, header = comparison.study.load("weights", f"compare_{PARTNERS['pooled']}_0_{holdout}")
         params = {k.removeprefix("final."): v for k, v in arrays.items() if k.startswith("final.")}
         sound = arrays["failed"] == 0
@@ -64,12 +65,13 @@ def ensemble(comparison: Comparison) -> pd.Series:
     return pd.Series(found, dtype=float)
 
 
-def finding(table: pd.DataFrame, together: pd.Series) -> str:
+def finding(table: pd.DataFrame, together: pd.Series, probe: pd.Series) -> str:
     """What a table says, in plain sentences, computed.
 
     Args:
         table: as `selection.comparison_table` returns it.
         together: accuracy of the ensemble by holdout, as `ensemble` returns it.
+        probe: accuracy of logistic regression on the features by holdout, on the same images as the table.
     """
     rows = table.sort_values("rank")
 
@@ -79,11 +81,11 @@ def finding(table: pd.DataFrame, together: pd.Series) -> str:
     best = rows[f"{AVERAGE}_mean"].max()
     text = f"Above ERM on the same batches, with an interval that excludes 0: {names(rows['low'] > 0)}. "
     text += f"Below it: {names(rows['high'] < 0)}. "
-    if len(together) > 1:
-        relation = "above" if together.mean() > best else "not above"
-        text += (
-            f"The ensemble of the ERM networks has {100 * together.mean():.1f} %, {relation} the mean of every method. "
-        )
+    yardsticks = {"Logistic regression on the same features": probe, "The ensemble of the ERM networks": together}
+    for name, values in yardsticks.items():
+        if len(values) > 1:
+            relation = "above" if values.mean() > best else "not above"
+            text += f"{name} has {100 * values.mean():.1f} %, {relation} the mean of every method. "
     if "ImportanceMask" in rows.index and np.isfinite(rows.loc["ImportanceMask", "difference"]):
         row = rows.loc["ImportanceMask"]
         text += f"Importance masking is number {int(row['rank'])} of {len(rows)}, {signed(row)} points from ERM."
@@ -98,8 +100,8 @@ def signed(row: pd.Series) -> str:
 
 def report(comparison: Comparison) -> str:
     """The whole comparison as text."""
-    study, found, together = comparison.study, tables_by_rule(comparison), ensemble(comparison)
-    domains, seeds = [h[0] for h in comparison.holdouts if len(h) == 1], len(comparison.seeds)
+    study, found, seeds = comparison.study, tables_by_rule(comparison), len(comparison.seeds)
+    together, probe = ensemble(comparison), linear_probe(comparison.problem, single(comparison))["full"]
     lines = [
         "Methods of the field on frozen features",
         "",
@@ -112,22 +114,42 @@ def report(comparison: Comparison) -> str:
         "holdouts, in points, with 95 % t intervals over seeds: they cover starts and batch orders, conditional on",
         "images, split and backbone. With many methods some intervals exclude 0 by chance: a survey, not a test.",
     ]
-    lines += ["", *textwrap.wrap(finding(found[HEADLINE], together), 110)]
+    if peeking := [cls.__name__ for cls in comparison.algorithms if comparison.masks_saw_validation(cls)]:
+        text = f"The masks of {', '.join(peeking)} saw the validation images: Phase 1 trained on all images."
+        lines += textwrap.wrap(text, 110)
+    lines += ["", *textwrap.wrap(finding(found[HEADLINE], together, probe), 110)]
     for rule, table in found.items():
         title = TITLES[rule]
         lines += ["", title, "-" * len(title), as_text(table)]
-    if len(together):
-        title = (
-            f"Ensemble (mean probabilities of the ERM networks of {seeds} seeds, last epoch; no interval, unpaired):"
-        )
-        lines += ["", title]
-        cells = [f"{name} {100 * value:.1f}" for name, value in together.items()]
-        if len(together) == len(domains) > 1:
-            cells.append(f"average {100 * together.mean():.1f}")
-        lines += [f"  {', '.join(cells)}"]
+        if rule == "oracle" and comparison.trials == 1:
+            lines += ["(There is one trial to choose from: the same networks as at the last epoch.)"]
+    lines += _yardstick("Logistic regression on the features (deterministic; unpaired)", probe)
+    lines += _yardstick(
+        f"Ensemble (mean probabilities of the ERM networks of {seeds} seeds, last epoch; no interval, unpaired)",
+        together,
+    )
     if failures := failed(comparison):
         lines += ["", f"{len(failures)} networks failed and are left out:", *(f"  {text}" for text in failures)]
     return "\n".join(lines) + "\n"
+
+
+def _yardstick(title: str, values: pd.Series) -> list[str]:
+    """Accuracies by holdout and their average, in a line below a title; nothing where there are none."""
+    cells = [f"{name} {100 * value:.1f}" for name, value in values.items()]
+    cells += [f"average {100 * values.mean():.1f}"] if len(values) > 1 else []
+    return ["", f"{title}:", f"  {', '.join(cells)}"] if cells else []
+
+
+def single(comparison: Comparison) -> list[str]:
+    """Domains that are held out alone."""
+    return [holdouts[0] for holdouts in comparison.holdouts if len(holdouts) == 1]
+
+
+def seed_averages(comparison: Comparison) -> pd.DataFrame:
+    """Accuracy on all images, mean over the holdouts, under the headline's rule: seeds × methods."""
+    chosen = select(comparison.curves(), HEADLINE)
+    by_holdout = chosen.pivot(index=["algorithm", "seed"], columns="holdout", values="full")
+    return by_holdout.mean(axis=1, skipna=False).unstack("algorithm")
 
 
 def failed(comparison: Comparison) -> list[str]:
@@ -145,6 +167,7 @@ def write(comparison: Comparison, figures: bool = True) -> str:
     text, directory = report(comparison), comparison.results.directory
     with comparison.study.writing():
         comparison.results.write_text("comparison.txt", text)
+        comparison.results.write_text("comparison_seeds.csv", seed_averages(comparison).to_csv(float_format="%.6g"))
         found = tables_by_rule(comparison)
         for rule in TITLES:
             name = f"comparison_{rule}.csv"
@@ -166,12 +189,11 @@ def write(comparison: Comparison, figures: bool = True) -> str:
 def all_figures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:
     """File name -> function that draws, of every figure that the comparison has data for."""
     made = {"comparison": lambda: difference_figure(comparison)}
-    holdouts = [h for h in comparison.holdouts if len(h) == 1]
     for cls in comparison.algorithms:
         if "conflict_rate" in cls.record_names:
             made[f"conflicts_{cls.__name__}"] = lambda c=cls.__name__: conflict_figure(comparison, c)
         if hasattr(cls, "routing"):
-            for (holdout,) in holdouts:
+            for holdout in single(comparison):
                 made[f"experts_{cls.__name__}_{holdout}"] = lambda c=cls.__name__, h=holdout: expert_figure(
                     comparison, c, h
                 )
@@ -200,7 +222,10 @@ def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
 
 @styled
 def conflict_figure(comparison: Comparison, algorithm: str) -> Figure:
-    """How often and how strongly gradients of domains conflict, per epoch and parameter tensor, mean over holdouts."""
+    """How often and how strongly gradients of domains conflict, per epoch and parameter tensor, mean over holdouts.
+
+    Grey: gradients of one number each, whose cosine is 1 or −1 whatever they are.
+    """
     parts = {"conflict_rate": "part of the tests that conflict", "conflict_strength": "|cosine| where they conflict"}
     depth = len(comparison.settings.hidden_sizes) + 1
     names = [f"layer {i + 1} {kind}" for i in range(depth) for kind in ("weights", "biases")]
@@ -208,10 +233,13 @@ def conflict_figure(comparison: Comparison, algorithm: str) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (part, label) in zip(axes, parts.items(), strict=True):
         means = []
-        for holdouts in [h for h in comparison.holdouts if len(h) == 1]:
-            arrays, _ = comparison.load(algorithm, 0, holdouts)
+        for holdout in single(comparison):
+            arrays, _ = comparison.load(algorithm, 0, (holdout,))
             means.append(arrays[part][arrays["failed"] == 0].mean(0))
         values = torch.stack(means).nanmean(0).T.numpy()  # [tensors, epochs]
+        if part == "conflict_strength":
+            values = np.where((values > 1 - 1e-6).all(1, keepdims=True), np.nan, values)
+            ax.set_facecolor("0.85")
         image = ax.imshow(values, cmap="viridis", vmin=0, aspect="auto")
         ax.set_yticks(range(len(names)), names)
         ax.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))

@@ -6,7 +6,10 @@ ended. Environments are numbered in the alphabetical order of their folders. Its
 directory of runs; ours are read as its own are.
 
 Names there and here: ``trial_seed`` is our seed, ``hparams_seed`` our trial, ``test_envs`` our holdouts. Its ``step``
-counts from 0, the number of the last update done; ours is the number of updates done, larger by one.
+counts from 0, the number of the last update done; ours is the number of updates done, larger by one. Its runs all
+validate after the same updates, and its leave-one-domain-out rule joins runs by ``step``; an epoch of ours has the more
+updates the larger the source domains are. So in an export ``step`` is the number of the epoch, from 0, and ``updates``
+says how many there were. Its hyperparameters differ from ``trial_seed`` to ``trial_seed``, ours do not.
 """
 
 import hashlib
@@ -128,16 +131,16 @@ def _arguments(
     values = hyperparameters.get((algorithm, trial, seed), hyperparameters.get((algorithm, trial)))
     if values is None:
         raise InputError(f"The hyperparameters of {algorithm}, trial {trial}, are not given.")
-    steps = [int(step) for step in sorted(run["step"].unique())]
+    epochs = [int(epoch) for epoch in sorted(run["epoch"].unique())]
     args = {
         "algorithm": algorithm,
-        "checkpoint_freq": steps[0],
+        "checkpoint_freq": 1,
         "data_dir": None,
         "dataset": dataset,
         "hparams": json.dumps(dict(values), sort_keys=True),  # drawn here, not by its registry
         "hparams_seed": int(trial),
         "seed": int(seed),
-        "steps": steps[-1],
+        "steps": epochs[-1],
         "task": "domain_generalization",
         "test_envs": sorted(list(domain_names).index(name) for name in holdouts),
         "trial_seed": int(seed),
@@ -191,7 +194,7 @@ def _write_run(
     lines = {}
     columns = (run[name].tolist() for name in ("epoch", "step", "domain", "in", "out"))
     for epoch, step, domain, in_part, out_part in zip(*columns, strict=True):
-        line = lines.setdefault(epoch, {**about, "epoch": epoch, "step": step - 1})
+        line = lines.setdefault(epoch, {**about, "epoch": epoch, "step": epoch - 1, "updates": step})
         line |= {f"env{number[domain]}_in_acc": in_part, f"env{number[domain]}_out_acc": out_part}
     content = [json.dumps(lines[epoch], sort_keys=True, allow_nan=False) + "\n" for epoch in sorted(lines)]
     try:
@@ -258,7 +261,8 @@ def _rows(lines: Sequence[Mapping]) -> Iterator[dict]:
     for rank, line in enumerate(lines, start=1):
         for i, name in enumerate(names):
             shares = {part: line[f"env{i}_{part}_acc"] for part in ("in", "out")}
-            yield {**about, "epoch": rank, "step": line["step"] + 1, "domain": name, **shares, "full": math.nan}
+            updates = line.get("updates", line["step"] + 1)
+            yield {**about, "epoch": rank, "step": updates, "domain": name, **shares, "full": math.nan}
 
 
 def _domains(line: Mapping) -> tuple[str, ...]:

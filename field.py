@@ -1,7 +1,7 @@
 """The commands about the methods of the field: ``compare``, ``export-domainbed`` and ``import-domainbed``."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,12 +112,30 @@ def import_domainbed(options: argparse.Namespace) -> None:
     _named(options.directory)
     curves, _ = import_runs(options.directory, options.dataset)
     algorithms = list(curves["algorithm"].unique())
-    baselines = dict.fromkeys(algorithms, "ERM") if "ERM" in algorithms else {}
-    print("Accuracy (%) on the `in` part of the held-out domain, mean ± standard error over trial seeds.")
+    baselines = {name: base for name in algorithms if (base := _baseline(name, algorithms)) is not None}
+    print(
+        "Accuracy (%) on the `in` part of the held-out domain, mean ± standard error over trial seeds.\n"
+        "Differences, in points, are from ERM on the same kind of batches, with 95 % t intervals over trial seeds;\n"
+        "they are conditional on images and backbone."
+    )
     for rule in RULES:
         if rule == "leave-one-domain-out" and all(len(holdouts) == 1 for holdouts in curves["holdouts"]):
             continue
         print(f"\nSelection: {rule}\n{as_text(comparison_table(select(curves, rule), baselines, 'in'))}")
+
+
+def _baseline(name: str, algorithms: Sequence[str]) -> str | None:
+    """Which of the algorithms one is compared with: ERM on its own kind of batches, if it is there.
+
+    In DomainBed's own runs all batches are balanced, and its ERM is the baseline of all; the runs of this project have
+    an `ERMBalanced` for that.
+    """
+    from algorithms import ALGORITHMS
+    from compare import PARTNERS
+
+    own = "ERMBalanced" in algorithms and name in ALGORITHMS
+    base = PARTNERS[ALGORITHMS[name].batches] if own else "ERM"
+    return base if base in algorithms else None
 
 
 def _split(text: str | None) -> list[str] | None:

@@ -24,7 +24,7 @@ from features import FeatureSet, get_features
 from importance import normalize, top_k_mask
 from models import FeedforwardClassifier
 from parallel import in_flight, side_by_side
-from records import Results, environment, record_key
+from records import MASKS_SAW_VALIDATION, Results, environment, record_key
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, select_epoch, train_holdout
 from training import Problem, accuracies, choose_engine, failure_reason, prepare_machine, tracked
@@ -333,7 +333,7 @@ class Study:
             "settings": self.settings.hash,
         }
         if algorithm.partition("@")[0] != "erm" and selection == "val" and self.settings.ph1_data == "all":
-            record["note"] = "Phase 1 trained on all images, so the mask saw the validation images."
+            record["note"] = MASKS_SAW_VALIDATION
         return {"key": record_key(record), **record}
 
 

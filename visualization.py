@@ -236,8 +236,8 @@ def difference_plot(table, title: str, xlabel: str = "difference in accuracy (pe
         style = drawing.line_style(kinds.index(group))
         ax.plot([low, high], [row, row], color=style["color"], linewidth=2)
         ax.plot([mean], [row], **(style | {"markersize": 7}))
-        known = "–" if np.isnan(mean) else f"{mean:+.1f}"
-        interval = f"{known} [{low:+.1f}, {high:+.1f}]" if np.isfinite(low + high) else known
+        known = "–" if np.isnan(mean) else f"{mean:+.2f}"
+        interval = f"{known} [{low:+.2f}, {high:+.2f}]" if np.isfinite(low + high) else known
         ax.text(1.02, row, interval, transform=ax.get_yaxis_transform(), va="center")
     ax.text(1.02, 1.0, "mean [low, high]", transform=ax.transAxes, va="bottom")
     ax.set_yticks(range(len(table)), [wrap(label, 40) for label in table["label"]])

@@ -103,7 +103,8 @@ class MMD(RepresentationAlignment):
     Two deviations from DomainBed. It takes the biased estimate (a row's kernel with itself counts), which is positive
     for equal distributions and falls as all rows come together; with it and a weight of 1 the narrow layers trained
     here from a random start collapsed to a point on synthetic features. Gretton et al.'s unbiased estimate has no such
-    slope. And it adds the kernels up; here is their mean, k(x, x) = 1, so that its weight 1 is a `penalty_weight` of 7.
+    slope. And it adds the kernels up; here is their mean, k(x, x) = 1, so that its weight 1 is a `penalty_weight` of 7:
+    the default and the search are 1/7 of DomainBed's.
     """
 
     def distances(self, representations: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ class SWAD(Algorithm):
 
     Deviations. Validation is five times an epoch: over ten epochs as often as in the original's 5001 steps (every 100).
     The loss is the mean over all `out` images of the sources; in the original it is the mean of the domains'. The
-    original's code differs from the paper, which is followed here: it also averages segments before t_s that are below
-    the threshold (up to `n_tolerance` − `n_converge`), and at the end of training it leaves out the last segments if
-    all of them are above it. Before t_s is found, prediction is by the current weights (the original: by its last
-    segment). Steps after the last validation are in no segment. Training goes on after t_e, without effect on the
-    average; the original stops.
+    original's code differs from the paper, which is followed here: it also averages up to `n_tolerance` − `n_converge`
+    − 1 segments before t_s that are below the threshold, counts t_s twice, and at the end of training leaves out the
+    last segments if all of them are above it. Before t_s is found, prediction is by the current weights (the original:
+    by its last segment). Steps after the last validation are in no segment. Training goes on after t_e, without effect
+    on the average; the original stops.
 
     State, where Q is the larger of the two lengths:
     - "segment": mean and number of the weights since the last validation;

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import InputError
+from config import InputError, Settings
 
 Params = dict[str, Tensor]  # of one network: parameter name -> tensor
 State = dict[str, Any]  # of one network: name -> tensor, or such a dictionary
@@ -138,6 +138,12 @@ class Algorithm:
             found |= vars(base).get("hyperparameters", {})
         return found
 
+    @classmethod
+    def from_settings(cls, settings: Settings) -> dict[str, float]:
+        """Hyperparameters that the settings of an experiment say, as `compare.Comparison` gives them to trial 0."""
+        own = cls.known_hyperparameters()["learning_rate"] is not Algorithm.hyperparameters["learning_rate"]
+        return {} if own else {"learning_rate": settings.ph2_lr_important}
+
     # --- drawn once or per step, outside of vmap -----------------------------------------------------------
 
     def extra_parameters(self, draw: torch.Generator) -> Params:
@@ -162,6 +168,10 @@ class Algorithm:
     def initial_state(self, params: Params) -> State:
         """State before the first step; extend the dictionary of `super()`."""
         return {"step": torch.zeros((), dtype=torch.long), "adam": adam_state(params)}
+
+    def begin(self, params: Params, state: State) -> Params:
+        """Parameters before the first step, given the start."""
+        return params
 
     def loss(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Tensor, State]:
         """What is minimized.

@@ -43,9 +43,11 @@ class DMG(Algorithm):
     layer of the narrow classifier is masked, because the rest is frozen. Their first p of about 0.62 (`initial` =
     "random_uniform") or 0.73 (a scalar logit of 1) would leave a small part of the signal after six layers of ten
     units: on separable data such a classifier learned late or not at all. So the first logit is 3 (p = 0.95). Their
-    learning rates shrink by 1 per cent per epoch, here they are constant, as those of all methods. Their weight decay
-    of 1e-5 is 0 by default, as that of the baseline. The weights of the two penalties are theirs for PACS. The sparsity
-    term is a sum, as theirs: its scale grows with the number of units and domains.
+    learning rates shrink by 1 per cent per epoch, here they are constant, as those of all methods. Their accuracy on
+    the sources, by which an epoch is chosen, is that of the image's own domain's hard mask (p > 1/2); here the
+    predictor that is tested, the mean over the domains, is the one that is validated. Their weight decay of 1e-5 is 0
+    by default, as that of the baseline. The weights of the two penalties are theirs for PACS. The sparsity term is a
+    sum, as theirs: its scale grows with the number of units and domains.
     """
 
     hyperparameters = {

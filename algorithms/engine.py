@@ -44,6 +44,7 @@ class AlgorithmEngine:
         with torch.device(like.device):
             state = vmap(algorithm.initial_state)(self.networks)
         self.state = {**state, **(given or {})}
+        self.networks = vmap(algorithm.begin)(self.networks, self.state)
         setup, every = algorithm.setup, algorithm.validate_every
         self.interval = None if every is None else max(1, round(every * setup.steps_per_epoch))
         self.steps_taken = 0

@@ -138,8 +138,8 @@ class GMoE(MixtureOfExperts):
 
     `MixtureOfExperts` says what is minimized and how the mixture is ported. The score of expert e is
     cos(W x + b, v_e) / tau with W, b, v_e and tau >= 0.01 learned (tau starts at 0.5); the most probable of six experts
-    is used, and its gate is its probability itself, not divided by the sum of the chosen: that is how the cross-entropy
-    reaches the router when one expert is chosen.
+    is used, and its gate is its probability itself: that is how the cross-entropy reaches the router when one expert is
+    chosen. Of several, the gates are divided by their sum, as the library of the original does.
 
     Differences from the authors' code: W maps to `router_width` = 32 numbers, not 256, with which the router would have
     more weights than all experts; v_e starts as a linear layer's weights; no dropout in the experts; the auxiliary loss
@@ -160,6 +160,10 @@ class GMoE(MixtureOfExperts):
             "router.experts": linear_start((self.experts, width), width, draw),
             "router.sharpness": torch.full((), log(1 / 0.5)),  # log of 1/tau
         }
+
+    def gates(self, probabilities: Tensor) -> Tensor:
+        gates = super().gates(probabilities)
+        return gates if min(self.chosen, self.experts) == 1 else gates / gates.sum(-1, keepdim=True)
 
     def scores(self, params: Params, features: Tensor) -> Tensor:
         here = F.normalize(F.linear(features, params["router.weight"], params["router.bias"]), dim=-1)

@@ -111,9 +111,10 @@ class SANDMask(ANDMask):
 
     The formula is that of DomainBed, by the authors. Its default τ = 1 makes every mask zero, so that nothing is ever
     learned: |mean of the signs| is at most 1. The default here is 0.5, the middle of the range that it is searched in;
-    with two or three domains it asks for the same sign in all of them. Where the variance is zero, the mask is its
-    limit, 1 above τ and 0 elsewhere (in DomainBed NaN becomes 1e-17). σ² is not relative: gradients of softmax
-    networks are small, so with the default k most masks are near 0 or 1, and k matters by orders of magnitude.
+    with two or three domains it asks for the same sign in all of them (of three, one may be exactly zero). Where the
+    variance is zero, the mask is its limit, 1 above τ and 0 elsewhere (in DomainBed NaN becomes 1e-17). σ² is not
+    relative: gradients of softmax networks are small, so with the default k most masks are near 0 or 1, and k matters
+    by orders of magnitude.
     """
 
     hyperparameters = {

@@ -74,7 +74,9 @@ class MultiHead(Algorithm):
 
     Differences from the authors' code: its heads for AlexNet are all made of the same layers, so that they are tied;
     here each is drawn on its own. Only the last layer is a domain's own, as in its ResNets; its AlexNet may be split
-    earlier. With one source domain it is ERM.
+    earlier. Its accuracy on the sources, by which an epoch is chosen there, is that of each image's own head; here it
+    is that of the mean, which is what is tested, and is lower: the heads read the shared units in ways of their own,
+    and disagree beyond their domain. With one source domain it is ERM.
     """
 
     hyperparameters = {

@@ -30,6 +30,8 @@ def find(name: str) -> type[Algorithm]:
     Raises:
         InputError: there is none; the known names are listed.
     """
+    if name == "Ensemble":
+        raise InputError("Ensemble is not trained: every comparison with ERM reports that of its networks.")
     if name not in ALGORITHMS:
         raise InputError(f"There is no algorithm '{name}'; there are {', '.join(sorted(ALGORITHMS))}.")
     return ALGORITHMS[name]

@@ -46,7 +46,7 @@ def plain_loss(name, params, batch, noise, k, weight):
         p = (plain_scores(name, params, row) + gaussian / count).exp()
         p = p / p.sum()
         best = sorted(range(count), key=lambda e, p=p: -p[e].item())[:k]
-        total = sum(p[e] for e in best) + 1e-9 if RENORMALIZED[name] else 1
+        total = sum(p[e] for e in best) + 1e-9 if RENORMALIZED[name] or k > 1 else 1
         logits = classifier(params, row) + sum(p[e] / total * expert(params, row, e) for e in best)
         losses.append(logits.logsumexp(0) - logits[label])
         first[best[0]] += 1 / len(noise)

@@ -1,8 +1,6 @@
 """A comparison of methods: what is trained, what is written, how it resumes, what it says."""
 
-import importlib
-import linecache
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,13 +9,17 @@ import torch
 from problems import features as blobs
 
 import compare_report
-from algorithms import ALGORITHMS, Algorithm, Hyperparameter, code_of, registry
+from algorithms import ALGORITHMS, Algorithm, Hyperparameter, registry
 from compare import PARTNERS, Comparison
 from config import InputError, Settings
 from evaluation import t_interval
 from feature_file import load_features, save_features
 from records import Results
 from study import Study
+from trainer_algorithm import train_algorithm
+from trainer_phase2 import train_holdout
+from training import Problem
+from variants import build_arms
 
 SETTINGS = Settings.current(
     hidden_sizes=(6, 5, 4), ph1_num_epochs=2, ph2_num_epochs=3, ph2_freeze_epoch=2, batch_size=16
@@ -118,17 +120,49 @@ def test_every_search_gives_values_that_the_method_trains_with(whole, data, tmp_
     assert [r["algorithm"] for r in last if r["failed"]] == []
 
 
-def test_the_mask_is_that_of_the_study(whole, data, tmp_path):
-    """`ImportanceMask` with the project's settings is Phase 2, up to rounding of float32."""
-    study = Study(data, SETTINGS, Results(tmp_path), range(3), progress=False)
-    study.phase1()
-    study.phase2()
-    for holdout in DOMAINS:
-        theirs, _ = study.load("histories", f"phase2_{holdout}_importance")
-        ours, _ = whole.load("ImportanceMask", 0, (holdout,))
-        assert torch.allclose(ours["loss"][:, 0], theirs["loss"][:, 0], rtol=1e-4)
-        shares = [h["correct"][:, -1].sum((1, 2, 3)).double() for h in (ours, theirs)]
-        assert (shares[0] - shares[1]).abs().max() <= 3  # of 240 images
+@pytest.mark.parametrize("name", sorted(n for n, cls in ALGORITHMS.items() if getattr(cls, "masked", False)))
+def test_a_masked_method_is_the_arm_of_the_study(name, data, tmp_path):
+    """In float64 the same networks as Phase 2's own loop trains, whatever the settings are."""
+    settings = replace(SETTINGS, ph2_freeze_epoch=1, ph2_lr_decay_rate=0.3, importance_threshold_percentile=40.0)
+    cls, seeds = ALGORITHMS[name], (0, 1, 2)
+    comparison = Comparison(data, settings, Results(tmp_path), range(3), [name], progress=False)
+    comparison.study.phase1()
+    comparison.problem = Problem.from_features(data, settings, dtype=torch.float64)
+    given, useless = comparison._given(cls, comparison.values(cls, 0), ("art",), seeds)
+    values = comparison.hyperparameters(cls, 0)
+    ours = train_algorithm(comparison.problem, ("art",), seeds, cls, values, settings, given=given)
+    assert useless is None or not useless.any()
+    masks = [comparison.study.mask_maker(comparison.problem.sources("art"), [s + k for s in seeds]) for k in (0, 1)]
+    arms = build_arms([cls.variant], "art", seeds, *masks, settings)
+    theirs = train_holdout(comparison.problem, "art", seeds, arms)
+    for key, value in ours.params.items():
+        assert torch.allclose(value, theirs.final[key][:, 0], rtol=0, atol=1e-9), key
+    assert torch.equal(ours.correct, theirs.correct[:, 0])
+
+
+def test_the_settings_are_those_of_every_method(data, tmp_path):
+    settings = replace(SETTINGS, ph2_lr_important=2e-3, ph2_lr_unimportant_start=1e-3, ph2_num_epochs=4)
+
+    class Quick(Algorithm):
+        hyperparameters = {"learning_rate": Hyperparameter(0.1, "its own")}
+
+    comparison = Comparison(data, settings, Results(tmp_path), range(2), ["SD", "ImportanceMask"], progress=False)
+    assert comparison.values(ALGORITHMS["SD"], 0)["learning_rate"] == 2e-3
+    assert comparison.values(Quick, 0)["learning_rate"] == 0.1
+    mine = comparison.values(ALGORITHMS["ImportanceMask"], 0)
+    assert (mine["kept"], mine["low_rate"], mine["decay"], mine["freeze_after"]) == (60, 0.5, 0.5, 0.5)
+    assert comparison.values(ALGORITHMS["SD"], 1)["learning_rate"] != 2e-3  # searched
+
+
+def test_averages_by_seed_are_those_of_the_table(whole):
+    averages, table = compare_report.seed_averages(whole), compare_report.tables_by_rule(whole)["training-domain"]
+    assert list(averages.index) == [0, 1, 2]
+    assert averages.mean().to_dict() == pytest.approx(table["average_mean"].to_dict())
+
+
+def test_the_ensemble_is_no_method_to_train(data, tmp_path):
+    with pytest.raises(InputError, match="Ensemble is not trained"):
+        make(data, tmp_path, ["Ensemble"])
 
 
 def test_masks_never_see_a_held_out_domain(whole, monkeypatch):
@@ -205,11 +239,15 @@ def test_the_finding_is_computed():
     rows = {"ERM": (1, 0.5, np.nan, np.nan, np.nan), "A": (2, 0.4, -0.1, -0.2, -0.05)}
     rows |= {"B": (3, 0.3, 0.1, 0.05, 0.2), "ImportanceMask": (4, 0.2, 0.0, -0.1, 0.1)}
     table = pd.DataFrame.from_dict(rows, "index", columns=["rank", "average_mean", "difference", "low", "high"])
-    text = compare_report.finding(table.astype({"rank": int}), pd.Series({"art": 0.7, "photo": 0.4}))
+    probe = pd.Series({"art": 0.5, "photo": 0.3})
+    text = compare_report.finding(table.astype({"rank": int}), pd.Series({"art": 0.7, "photo": 0.4}), probe)
     assert "excludes 0: B. Below it: A." in text
-    assert "has 55.0 %, above the mean of every" in text
+    assert "Logistic regression on the same features has 40.0 %, not above the mean of every method." in text
+    assert "The ensemble of the ERM networks has 55.0 %, above the mean of every" in text
     assert "number 4 of 4, +0.00 [−10.00, +10.00] points" in text
-    assert "not above the mean of every" in compare_report.finding(table, pd.Series({"art": 0.3, "photo": 0.2}))
+    below = compare_report.finding(table, pd.Series({"art": 0.3, "photo": 0.2}), probe + 0.3)
+    assert "networks has 25.0 %, not above" in below
+    assert "features has 70.0 %, above" in below
 
 
 def test_expert_use_is_of_whole_images(whole):
@@ -312,54 +350,3 @@ def test_a_method_that_declares_nonsense_is_told(data, tmp_path, monkeypatch):
     forgets = type("Forgets", (Algorithm,), {"loss": lambda self, p, b, s, n: self.forward(p, b.features).sum()})
     with pytest.raises(InputError, match=r"Forgets\.loss must return the loss and changes"):
         make(data, tmp_path, [forgets]).run()
-
-
-OWN = """
-from torch.nn import functional as F
-from algorithms import Algorithm, Hyperparameter
-
-class Own(Algorithm):
-    \"\"\"Cross-entropy, in part of the {words}.\"\"\"
-    hyperparameters = {{"part": Hyperparameter(0.5, "of the loss")}}
-    offset = {offset}
-
-    def loss(self, params, batch, state, noise):
-        # a comment on {words}
-        return {expression}, {{}}
-
-    def scaled(self, value):
-        return self.part * value
-"""
-LOSS = "self.scaled(F.cross_entropy(self.forward(params, batch.features), batch.labels)) + self.offset"
-
-
-def own(folder, monkeypatch, words="batch", offset=0, expression=LOSS):
-    """A class of one's own, as it comes from a file that has been edited."""
-    folder.mkdir()
-    (folder / "own_method.py").write_text(OWN.format(words=words, offset=offset, expression=expression))
-    monkeypatch.syspath_prepend(folder)
-    sys.modules.pop("own_method", None)
-    linecache.clearcache()
-    return importlib.import_module("own_method").Own
-
-
-@pytest.mark.parametrize("change", [{"offset": 1}, {"expression": f"2 * ({LOSS})"}], ids=["attribute", "loss"])
-def test_a_changed_method_is_not_mixed_with_what_it_was(change, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "ALGORITHMS", dict(ALGORITHMS))
-    make(data, tmp_path / "r", [own(tmp_path / "a", monkeypatch)]).run()
-    before = contents(tmp_path / "r")
-    again = make(data, tmp_path / "r", [own(tmp_path / "b", monkeypatch, words="other words")])
-    again.run()  # comments and docstrings are no change
-    assert contents(tmp_path / "r") == before
-    changed = make(data, tmp_path / "r", [own(tmp_path / "c", monkeypatch, **change)])
-    with pytest.raises(InputError, match="holds Own as it was before its code changed"):
-        changed.run()
-    assert contents(tmp_path / "r") == before
-
-
-def test_code_is_known_of_classes_of_ones_own_only(monkeypatch, tmp_path):
-    assert code_of(ALGORITHMS["ERM"]) is None
-    assert len(code_of(own(tmp_path / "a", monkeypatch))) == 16
-    typed = {"__name__": "typed"}
-    exec(OWN.format(words="batch", offset=0, expression=LOSS), typed)
-    assert code_of(typed["Own"]) is None  # Python has no source of it
