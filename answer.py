@@ -2,9 +2,9 @@
 
 Fixed in advance. *Headline:* last epoch, all images of the held-out domain, mean over the holdouts. *Confirmatory
 family:* `importance` minus each of `erm`, `random` and `permuted`, from a fresh start and from Phase 1's: six
-contrasts, averaged over the holdouts within each seed, then compared over seeds (`inference.family`). The networks
-are still improving when training ends, so the family is repeated with three times the epochs of Phase 2.
-*Exploratory,* and labelled so: one setting at a time away from the defaults.
+contrasts, averaged over the holdouts within each seed, then compared over seeds (`inference.family`). What learns less
+is at a disadvantage while networks still improve, so the family is repeated with three times the epochs of Phase 2.
+*Exploratory,* and labelled so: the other controls, single domains, one setting at a time away from the defaults.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 import diagnostics
+from answer_report import report
 from config import AGGREGATIONS, Settings
-from evaluation import AVERAGE, accuracy_table, levels, lodo_table, paired_differences, t_interval, wide_table
+from evaluation import AVERAGE, WITHOUT_HARDEST, accuracy_table, lodo_table, paired_differences, t_interval
 from features import FeatureSet
 from inference import family
 from probe import linear_probe
 from records import Results
 from study import Study
-from variants import AT_PHASE1, BOTH_STARTS
+from variants import AT_PHASE1, BOTH_STARTS, VARIANTS
 from visualization import accuracy_curves_by_setting, difference_plot, overlap_matrix, save
 
 LENGTHS = {"short": "contrasts", "long": "contrasts_longer"}
@@ -31,6 +33,7 @@ SWEPT_NUMBERS = {
     "PH2_FREEZE_EPOCH": "epochs after which the other weights are frozen",
 }
 BASELINES = ("erm", "random", "permuted")
+CONTROLS = tuple(name for name in VARIANTS if name not in ("importance", *BASELINES))  # outside the family
 LONGER = 3  # times the epochs, for the repetition
 SWEEPS = {
     "IMPORTANCE_THRESHOLD_PERCENTILE": tuple(range(10, 100, 10)),
@@ -62,14 +65,50 @@ def family_arms() -> list[str]:
 
 def contrasts(records: Sequence[Mapping]) -> pd.DataFrame:
     """The confirmatory family: see `inference.family` for the columns."""
-    averages = seed_averages(records)
-    return family(
-        {
-            f"importance{start} − {baseline}{start}": averages[f"importance{start}"] - averages[f"{baseline}{start}"]
-            for start in ("", AT_PHASE1)
-            for baseline in BASELINES
-        }
-    )
+    return family(_differences(seed_averages(records), BASELINES))
+
+
+def _differences(averages: pd.DataFrame, baselines: Sequence[str]) -> dict[str, pd.Series]:
+    """Contrast -> `importance` minus a baseline, by seed, from each of the starts."""
+    return {
+        f"importance{start} − {baseline}{start}": averages[f"importance{start}"] - averages[f"{baseline}{start}"]
+        for start in ("", AT_PHASE1)
+        for baseline in baselines
+    }
+
+
+def controls(records: Sequence[Mapping]) -> pd.DataFrame:
+    """Exploratory: `importance` minus each control outside the family: contrast, n, mean, low, high (fractions)."""
+    rows = []
+    for contrast, values in _differences(seed_averages(records), CONTROLS).items():
+        rows.append((contrast, values.notna().sum(), *t_interval(values.dropna())))
+    return pd.DataFrame(rows, columns=["contrast", "n", "mean", "low", "high"])
+
+
+def per_domain(records: Sequence[Mapping], epochs: int) -> pd.DataFrame:
+    """Exploratory: the family's contrasts on each domain: epochs, contrast, holdout, n, mean, low, high (fractions)."""
+    tables = []
+    for start in ("", AT_PHASE1):
+        for baseline in BASELINES:
+            pair = f"importance{start}", f"{baseline}{start}"
+            table = paired_differences(records, *pair)
+            tables.append(table.assign(epochs=epochs, contrast=" − ".join(pair)))
+    table = pd.concat(tables, ignore_index=True)
+    single = table[~table["holdout"].isin([AVERAGE, WITHOUT_HARDEST])]
+    return single[["epochs", "contrast", "holdout", "n", "mean", "low", "high"]]
+
+
+def source_averages(study: Study, names: Sequence[str]) -> pd.DataFrame:
+    """Accuracy on the sources' `out` part after the last epoch, averaged over the holdouts: seeds × arms."""
+    found = {}
+    for name in names:
+        each = []
+        for holdout in study.holdouts:
+            arrays, _ = study.load("histories", f"phase2_{holdout}_{name}")
+            last = arrays["validation_accuracy"][:, -1].double()
+            each.append(last.where(arrays["failed"] == 0, torch.nan))
+        found[name] = pd.Series(torch.stack(each).mean(0).numpy(), index=arrays["seeds"].tolist())
+    return pd.DataFrame(found).rename_axis("seed")
 
 
 def with_controls(study: Study, directory: str | Path) -> Study:
@@ -153,7 +192,7 @@ class Answer:
     def tables(self) -> dict[str, pd.DataFrame]:
         """Everything the report says in numbers, by file name."""
         short, long = (self.studies[kind].records() for kind in ("short", "long"))
-        main = self.studies["short"]
+        main, epochs = self.studies["short"], [self.studies[k].settings.ph2_num_epochs for k in ("short", "long")]
         return {
             "contrasts": contrasts(short),
             "contrasts_longer": contrasts(long),
@@ -167,6 +206,10 @@ class Answer:
             "domain_overlap": diagnostics.domain_overlap(main)[0],
             "seeds": seed_averages(short).rename_axis("seed"),
             "seeds_longer": seed_averages(long).rename_axis("seed"),
+            "controls": controls(short),
+            "per_domain": pd.concat([per_domain(short, epochs[0]), per_domain(long, epochs[1])]),
+            "sources": source_averages(main, family_arms()),
+            "sources_longer": source_averages(self.studies["long"], family_arms()),
         }
 
     def write(self) -> str:
@@ -177,7 +220,7 @@ class Answer:
                 results.write_text(f"{name}.csv", table.to_csv(float_format="%.6g", index=table.index.name is not None))
             for name, figure in self.figures(tables).items():
                 save(figure, self.directory / f"{name}.png")
-            text = self.report(tables)
+            text = report(self, tables)
             results.write_text("report.txt", text)
         return text
 
@@ -212,54 +255,6 @@ class Answer:
         default = getattr(self.studies["sweep"].settings, setting.lower())
         return accuracy_curves_by_setting(points, "x", title, words, lines, default)
 
-    def report(self, tables: Mapping[str, pd.DataFrame]) -> str:
-        """The finding in plain sentences, then the tables."""
-        short, long = self.studies["short"], self.studies["long"]
-        chance, _ = levels(short.facts["counts"])
-        epochs = short.settings.ph2_num_epochs, long.settings.ph2_num_epochs
-        sweep, probe = tables["sweep"], tables["linear_probe"]
-        lines = [
-            "Does importance masking help?",
-            "",
-            f"{short.data.describe()}; {len(short.seeds)} seeds, {len(short.holdouts)} held-out domains.",
-            "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed.",
-            "",
-            *sentences(tables["contrasts"], epochs[0]),
-            *sentences(tables["contrasts_longer"], epochs[1]),
-            probe_sentence(probe, {epochs[0]: tables["accuracy"], epochs[1]: tables["accuracy_longer"]}),
-            "",
-            "Intervals (95 %; of the family percentile bootstrap over seeds, of the other tables Student's t) cover",
-            "starts and batch orders, and are conditional on these images, this split and this backbone. The words",
-            "follow the interval of each contrast alone; a claim about the family rests on the Holm-corrected p. With",
-            "a fresh start the units mean nothing that a mask could know: a difference there can only come from the",
-            "structure of the mask.",
-            *_section(f"Confirmatory family, {epochs[0]} epochs", _points(tables["contrasts"])),
-            *_section(f"Confirmatory family, {epochs[1]} epochs", _points(tables["contrasts_longer"])),
-            *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
-            *_section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
-            *_section("Linear probe (logistic regression on the features; deterministic)", probe.round(4)),
-            f"Chance is {100 * chance:.1f} %.",
-            *_section("importance − erm per domain (fractions; not part of the family)", self._per_domain()),
-            *_section(
-                f"EXPLORATORY: one setting at a time, {sweep['n'].max()} seeds, accuracy averaged over the holdouts; "
-                "the best point is not a result",
-                sweep.round(4),
-            ),
-            *_section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
-            f"Chance: {diagnostics.domain_overlap(short)[1]:.3f}",
-            *_section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
-            *_section("Weights that never moved", tables["zero_importance"].round(3)),
-            *_section("Density of the masks", tables["mask_density"].round(3)),
-        ]
-        failures = [text for study in self.studies.values() for text in study.failures()]
-        if failures:
-            lines += [f"{len(failures)} networks failed and are left out, first: {failures[0]}."]
-        return "\n".join(lines) + "\n"
-
-    def _per_domain(self) -> pd.DataFrame:
-        records = self.studies["short"].records()
-        return paired_differences(records, "importance", "erm").set_index("holdout").round(4)
-
 
 def sweep_table(records: Sequence[Mapping]) -> pd.DataFrame:
     """Accuracy averaged over the holdouts for every arm of the sweep: algorithm, setting, value, n, mean, low, high."""
@@ -269,39 +264,3 @@ def sweep_table(records: Sequence[Mapping]) -> pd.DataFrame:
         values = averages[name].dropna()
         rows.append((name.partition("[")[0], setting, value, len(values), *t_interval(values)))
     return pd.DataFrame(rows, columns=["algorithm", "setting", "value", "n", "mean", "low", "high"])
-
-
-def sentences(table: pd.DataFrame, epochs: int) -> list[str]:
-    """One computed sentence per contrast."""
-    return [
-        f"{epochs} epochs, {row.contrast}: {row.verdict}; {100 * row.mean:+.2f} points "
-        f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}], Holm-corrected p = {row.p_holm:.3g}, {row.n} seeds."
-        for row in table.itertuples()
-    ]
-
-
-def probe_sentence(probe: pd.DataFrame, accuracies: Mapping[int, pd.DataFrame]) -> str:
-    """Where logistic regression stands beside the best network of any length (epochs -> `lodo_table`)."""
-    means = {
-        f"{row.algorithm}, {epochs} epochs": row.mean
-        for epochs, table in accuracies.items()
-        for row in table[table["holdout"] == AVERAGE].itertuples()
-    }
-    best, value = max(means, key=means.get), probe["full"].mean()
-    place = "above every network" if value > means[best] else "not above the best network"
-    return (
-        f"Logistic regression on the same features reaches {100 * value:.1f} %, {place}; "
-        f"the best network ({best}) has {100 * means[best]:.1f} %."
-    )
-
-
-def _points(table: pd.DataFrame) -> pd.DataFrame:
-    """Differences in points, for reading."""
-    shown = table.assign(**{name: (100 * table[name]).round(2) for name in ("mean", "low", "high")})
-    return shown.assign(p=shown["p"].map("{:.2g}".format), p_holm=shown["p_holm"].map("{:.2g}".format)).set_index(
-        "contrast"
-    )
-
-
-def _section(title: str, table: pd.DataFrame) -> list[str]:
-    return ["", title, "-" * min(len(title), 100), table.to_string()]

@@ -12,7 +12,7 @@ from evaluation import overlap_table, statistics_table
 from importance import Layers, degenerate, expected_overlap, flatten, overlap
 from study import Study, layers_of
 from training import Params
-from variants import densities
+from variants import densities, permuted_mask, random_layer_mask
 
 
 def hidden_activations(params: Params, features: Tensor, depth: int) -> list[Tensor]:
@@ -56,14 +56,15 @@ def rename_units(mask: Layers, matches: Sequence[np.ndarray]) -> list[Tensor]:
 def seed_stability(study: Study, pairs: int = 20) -> pd.DataFrame:
     """Overlap (IoU) of the single domains' masks from seed to seed, by position and after matching units.
 
-    Units are matched on activations over the domain's images, never on the masks.
+    Units are matched on activations over the domain's images, never on the masks. Beside it the same with the matched
+    units renamed at random: what masks of this structure overlap by when units are no longer told apart.
 
     Args:
         study: with Phase 1 done.
         pairs: neighbouring seeds compared, at most.
 
     Returns:
-        Row per domain: pairs, by_position, matched, chance.
+        Row per domain: pairs, by_position, matched, matched_sd (over pairs), renamed, chance.
     """
     rows, depth = [], len(study.settings.hidden_sizes)
     for domain in study.domains:
@@ -78,17 +79,19 @@ def seed_stability(study: Study, pairs: int = 20) -> pd.DataFrame:
         ]
         both = [(s, s + 1) for s in range(len(hidden) - 1) if sound[s] and sound[s + 1]]
         plain = [float(overlap([m[a] for m in mask], [m[b] for m in mask])) for a, b in both]
-        matched = [
-            float(overlap([m[a] for m in mask], rename_units([m[b] for m in mask], match_units(hidden[a], hidden[b]))))
-            for a, b in both
-        ]
+        matched, renamed = [], []
+        for a, b in both:
+            mine = [m[a] for m in mask]
+            theirs = rename_units([m[b] for m in mask], match_units(hidden[a], hidden[b]))
+            matched.append(float(overlap(mine, theirs)))
+            renamed.append(float(overlap(mine, permuted_mask(b, domain, theirs))))
         flat = flatten(mask)
         k = int(flat.sum(-1).max())
         chance = expected_overlap(k, k, flat.shape[-1])
-        rows.append(
-            (domain, len(both), pd.Series(plain, dtype=float).mean(), pd.Series(matched, dtype=float).mean(), chance)
-        )
-    return pd.DataFrame(rows, columns=["domain", "pairs", "by_position", "matched", "chance"]).set_index("domain")
+        plain, matched, renamed = (pd.Series(values, dtype=float) for values in (plain, matched, renamed))
+        rows.append((domain, len(both), plain.mean(), matched.mean(), matched.std(), renamed.mean(), chance))
+    columns = ["domain", "pairs", "by_position", "matched", "matched_sd", "renamed", "chance"]
+    return pd.DataFrame(rows, columns=columns).set_index("domain")
 
 
 def domain_overlap(study: Study) -> tuple[pd.DataFrame, float]:
@@ -107,11 +110,27 @@ def zero_importance(study: Study) -> pd.DataFrame:
 
 
 def mask_density(study: Study) -> pd.DataFrame:
-    """Share marked per layer, and the spread of row and column densities, of the holdouts' masks; means over seeds."""
+    """Share marked per layer, and the spread of row and column densities, of the holdouts' masks; means over seeds.
+
+    The spreads beside them, "by chance", are those of masks with as many random positions in each layer.
+    """
     rows = {}
     for holdout in study.holdouts:
         arrays, _ = study.load("importance", f"holdout_{holdout}")
         sound = ~degenerate(layers_of(arrays, "importance"))  # a failed network has an empty mask
         mask = [layer[sound] for layer in layers_of(arrays, "mask")]
         rows[holdout] = {name: float(value.mean()) for name, value in densities(mask).items()}
+        rows[holdout] |= {f"{name}, by chance": value for name, value in spread_by_chance(mask, holdout).items()}
     return pd.DataFrame(rows).T.rename_axis("holdout")
+
+
+def spread_by_chance(mask: Layers, holdout: str) -> dict[str, float]:
+    """Mean spread of row and of column densities of masks with as many random positions in each layer.
+
+    Args:
+        mask: L × bool ``[S, out, in]``.
+        holdout: names the random stream.
+    """
+    each = [random_layer_mask(s, holdout, [layer[s] for layer in mask]) for s in range(len(mask[0]))]
+    found = densities([torch.stack(layers) for layers in zip(*each, strict=True)]) if each else {}
+    return {name: float(value.mean()) for name, value in found.items() if name.startswith("spread")}

@@ -13,7 +13,9 @@ import answer as answer_module
 import config
 import study as study_module
 from answer import LONGER, Answer, scaled, sweep_arms
+from answer_report import report
 from config import Settings
+from evaluation import t_interval
 from experiment import main
 from records import Results
 
@@ -61,7 +63,8 @@ def test_the_directory_holds_tables_figures_and_report(done):
     directory, text, files = done
     tables = {
         "contrasts", "contrasts_longer", "accuracy", "accuracy_longer", "sweep", "linear_probe", "seed_stability",
-        "zero_importance", "mask_density", "domain_overlap", "seeds", "seeds_longer",
+        "zero_importance", "mask_density", "domain_overlap", "seeds", "seeds_longer", "sources", "sources_longer",
+        "controls", "per_domain",
     }  # fmt: skip
     figures = {"forest", "overlap", "importance_threshold_percentile", "ph2_freeze_epoch"}
     here = {p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
@@ -109,6 +112,35 @@ def test_tables_are_those_of_the_records(done, kind, ending):
     np.testing.assert_allclose(accuracy["mean"][averages.columns], averages.mean(), rtol=1e-5)
 
 
+def test_exploratory_differences_are_those_of_the_records(done):
+    directory, *_ = done
+    averages = pd.read_csv(directory / "seeds.csv", index_col="seed")
+    table = pd.read_csv(directory / "controls.csv").set_index("contrast")
+    names = ["random_layer", "inverted", "other_seed", "prune", "frozen"]
+    assert table.index.tolist() == [f"importance{at} − {name}{at}" for at in ("", "@phase1") for name in names]
+    for contrast in table.index:
+        better, worse = contrast.split(" − ")
+        difference = averages[better] - averages[worse]
+        assert table.loc[contrast, "mean"] == pytest.approx(difference.mean(), abs=1e-6)
+        assert table.loc[contrast, ["low", "high"]].tolist() == pytest.approx(t_interval(difference)[1:], abs=1e-5)
+    domains = pd.read_csv(directory / "per_domain.csv")
+    assert len(domains) == 2 * 6 * len(HOLDOUTS)
+    for epochs, ending in ((2, ""), (6, "_longer")):
+        means = domains[domains["epochs"] == epochs].groupby("contrast")["mean"].mean()
+        family = pd.read_csv(directory / f"contrasts{ending}.csv").set_index("contrast")["mean"]
+        np.testing.assert_allclose(means[family.index], family, atol=1e-5)  # every seed has every domain
+
+
+def test_accuracy_on_the_sources_is_that_of_the_histories(done):
+    directory, *_ = done
+    written = pd.read_csv(directory / "sources_longer.csv", index_col="seed")
+    each = []
+    for holdout in HOLDOUTS:
+        with np.load(directory / "epochs_6" / "histories" / f"phase2_{holdout}_erm.npz") as arrays:
+            each.append(arrays["validation_accuracy"][:, -1])
+    np.testing.assert_allclose(written["erm"], np.mean(each, axis=0), rtol=1e-5)
+
+
 def test_the_default_points_of_the_sweep_are_the_default_arm(done):
     table = pd.read_csv(done[0] / "sweep.csv", keep_default_na=False).set_index(["algorithm", "setting", "value"])
     assert len(table) == 31
@@ -131,7 +163,15 @@ def test_the_report_says_what_it_must(done):
             assert text.count(f"\n{epochs} epochs, {name}: ") == 1
         assert f"Confirmatory family, {epochs} epochs" in text
         assert f"Accuracy (%), {epochs} epochs" in text
-    assert "EXPLORATORY: one setting at a time, 2 seeds" in text
+        assert f"\nAt {epochs} epochs importance masking helps in " in text
+    for words in (
+        "one setting at a time, 2 seeds",
+        "the other controls, 2 epochs",
+        "the family's contrasts per domain",
+    ):
+        assert f"EXPLORATORY: {words}" in text
+    assert "\nEXPLORATORY, from 2 to 6 epochs accuracy changes (points): erm " in text
+    assert "\nA domain's masks from two starts overlap (IoU) by " in text
     assert "the best point is not a result" in text
     assert "Chance is 33.3 %." in text
     probe = pd.read_csv(directory / "linear_probe.csv")["full"].mean()
@@ -146,7 +186,7 @@ def test_the_probe_is_not_above_networks_that_the_longer_training_made_better(do
     complete = answer(data, done[0])
     tables = complete.tables()
     tables["accuracy_longer"] = tables["accuracy_longer"].assign(mean=tables["linear_probe"]["full"].mean() + 0.01)
-    assert "above every network" not in complete.report(tables)
+    assert "above every network" not in report(complete, tables)
 
 
 def test_again_gives_the_same_bytes_and_trains_nothing(done, data, monkeypatch):

@@ -17,6 +17,7 @@ from diagnostics import (
     match_units,
     rename_units,
     seed_stability,
+    spread_by_chance,
     zero_importance,
 )
 from importance import overlap
@@ -29,6 +30,7 @@ WEIGHTS, MARKED = 6 * 5 + 5 * 4, 30  # tracked; 60 per cent of them
 SETTINGS = Settings.current(
     hidden_sizes=HIDDEN, ph1_num_epochs=2, ph1_learning_rate=1e-2, ph2_num_epochs=1, ph2_freeze_epoch=1
 )
+LAYERS = ((30, 20, 360), (20, 25, 200))  # rows, columns, marked
 SEEDS = 4
 DOMAINS = ("art", "photo", "sketch")
 
@@ -199,7 +201,7 @@ def best_matches(x, y):
 def test_seed_stability_by_hand(study):
     table, unique = seed_stability(study), 0
     assert table.index.tolist() == list(DOMAINS)
-    assert table.columns.tolist() == ["pairs", "by_position", "matched", "chance"]
+    assert table.columns.tolist() == ["pairs", "by_position", "matched", "matched_sd", "renamed", "chance"]
     for domain in DOMAINS:
         masks, low, high, plain = on_disk(study, f"phase1_{domain}", "mask"), [], [], []
         for a in range(SEEDS - 1):
@@ -243,6 +245,8 @@ def test_seed_stability_of_networks_that_differ_in_their_names_only(tmp_path):
             study.results.save(kind, f"phase1_{domain}", seeds, content, header)
     table = seed_stability(study)
     assert (table["matched"] == 1).all()
+    assert (table["matched_sd"] == 0).all()
+    assert (table["renamed"] < 1).all()  # nothing but the names was what agreed
     assert (table["by_position"] < 1).all()
 
 
@@ -288,6 +292,19 @@ def test_mask_density_by_hand(study):
         for axis, name in ((2, "spread of rows"), (1, "spread of columns")):
             spread = [np.mean([m[s].mean(axis - 1).std() for m in (first, second)]) for s in range(SEEDS)]
             assert row[name] == pytest.approx(np.mean(spread))
+            assert 0 < row[f"{name}, by chance"] < 0.5
+
+
+def test_the_spread_by_chance_is_that_of_random_masks():
+    """By the hypergeometric variance of a row's marks among those of its layer."""
+    first, second = (torch.arange(rows * columns).view(rows, columns) < marked for rows, columns, marked in LAYERS)
+    spreads = spread_by_chance([first.expand(500, -1, -1), second.expand(500, -1, -1)], "art")
+    for name, axis in (("spread of rows", 1), ("spread of columns", 0)):
+        expected = []
+        for rows, columns, marked in LAYERS:
+            size, count, share = (rows, columns)[axis], rows * columns, marked / (rows * columns)
+            expected.append((share * (1 - share) / size * (count - size) / (count - 1)) ** 0.5)
+        assert spreads[name] == pytest.approx(np.mean(expected), rel=0.04)
 
 
 def test_a_failed_network_is_left_out(with_a_failure):

@@ -36,7 +36,7 @@ def make_curves(seed=0, failed=(), algorithms=("ERM", "IRM"), trials=2, holdouts
 
 def updates(holdouts):
     """In an epoch: of no two choices of holdouts the same number."""
-    return 100 - 11 * len(holdouts) - sum(4**DOMAINS.index(name) for name in holdouts) % 10
+    return 100 - 11 * len(holdouts) - sum(4 ** DOMAINS.index(name) for name in holdouts) % 10
 
 
 def export(curves, directory, **changes):

@@ -1,0 +1,192 @@
+"""What an answer says: sentences computed from its tables, and the report."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+import diagnostics
+from evaluation import AVERAGE, levels, t_interval, wide_table
+
+if TYPE_CHECKING:
+    from answer import Answer
+
+SIGNIFICANT = 0.05  # of the Holm-corrected p
+
+
+def sentences(table: pd.DataFrame, epochs: int) -> list[str]:
+    """One computed sentence per contrast."""
+    return [
+        f"{epochs} epochs, {row.contrast}: {row.verdict}; {100 * row.mean:+.2f} points "
+        f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}], Holm-corrected p = {row.p_holm:.3g}, {row.n} seeds."
+        for row in table.itertuples()
+    ]
+
+
+def family_sentence(table: pd.DataFrame, epochs: int) -> str:
+    """How often each verdict was reached, and which contrasts stand after Holm's correction.
+
+    Args:
+        table: as `inference.family` returns it.
+        epochs: of Phase 2.
+    """
+    kinds = {"helps": "helps", "hurts": "hurts", "makes no difference larger than the margin": "no difference"}
+    parts = [f"{words} in {table['verdict'].str.startswith(start).sum()}" for words, start in kinds.items()]
+    parts.append(f"is undecided in {table['verdict'].str.startswith('undecided').sum()}")
+    text = f"At {epochs} epochs importance masking {', '.join(parts[:-1])} and {parts[-1]} of {len(table)} contrasts"
+    chosen = table[table["p_holm"] < SIGNIFICANT]
+    stand = ", ".join(f"{row.contrast} ({'above' if row.mean > 0 else 'below'} 0)" for row in chosen.itertuples())
+    return f"{text}; after Holm's correction (p < {SIGNIFICANT}) stand: {stand or 'none'}."
+
+
+def controls_sentence(table: pd.DataFrame, epochs: int) -> str:
+    """Which controls outside the family importance masking is above and below.
+
+    Args:
+        table: contrast, mean, low, high (fractions).
+        epochs: of Phase 2.
+    """
+
+    def named(rows: pd.DataFrame) -> str:
+        return ", ".join(f"{row.contrast.partition(' − ')[2]} ({interval(row)})" for row in rows.itertuples()) or "none"
+
+    above, below = table[table["low"] > 0], table[table["high"] < 0]
+    return (
+        f"EXPLORATORY, {epochs} epochs, the other controls, each from its own start: importance masking is above "
+        f"{named(above)} and below {named(below)}; the other intervals include 0."
+    )
+
+
+def length_sentence(held_out: pd.DataFrame, sources: pd.DataFrame, epochs: tuple[int, int]) -> str:
+    """What more training changes, on the held-out domains and on the sources.
+
+    Args:
+        held_out: accuracy at the greater minus that at the smaller length, seeds × arms, fractions.
+        sources: the same on the `out` part of the source domains.
+        epochs: the two lengths.
+    """
+    parts = []
+    for arm in held_out:
+        rows = [
+            dict(zip(("mean", "low", "high"), t_interval(t[arm].dropna()), strict=True)) for t in (held_out, sources)
+        ]
+        here, there = (interval(pd.Series(row)) for row in rows)
+        parts.append(f"{arm} {here} on the held-out domains, {there} on the sources' `out` part")
+    return f"EXPLORATORY, from {epochs[0]} to {epochs[1]} epochs accuracy changes (points): {'; '.join(parts)}."
+
+
+def probe_sentence(probe: pd.DataFrame, accuracies: Mapping[int, pd.DataFrame]) -> str:
+    """Where logistic regression stands beside the best network of any length (epochs -> `lodo_table`)."""
+    means = {
+        f"{row.algorithm}, {epochs} epochs": row.mean
+        for epochs, table in accuracies.items()
+        for row in table[table["holdout"] == AVERAGE].itertuples()
+    }
+    best, value = max(means, key=means.get), probe["full"].mean()
+    place = "above every network" if value > means[best] else "not above the best network"
+    return (
+        f"Logistic regression on the same features reaches {100 * value:.1f} %, {place}; "
+        f"the best network ({best}) has {100 * means[best]:.1f} %."
+    )
+
+
+def overlap_sentence(stability: pd.DataFrame) -> str:
+    """Whether a domain's mask survives a new start (of `diagnostics.seed_stability`)."""
+
+    def spread(name: str) -> str:
+        low, high = stability[name].min(), stability[name].max()
+        return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+
+    return (
+        f"A domain's masks from two starts overlap (IoU) by {spread('by_position')} by position and by "
+        f"{spread('matched')} after matching units; {spread('renamed')} where the matched units are renamed at random, "
+        f"{spread('chance')} by chance."
+    )
+
+
+def interval(row) -> str:
+    """Mean and interval of a row in points: "+0.97 [+0.65, +1.29]"."""
+    mean, low, high = row["mean"] if isinstance(row, pd.Series) else row.mean, row.low, row.high
+    return f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "−")
+
+
+def summary(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The finding in plain sentences: what was fixed in advance first, then what was not."""
+    epochs = tuple(answer.studies[kind].settings.ph2_num_epochs for kind in ("short", "long"))
+    held_out, sources = tables["seeds_longer"] - tables["seeds"], tables["sources_longer"] - tables["sources"]
+    arms = [name for name in ("erm", "importance", "erm@phase1", "importance@phase1") if name in held_out]
+    return [
+        family_sentence(tables["contrasts"], epochs[0]),
+        family_sentence(tables["contrasts_longer"], epochs[1]),
+        controls_sentence(tables["controls"], epochs[0]),
+        length_sentence(held_out[arms], sources[arms], epochs),
+        probe_sentence(tables["linear_probe"], {epochs[0]: tables["accuracy"], epochs[1]: tables["accuracy_longer"]}),
+        overlap_sentence(tables["seed_stability"]),
+    ]
+
+
+def report(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> str:
+    """The finding in plain sentences, then the tables."""
+    short, long = answer.studies["short"], answer.studies["long"]
+    epochs = short.settings.ph2_num_epochs, long.settings.ph2_num_epochs
+    sweep, probe = tables["sweep"], tables["linear_probe"]
+    lines = [
+        "Does importance masking help?",
+        "",
+        f"{short.data.describe()}; {len(short.seeds)} seeds, {len(short.holdouts)} held-out domains.",
+        "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed.",
+        "",
+        *(line for text in summary(answer, tables) for line in textwrap.wrap(text, 118)),
+        "",
+        *sentences(tables["contrasts"], epochs[0]),
+        *sentences(tables["contrasts_longer"], epochs[1]),
+        "",
+        "Intervals (95 %; of the family percentile bootstrap over seeds, of the other tables Student's t) cover",
+        "starts and batch orders, and are conditional on these images, this split and this backbone. The words",
+        "follow the interval of each contrast alone; a claim about the family rests on the Holm-corrected p. With",
+        "a fresh start the units mean nothing that a mask could know: a difference there can only come from the",
+        "structure of the mask.",
+        *_section(f"Confirmatory family, {epochs[0]} epochs (points)", _points(tables["contrasts"])),
+        *_section(f"Confirmatory family, {epochs[1]} epochs (points)", _points(tables["contrasts_longer"])),
+        *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
+        *_section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
+        *_section("Linear probe (logistic regression on the features; deterministic)", probe.round(4)),
+        f"Chance is {100 * levels(short.facts['counts'])[0]:.1f} %.",
+        *_section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
+        *_section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),
+        *_section(
+            f"EXPLORATORY: one setting at a time, {sweep['n'].max()} seeds, accuracy averaged over the holdouts; "
+            "the best point is not a result",
+            sweep.round(4),
+        ),
+        *_section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
+        f"Chance: {diagnostics.domain_overlap(short)[1]:.3f}",
+        *_section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
+        *_section("Weights that never moved", tables["zero_importance"].round(3)),
+        *_section("Density of the masks", tables["mask_density"].round(3)),
+    ]
+    failures = [text for study in answer.studies.values() for text in study.failures()]
+    if failures:
+        lines += [f"{len(failures)} networks failed and are left out, first: {failures[0]}."]
+    return "\n".join(lines) + "\n"
+
+
+def _points(table: pd.DataFrame) -> pd.DataFrame:
+    """Differences in points, for reading."""
+    shown = table.assign(**{name: (100 * table[name]).round(2) for name in ("mean", "low", "high")})
+    return shown.assign(
+        **{name: shown[name].map("{:.2g}".format) for name in ("p", "p_holm") if name in shown}
+    ).set_index("contrast")
+
+
+def _by_domain(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per contrast and length, a column per domain."""
+    shown = table.assign(text=[interval(row) for row in table.itertuples()])
+    order: Sequence[str] = list(dict.fromkeys(table["holdout"]))
+    wide = shown.pivot(index=["epochs", "contrast"], columns="holdout", values="text")[order]
+    return wide.loc[list(dict.fromkeys(zip(table["epochs"], table["contrast"], strict=True)))]
+
+
+def _section(title: str, table: pd.DataFrame) -> list[str]:
+    return ["", title, "-" * min(len(title), 100), table.to_string()]
