@@ -8,6 +8,7 @@ import pandas as pd
 
 import diagnostics
 from evaluation import AVERAGE, levels, t_interval, wide_table
+from inference import MARGIN
 
 if TYPE_CHECKING:
     from answer import Answer
@@ -31,7 +32,8 @@ def family_sentence(table: pd.DataFrame, epochs: int) -> str:
         table: as `inference.family` returns it.
         epochs: of Phase 2.
     """
-    kinds = {"helps": "helps", "hurts": "hurts", "makes no difference larger than the margin": "no difference"}
+    small = f"makes no difference larger than {100 * MARGIN:g} points"
+    kinds = {"helps": "helps", "hurts": "hurts", small: "no difference"}
     parts = [f"{words} in {table['verdict'].str.startswith(start).sum()}" for words, start in kinds.items()]
     parts.append(f"is undecided in {table['verdict'].str.startswith('undecided').sum()}")
     text = f"At {epochs} epochs importance masking {', '.join(parts[:-1])} and {parts[-1]} of {len(table)} contrasts"

@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: on a GPU, launching some forty small kernels takes longer than running them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,31 +51,33 @@ class CapturedEngine(MatmulEngine):
         self.batch_size, self.capture, self.available = batch_size, capture, True
         self.replay: Step | None = None
         self.inputs: tuple[Tensor, Tensor] | None = None
+        self.stretch: tuple[int, int] | None = None  # of the weights with a rate, when the step was recorded
 
     @torch.no_grad()
     def step(
         self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if rates is not self._rates:
-            self.replay = None  # the rates lie in other memory now
+        self._obey(rates)
+        if self.adam.stretch != self.stretch:  # the rates lie in other memory now
+            self.replay, self.stretch = None, self.adam.stretch
         if not self.available or features.shape[1] != self.batch_size:
-            return super().step(features, targets, rates)
+            return self._step(features, targets)
         if self.inputs is None:
             self.inputs = features.clone(), targets.clone()
         for mine, new in zip(self.inputs, (features, targets), strict=True):
             mine.copy_(new)
         if self.replay is None:
-            return self._first_step(rates)
+            return self._first_step()
         return self.replay()
 
-    def _first_step(self, rates: Rates) -> tuple[Tensor, Tensor]:
+    def _first_step(self) -> tuple[Tensor, Tensor]:
         """Take a step in the usual way, record it, and go on with the record if it does the same."""
         state = (self.adam.flat, *self.adam.moments, self.adam.count)
         before = [value.clone() for value in state]
-        expected = MatmulEngine.step(self, *self.inputs, rates)
+        expected = self._step(*self.inputs)
         after = [value.clone() for value in state]
         try:
-            self.replay = self.capture(lambda: MatmulEngine.step(self, *self.inputs, rates))
+            self.replay = self.capture(lambda: self._step(*self.inputs))
             for value, old in zip(state, before, strict=True):
                 value.copy_(old)
             found = self.replay()
@@ -90,3 +92,25 @@ class CapturedEngine(MatmulEngine):
         for value, new in zip(state, after, strict=True):
             value.copy_(new)
         return expected
+
+
+def usable(
+    batch_size: int,
+    sizes: tuple[int, int, Sequence[int]],
+    device: str = "cuda",
+    capture: Callable[[Step], Step] = cuda_graph,
+) -> bool:
+    """Whether steps can be recorded here, tried on two networks; if not, one line says so.
+
+    Args:
+        batch_size: the usual length of a batch.
+        sizes: (in_features, num_classes, hidden_sizes).
+        device: of the networks.
+        capture: see `cuda_graph`.
+    """
+    template = FeedforwardClassifier.outline(*sizes)
+    params = {name: torch.zeros(2, 1, *v.shape, device=device) for name, v in template.named_parameters()}
+    engine = CapturedEngine(template, params, 1e-3, batch_size, capture)
+    rows = torch.zeros(2, batch_size, sizes[0], device=device)
+    engine.step(rows, torch.zeros(2, batch_size, dtype=torch.long, device=device), {})
+    return engine.available

@@ -171,6 +171,11 @@ class MatmulEngine:
     def step(
         self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        self._obey(rates)
+        return self._step(features, targets)
+
+    def _step(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A step at the rates of the last one."""
         batch = features.shape[1]
         rooms = self._buffers(batch)
         out, gradients = rooms["out"], rooms["gradient"]  # per layer [K, units, B]
@@ -178,11 +183,14 @@ class MatmulEngine:
         self._first(features, out[0])
         loss, right = self._loss_and_gradients(out, gradients, spread)
         torch.bmm(gradients[0].view(self.shape[0], -1, batch), features, out=self.first_gradient)
+        self.adam.step()
+        return loss.view(self.shape), right.view(self.shape)
+
+    def _obey(self, rates: Rates) -> None:
+        """Step at these rates from now on."""
         if rates is not self._rates:  # a new epoch
             self._rates = rates
             self.adam.scale({name: (self.params[name], rate) for name, rate in rates.items()})
-        self.adam.step()
-        return loss.view(self.shape), right.view(self.shape)
 
     def _first(self, features: Tensor, out: Tensor) -> None:
         """Fill `out` ``[K, units, B]`` with the first layer's products, no bias: of ``[S, B, D]`` or ``[B, D]``."""
@@ -254,26 +262,30 @@ class FlatAdam:
         self.options = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
         self.options |= {"amsgrad": False, "maximize": False}
         self.scaled: Tensor | None = None
+        self.stretch: tuple[int, int] | None = None  # of `flat` that `scaled` is
 
     def scale(self, rates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """From now on a part of each update only.
+        """From now on a part of each update only. For the same parameters as last time, in the same memory.
 
         Args:
             rates: name -> (a view of `flat`, factor on its update, broadcastable to it); the rest steps in full.
         """
         if not rates:
-            self.scaled = None
+            self.scaled = self.stretch = None
             return
         starts = {name: view.storage_offset() for name, (view, _) in rates.items()}
         first = min(starts.values())
         end = max(starts[name] + view.numel() for name, (view, _) in rates.items())
-        self.scaled = self.flat[first:end]  # one stretch of the buffer, that of all parameters named
-        self.rate = torch.ones_like(self.scaled)
+        if (first, end) != self.stretch:
+            self.stretch, self.scaled = (first, end), self.flat[first:end]  # of all parameters named
+            self.rate, self.before, self.part = (torch.empty_like(self.scaled) for _ in range(3))
+            self.full, self.none = (torch.empty_like(self.scaled, dtype=torch.bool) for _ in range(2))
+        self.rate.fill_(1)
         for name, (view, rate) in rates.items():
             at = starts[name] - first
             self.rate[at : at + view.numel()].view(view.shape).copy_(rate)
-        self.before, self.part = torch.empty_like(self.scaled), torch.empty_like(self.scaled)
-        self.full, self.none = self.rate == 1, self.rate == 0
+        torch.eq(self.rate, 1, out=self.full)
+        torch.eq(self.rate, 0, out=self.none)
 
     def step(self) -> None:
         """One step along `gradient`."""

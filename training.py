@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import captured
+import compiled
 import config
 from captured import CapturedEngine
-from compiled import WORTH, CompiledEngine, usable
+from compiled import WORTH, CompiledEngine
 from dataset import split
 from models import FeedforwardClassifier
 from stacks import Engine, MatmulEngine, Params, Rates, VmapEngine, pieces
@@ -36,8 +38,8 @@ def choose_engine(network_steps: float, device: str, batch_size: int, sizes: tup
         sizes: (in_features, num_classes, hidden_sizes).
     """
     if device == "cuda":
-        return "captured"
-    return "compiled" if network_steps >= WORTH and usable(batch_size, sizes) else "matmul"
+        return "captured" if captured.usable(batch_size, sizes) else "matmul"
+    return "compiled" if network_steps >= WORTH and compiled.usable(batch_size, sizes) else "matmul"
 
 
 def prepare_machine() -> str:
@@ -261,7 +263,7 @@ def count_correct(engine: Engine, problem: Problem) -> Tensor:
     counts = None
     for features, labels, cell in zip(*(t.split(size) for t in (problem.features, problem.labels, cells)), strict=True):
         right = engine.right(features, labels).to(problem.features.dtype)
-        member = nn.functional.one_hot(cell, problem.totals.numel()).to(right.dtype)
+        member = nn.functional.one_hot(cell, math.prod(problem.cell_shape)).to(right.dtype)
         part = right @ member  # a float holds counts up to 2**24 exactly
         counts = part if counts is None else counts + part
     return counts.long().view(*counts.shape[:2], *problem.cell_shape)

@@ -217,7 +217,7 @@ def test_the_family_in_a_sentence_counts_verdicts_and_names_what_stands():
     table = pd.DataFrame({"contrast": list("abcd"), "mean": [-0.1, 0.1, 0.0, 0.0], "verdict": verdicts})
     table["p_holm"] = [0.001, 0.06, 1.0, 1.0]
     assert family_sentence(table, 10) == (
-        "At 10 epochs importance masking helps in 1, hurts in 1, makes no difference larger than the margin in 1 and "
+        "At 10 epochs importance masking helps in 1, hurts in 1, makes no difference larger than 0.5 points in 1 and "
         "is undecided in 1 of 4 contrasts; after Holm's correction (p < 0.05) stand: a (below 0)."
     )
     assert family_sentence(table.assign(p_holm=1.0), 10).endswith("stand: none.")

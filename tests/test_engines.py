@@ -66,16 +66,18 @@ def test_compiled_engine_steps_as_the_reference(seeds, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("work", "device", "there_is_a_compiler", "engine"),
+    ("work", "device", "it_works", "engine"),
     [
         (1, "cpu", True, "matmul"),
         (1e9, "cpu", True, "compiled"),
         (1e9, "cpu", False, "matmul"),
         (1, "cuda", True, "captured"),
+        (1, "cuda", False, "matmul"),
     ],
 )
-def test_the_engine_is_chosen_by_the_work(work, device, there_is_a_compiler, engine, monkeypatch):
-    monkeypatch.setattr(training, "usable", lambda *_: there_is_a_compiler)
+def test_the_engine_is_chosen_by_work_and_by_what_works(work, device, it_works, engine, monkeypatch):
+    for module in (compiled, captured):
+        monkeypatch.setattr(module, "usable", lambda *_: it_works)
     assert training.choose_engine(work, device, 32, SIZES) == engine
 
 
@@ -114,6 +116,32 @@ def test_a_recording_that_fails_or_differs_is_not_used(kind, caplog):
     compare(engine, MatmulEngine(*networks(), 0.01), tolerance=0)
     assert len(caplog.records) == 1
     assert "CUDA graphs are not used" in caplog.text
+
+
+def test_a_step_is_recorded_once_for_all_epochs():
+    recorded = []
+
+    def capture(step):
+        recorded.append(step)
+        return step
+
+    engine = CapturedEngine(*networks(), 0.01, 4, capture=capture)
+    for epoch in range(4):
+        factors = rates(engine.params, epoch)
+        for x, y in batches():
+            engine.step(x, y, factors)
+    assert len(recorded) == 1
+    for x, y in batches():
+        engine.step(x, y, {})  # other kernels run without rates
+    assert len(recorded) == 2
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_recording_can_be_tried_beforehand(works):
+    def capture(step):
+        return step if works else torch.zeros(3).view(2)  # raises a RuntimeError
+
+    assert captured.usable(4, SIZES, "cpu", capture) is works
 
 
 @CUDA

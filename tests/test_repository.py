@@ -131,11 +131,12 @@ def test_the_readme_quotes_the_reference_study():
                 **{k: 100 * row[k] for k in ("mean", "low", "high")}
             )
             assert f"| {row['contrast']} |" in readme
-            assert f"| {numbers.replace('-', '−')} | {row['verdict']} |" in readme
-    probe = next(
-        line for line in (folder / "report.txt").read_text("utf-8").splitlines() if line.startswith("Logistic")
-    )
-    assert probe in readme
+            assert f"| {numbers.replace('-', '−')} | {row['verdict']} | {row['p_holm']:.2g} |" in readme
+    said = (folder / "report.txt").read_text("utf-8").split("\n\n")[2]  # sentences after the title and what it is about
+    said = re.split(r"\n(?=At \d|EXPLORATORY|Logistic|A domain's)", said)
+    assert len(said) == 6
+    for sentence in said:
+        assert " ".join(sentence.split()) in " ".join(readme.split())
 
 
 def test_the_rate_per_weight_imports_beside_files_of_the_same_names(tmp_path):

@@ -1,6 +1,8 @@
 """The stack against an ordinary PyTorch loop, and against itself."""
 
 import math
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from problems import features, plain_loop, problem
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
+from captured import CapturedEngine
 from config import InputError, Settings
 from models import FeedforwardClassifier
 from stacks import MatmulEngine, VmapEngine, scaled_update, step_with_rates
 from training import (
+    ENGINES,
     BatchOrder,
     Problem,
     TrainingFailedError,
@@ -30,6 +34,14 @@ from training import (
 
 SETTINGS = Settings.current(hidden_sizes=(6, 5, 4), batch_size=16)
 SIZES = (8, 3, (6, 5, 4))
+COMPILED = pytest.param("compiled", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"))
+every_engine = pytest.mark.parametrize("engine", ["matmul", "vmap", COMPILED, "captured"])
+
+
+@pytest.fixture(autouse=True)
+def recording_without_a_gpu(monkeypatch):
+    """On a CPU a record that runs the function again is what a CUDA graph is on a GPU."""
+    monkeypatch.setitem(ENGINES, "captured", partial(CapturedEngine, capture=lambda step: step))
 
 
 def stack_start(seeds, variants=1):
@@ -48,11 +60,11 @@ def orders(data, seed, epochs):
     return [order.next_epoch()[0] for _ in range(epochs)]
 
 
-@pytest.mark.parametrize("engine", ["matmul", "vmap"])
-def test_a_stack_of_one_follows_the_plain_loop(engine):
+@every_engine
+def test_a_stack_follows_the_plain_loop(engine):
     data = problem()
     epochs = math.ceil(50 / math.ceil(144 / 16))  # at least 50 steps
-    result = run(data, [3], epochs=epochs, engine=engine)
+    result = run(data, [3], variants=2 if engine == "compiled" else 1, epochs=epochs, engine=engine)
     start = {name: value[0, 0] for name, value in stack_start([3]).items()}
     state, losses, right = plain_loop(data, start, orders(data, 3, epochs), SETTINGS, 1e-2)
     for name, value in state.items():
@@ -61,19 +73,19 @@ def test_a_stack_of_one_follows_the_plain_loop(engine):
     np.testing.assert_allclose(result.train_accuracy[0, 0], right)
 
 
-@pytest.mark.parametrize("engine", ["matmul", "vmap"])
+@every_engine
 def test_a_network_of_a_stack_follows_the_same_network_alone(engine):
     data = problem()
     together = run(data, [0, 1, 2, 7], variants=2, epochs=6, engine=engine)
     for index, seed in enumerate([0, 1, 2, 7]):
-        alone = run(data, [seed], epochs=6, engine=engine)
+        alone = run(data, [seed], variants=2 if engine == "compiled" else 1, epochs=6, engine=engine)
         for variant in range(2):
             for name, value in alone.params.items():
                 torch.testing.assert_close(together.params[name][index, variant], value[0, 0], rtol=0, atol=1e-9)
             assert torch.equal(together.correct[index, variant], alone.correct[0, 0])
 
 
-@pytest.mark.parametrize("engine", ["matmul", "vmap"])
+@every_engine
 def test_rates_scale_the_step_as_in_the_plain_loop(engine):
     data = problem()
     torch.manual_seed(1)
@@ -96,7 +108,7 @@ def test_rates_scale_the_step_as_in_the_plain_loop(engine):
                 torch.testing.assert_close(result.params[name][s, v], value, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", ["matmul", "vmap"])
+@every_engine
 def test_rate_one_is_plain_adam_bit_for_bit(engine):
     data = problem(dtype=torch.float32)
     ones = {f"layers.{i}.weight": torch.ones(()) for i in (1, 2)}
@@ -106,7 +118,7 @@ def test_rate_one_is_plain_adam_bit_for_bit(engine):
         assert torch.equal(with_rates.params[name], value)
 
 
-@pytest.mark.parametrize("engine", ["matmul", "vmap"])
+@every_engine
 def test_rate_zero_keeps_every_bit_and_the_rest_learns(engine):
     data = problem(dtype=torch.float32)
     result = run(data, [0, 1], rates=lambda epoch: {"layers.1.weight": torch.zeros(())}, engine=engine)
