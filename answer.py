@@ -220,7 +220,7 @@ class Answer:
                 results.write_text(f"{name}.csv", table.to_csv(float_format="%.6g", index=table.index.name is not None))
             for name, figure in self.figures(tables).items():
                 save(figure, self.directory / f"{name}.png")
-            text = report(self, tables)
+            text = report(self.studies, tables)
             results.write_text("report.txt", text)
         return text
 
@@ -248,10 +248,15 @@ class Answer:
         sweep = tables["sweep"]
         points = sweep[sweep["setting"] == setting].assign(x=lambda t: t["value"].astype(float))
         controls = sweep[(sweep["setting"] == "") & (sweep["algorithm"] != "importance")].set_index("algorithm")
-        lines = {name: tuple(row[["mean", "low", "high"]]) for name, row in controls.iterrows()}
+        at = f" at {self.studies['sweep'].settings.importance_threshold_percentile:g} %"  # their masks are not swept
+        lines = {
+            name + (at if name != "erm" else ""): tuple(row[["mean", "low", "high"]])
+            for name, row in controls.iterrows()
+        }
         probe = tables["linear_probe"]["full"].mean()
         lines["linear probe"] = (probe, probe, probe)
-        title = f"EXPLORATORY: accuracy, mean over the holdouts ({sweep['n'].max()} seeds), against {words}"
+        seeds = sweep["n"].max()
+        title = f"EXPLORATORY: accuracy, mean over the holdouts, 95 % t bands ({seeds} seeds), against {words}"
         default = getattr(self.studies["sweep"].settings, setting.lower())
         return accuracy_curves_by_setting(points, "x", title, words, lines, default)
 

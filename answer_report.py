@@ -2,16 +2,13 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 import diagnostics
 from evaluation import AVERAGE, levels, t_interval, wide_table
 from inference import MARGIN
-
-if TYPE_CHECKING:
-    from answer import Answer
+from study import Study
 
 SIGNIFICANT = 0.05  # of the Holm-corrected p
 
@@ -113,9 +110,9 @@ def interval(row) -> str:
     return f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "−")
 
 
-def summary(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> list[str]:
+def summary(studies: Mapping[str, Study], tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The finding in plain sentences: what was fixed in advance first, then what was not."""
-    epochs = tuple(answer.studies[kind].settings.ph2_num_epochs for kind in ("short", "long"))
+    epochs = tuple(studies[kind].settings.ph2_num_epochs for kind in ("short", "long"))
     held_out, sources = tables["seeds_longer"] - tables["seeds"], tables["sources_longer"] - tables["sources"]
     arms = [name for name in ("erm", "importance", "erm@phase1", "importance@phase1") if name in held_out]
     return [
@@ -128,9 +125,14 @@ def summary(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> list[str]:
     ]
 
 
-def report(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> str:
-    """The finding in plain sentences, then the tables."""
-    short, long = answer.studies["short"], answer.studies["long"]
+def report(studies: Mapping[str, Study], tables: Mapping[str, pd.DataFrame]) -> str:
+    """The finding in plain sentences, then the tables.
+
+    Args:
+        studies: "short", "long" and "sweep", trained.
+        tables: of `answer.Answer.tables`.
+    """
+    short, long = studies["short"], studies["long"]
     epochs = short.settings.ph2_num_epochs, long.settings.ph2_num_epochs
     sweep, probe = tables["sweep"], tables["linear_probe"]
     lines = [
@@ -139,7 +141,7 @@ def report(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> str:
         f"{short.data.describe()}; {len(short.seeds)} seeds, {len(short.holdouts)} held-out domains.",
         "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed.",
         "",
-        *(line for text in summary(answer, tables) for line in textwrap.wrap(text, 118)),
+        *(line for text in summary(studies, tables) for line in textwrap.wrap(text, 118)),
         "",
         *sentences(tables["contrasts"], epochs[0]),
         *sentences(tables["contrasts_longer"], epochs[1]),
@@ -168,7 +170,7 @@ def report(answer: "Answer", tables: Mapping[str, pd.DataFrame]) -> str:
         *_section("Weights that never moved", tables["zero_importance"].round(3)),
         *_section("Density of the masks", tables["mask_density"].round(3)),
     ]
-    failures = [text for study in answer.studies.values() for text in study.failures()]
+    failures = [text for study in studies.values() for text in study.failures()]
     if failures:
         lines += [f"{len(failures)} networks failed and are left out, first: {failures[0]}."]
     return "\n".join(lines) + "\n"

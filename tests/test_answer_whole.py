@@ -186,7 +186,7 @@ def test_the_probe_is_not_above_networks_that_the_longer_training_made_better(do
     complete = answer(data, done[0])
     tables = complete.tables()
     tables["accuracy_longer"] = tables["accuracy_longer"].assign(mean=tables["linear_probe"]["full"].mean() + 0.01)
-    assert "above every network" not in report(complete, tables)
+    assert "above every network" not in report(complete.studies, tables)
 
 
 def test_again_gives_the_same_bytes_and_trains_nothing(done, data, monkeypatch):

@@ -23,7 +23,7 @@ FLOORS = {
     "training": 4,
     "trainer_phase1": 5, "trainer_phase2": 5, "trainer_algorithm": 5, "records": 4,
     "evaluation": 6, "visualization": 6, "variants": 6, "inference": 0,
-    "probe": 6, "study": 7, "diagnostics": 8, "figures": 8, "answer": 9,
+    "probe": 6, "study": 7, "diagnostics": 8, "figures": 8, "answer_report": 9, "answer": 10,
     "selection": 7, "domainbed": 8, "compare": 8, "compare_report": 9, "field": 10, "experiment": 11,
 }  # fmt: skip
 
@@ -39,7 +39,8 @@ def test_every_module_has_its_floor_and_imports_from_below():
 
 
 def test_files_stay_readable():
-    for path in ROOT.glob("*.py"):
+    folders = ("", "algorithms", "benchmarks", "tests")
+    for path in (path for folder in folders for path in (ROOT / folder).glob("*.py")):
         assert len(path.read_text("utf-8").splitlines()) <= 400, path.name
 
 
