@@ -108,7 +108,7 @@ def report(comparison: Comparison) -> str:
         f"{study.data.describe()}",
         f"Classifier: {study.data.feature_size} -> {' -> '.join(map(str, comparison.settings.hidden_sizes))} -> "
         f"{len(comparison.problem.class_names)}; {comparison.settings.ph2_num_epochs} epochs; {seeds} seeds; "
-        f"{comparison.trials} draws of hyperparameters for every method, the first its defaults.",
+        f"hyperparameters of every method: its defaults{_draws(comparison.trials)}.",
         "Accuracy (%) on all images of the held-out domain, mean ± standard error over seeds. Differences are from",
         "ERM on the same kind of batches (pooled, or balanced by domain), paired by seed and averaged over the",
         "holdouts, in points, with 95 % t intervals over seeds: they cover starts and batch orders, conditional on",
@@ -131,6 +131,10 @@ def report(comparison: Comparison) -> str:
     if failures := failed(comparison):
         lines += ["", f"{len(failures)} networks failed and are left out:", *(f"  {text}" for text in failures)]
     return "\n".join(lines) + "\n"
+
+
+def _draws(trials: int) -> str:
+    return f", and {trials - 1} random draw{'s' if trials > 2 else ''}" if trials > 1 else ""
 
 
 def _yardstick(title: str, values: pd.Series) -> list[str]:
