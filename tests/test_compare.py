@@ -228,7 +228,9 @@ def test_the_report_and_its_files(whole):
     directory = whole.results.directory
     assert (directory / "comparison.txt").read_text("utf-8") == text
     assert "NOT a fair rule" in text
-    for word in ("VREx", "ImportanceMask", "Ensemble", "3 seeds", "2 draws"):
+    assert "Logistic regression on the features (deterministic; unpaired):\n  art " in text
+    assert "The masks of ImportanceMask, OtherSeedMask saw the validation images" in " ".join(text.split())
+    for word in ("VREx", "ImportanceMask", "Ensemble", "3 seeds", "its defaults, and 1 random draw."):
         assert word in text
     for name in ("comparison", "conflicts_CorGrad", "experts_GMoE_art"):
         assert (directory / "plots" / f"{name}.png").stat().st_size > 5_000
