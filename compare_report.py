@@ -242,7 +242,8 @@ def conflict_figure(comparison: Comparison, algorithm: str) -> Figure:
             means.append(arrays[part][arrays["failed"] == 0].mean(0))
         values = torch.stack(means).nanmean(0).T.numpy()  # [tensors, epochs]
         if part == "conflict_strength":
-            values = np.where((values > 1 - 1e-6).all(1, keepdims=True), np.nan, values)
+            trivial = (values > 1 - 1e-6).all(1, keepdims=True)
+            values, label = np.where(trivial, np.nan, values), label + " (grey: single numbers)" * bool(trivial.any())
             ax.set_facecolor("0.85")
         image = ax.imshow(values, cmap="viridis", vmin=0, aspect="auto")
         ax.set_yticks(range(len(names)), names)

@@ -27,7 +27,7 @@ def test_a_stack_equals_single_runs(name):
         single = methods.run(name, steps, (seed,), of=of)
         for key, value in stack.networks.items():
             assert torch.allclose(value[s], single.networks[key][0], rtol=0, atol=1e-9), key
-        assert torch.allclose(stack.logits(x)[s], single.logits(x)[0], rtol=0, atol=1e-8)
+        assert torch.allclose(stack.logits(x)[s], single.logits(x)[0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
