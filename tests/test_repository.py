@@ -123,6 +123,16 @@ def test_the_readme_quotes_the_reference_comparison():
         assert re.search(rf"^\| {name} \| \w+ \| {re.escape(' | '.join([*cells, last]))}", readme, re.MULTILINE), name
 
 
+def test_the_readme_quotes_the_reference_search():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = pd.read_csv(ROOT / "results" / "reference" / "search" / "comparison_training-domain.csv", index_col=0)
+    for name, row in table.iterrows():
+        last = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**(100 * row[["difference", "low", "high"]]))
+        cells = [name, f"{100 * row['average_mean']:.1f} ± {100 * row['average_error']:.1f}"]
+        cells.append("" if pd.isna(row["difference"]) else last.replace("-", "−"))
+        assert f"\n| {' | '.join(cells)} |\n" in readme
+
+
 def test_the_readme_quotes_the_reference_study():
     readme = (ROOT / "README.md").read_text("utf-8")
     folder = ROOT / "results" / "reference" / "study"
