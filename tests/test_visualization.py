@@ -238,11 +238,11 @@ def test_difference_plot_shows_points_intervals_and_numbers():
         np.testing.assert_allclose([*mean.get_xdata(), *mean.get_ydata()], [100 * table.loc[row, "mean"], row])
     assert rest[1].get_marker() == rest[5].get_marker() != rest[3].get_marker()
     texts = [text.get_text() for text in ax.texts]
-    assert texts == ["+1.2 [-0.1, +2.5]", "-20.0 [-31.0, -10.0]", "+0.0 [+0.0, +0.0]", "mean [low, high]"]
+    assert texts == ["+1.20 [-0.10, +2.50]", "-20.00 [-31.00, -10.00]", "+0.00 [+0.00, +0.00]", "mean [low, high]"]
     assert ax.yaxis_inverted()
     assert "points" in ax.get_xlabel()
     table[["low", "high"]] = np.nan
-    assert v.difference_plot(table, "D").axes[0].texts[0].get_text() == "+1.2"
+    assert v.difference_plot(table, "D").axes[0].texts[0].get_text() == "+1.20"
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
