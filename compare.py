@@ -220,7 +220,7 @@ class Comparison:
         if len(codes) > 1:
             raise InputError(
                 f"'{self.results.directory}' holds {cls.__name__} as it was before its code changed: give the class "
-                "another name, choose another results directory, or use overwrite=True."
+                "another name, choose another results directory, or use overwrite=True, which deletes all in it."
             )
         mine, there = self.values(cls, trial), header["hyperparameters"]
         for name in [*there, *mine]:

@@ -101,7 +101,7 @@ def signed(row: pd.Series) -> str:
 def report(comparison: Comparison) -> str:
     """The whole comparison as text."""
     study, found, seeds = comparison.study, tables_by_rule(comparison), len(comparison.seeds)
-    together, probe = ensemble(comparison), linear_probe(comparison.problem, single(comparison))["full"]
+    together, probe = ensemble(comparison), probe_of(comparison)
     lines = [
         "Methods of the field on frozen features",
         "",
@@ -147,6 +147,16 @@ def _yardstick(title: str, values: pd.Series) -> list[str]:
 def single(comparison: Comparison) -> list[str]:
     """Domains that are held out alone."""
     return [holdouts[0] for holdouts in comparison.holdouts if len(holdouts) == 1]
+
+
+def probe_of(comparison: Comparison) -> pd.Series:
+    """Accuracy of logistic regression on the features by holdout; kept on disk, because it takes a while."""
+    path, holdouts = comparison.results.directory / "linear_probe.csv", single(comparison)
+    kept = pd.read_csv(path, index_col="holdout") if path.is_file() else pd.DataFrame()
+    if not set(holdouts) <= set(kept.index):
+        kept = linear_probe(comparison.problem, holdouts)
+        comparison.results.write_text(path.name, kept.to_csv())
+    return kept.loc[holdouts, "full"]
 
 
 def seed_averages(comparison: Comparison) -> pd.DataFrame:

@@ -49,7 +49,7 @@ def build_parser() -> Parser:
             metavar="DIR",
             help=f"default {config.RESULTS_DIR}; below it study and compare have theirs",
         )
-        command.add_argument("--overwrite", action="store_true", help="delete the results of other settings there")
+        command.add_argument("--overwrite", action="store_true", help="delete the results that are there first")
         command.add_argument("--strict", action="store_true", help="stop at the first network that fails")
     features = commands.add_parser("features", help="run the frozen ViT over a folder of images, nothing else")
     features.add_argument("--output", metavar="FILE", help="copy the features there")

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 MASKS_SAW_VALIDATION = "Phase 1 trained on all images, so the mask saw the validation images."
 RULES = ("training-domain", "leave-one-domain-out", "oracle", "last")  # of selection; each has a table
 OUTPUTS = ("weights", "histories", "importance", "plots", "records.jsonl", "summary_report.txt", "comparison.txt")
-OUTPUTS += (*(f"comparison_{rule}.csv" for rule in RULES), "comparison_seeds.csv", "settings.json")
+OUTPUTS += (*(f"comparison_{rule}.csv" for rule in RULES), "comparison_seeds.csv", "linear_probe.csv")
+OUTPUTS += ("settings.json",)
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn")
 
 

@@ -6,7 +6,8 @@
 from algorithms import adversarial, alignment, averaging, dmg, erm, experts, gradients, heads, masks, meta, penalties
 from algorithms.base import Algorithm, Batch, Hyperparameter, Setup
 from algorithms.engine import AlgorithmEngine
-from algorithms.registry import ALGORITHMS, code_of, find, register
+from algorithms.fingerprint import code_of
+from algorithms.registry import ALGORITHMS, find, register
 
 FAMILIES = (adversarial, alignment, averaging, dmg, erm, experts, gradients, heads, masks, meta, penalties)
 

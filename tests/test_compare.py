@@ -237,6 +237,13 @@ def test_the_report_and_its_files(whole):
     assert (directory / "comparison_training-domain.csv").is_file()
 
 
+def test_logistic_regression_is_fitted_once(whole, monkeypatch):
+    first = compare_report.probe_of(whole)
+    monkeypatch.setattr(compare_report, "linear_probe", lambda *_: pytest.fail("fitted again"))
+    assert compare_report.probe_of(whole).equals(first)
+    assert list(first.index) == list(DOMAINS)
+
+
 def test_the_finding_is_computed():
     rows = {"ERM": (1, 0.5, np.nan, np.nan, np.nan), "A": (2, 0.4, -0.1, -0.2, -0.05)}
     rows |= {"B": (3, 0.3, 0.1, 0.05, 0.2), "ImportanceMask": (4, 0.2, 0.0, -0.1, 0.1)}

@@ -2,7 +2,10 @@
 
 import importlib
 import linecache
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_compare import contents, make
@@ -10,6 +13,8 @@ from test_study import make_features
 
 from algorithms import ALGORITHMS, code_of, registry
 from config import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,97 @@ def test_a_changed_method_is_not_mixed_with_what_it_was(change, data, tmp_path, 
 def test_code_is_known_of_classes_of_ones_own_only(monkeypatch, tmp_path):
     assert code_of(ALGORITHMS["ERM"]) is None
     assert len(code_of(own(tmp_path / "a", monkeypatch))) == 16
+
+
+BEFORE = """
+from functools import cached_property, partial
+import torch
+from torch.nn import functional as F
+from algorithms import Algorithm
+
+SCALE = 2.0
+SHIFT = torch.zeros(1)
+
+def helper(x):
+    return x * SCALE + SHIFT
+
+def made(k):
+    def loss(self, params, batch, state, noise):
+        return k * F.cross_entropy(self.forward(params, batch.features), batch.labels), {}
+    return loss
+
+class Own(Algorithm):
+    weights = [1.0]
+    table = {"a": 1}
+    tensor = torch.ones(2)
+    parts = (F.relu, F.gelu, {"x", "y", "z"}, helper)
+    bound = partial(helper, 3)
+    fold = staticmethod(lambda x: x + 1)
+    f, g = (lambda x: x,
+            lambda x: -x)
+    loss = made(1)
+
+    @cached_property
+    def cached(self):
+        return 1
+
+    @property
+    def plain(self):
+        return 4
+
+    def logits(self, params, state, features):
+        return self.forward(params, helper(features))
+"""
+
+
+def code_after(old="", new=""):
+    assert old in BEFORE
     typed = {"__name__": "typed"}
-    exec(OWN.format(words="batch", offset=0, expression=LOSS), typed)
-    assert code_of(typed["Own"]) is None  # Python has no source of it
+    exec(BEFORE.replace(old, new) if old else BEFORE, typed)  # as typed into an interpreter: there is no source
+    return code_of(typed["Own"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("SCALE = 2.0", "SCALE = 3.0"),
+        ("return x * SCALE", "return x - SCALE"),
+        ("torch.zeros(1)", "torch.ones(1)"),
+        ("weights = [1.0]", "weights = [3.0]"),
+        ('{"a": 1}', '{"a": 2}'),
+        ("torch.ones(2)", "torch.zeros(2)"),
+        ("(F.relu, F.gelu", "(F.gelu, F.gelu"),
+        ("partial(helper, 3)", "partial(helper, 4)"),
+        ("lambda x: x + 1", "lambda x: x + 2"),
+        ("lambda x: -x", "lambda x: 2 * x"),
+        ("made(1)", "made(2)"),
+        ("return k *", "return -k *"),
+        ("return 1", "return 2"),
+        ("return 4", "return 5"),
+        ("helper(features)", "features"),
+    ],
+)
+def test_every_change_of_code_is_noticed(old, new):
+    assert code_after(old, new) != code_after()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ("    weights", "\n\n    weights"),
+        ("        return 4", '        """Four."""\n        return 4  # four'),
+    ],
+    ids=["none", "layout", "docstring"],
+)
+def test_code_that_computes_the_same_is_the_same(old, new):
+    assert code_after(old, new) == code_after()
+
+
+def test_code_is_the_same_in_another_process():
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; import test_own_methods as t"
+    command = [sys.executable, "-c", f"{code}; print(t.code_after())"]
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout.strip() == code_after()
