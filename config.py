@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, fields
 
-# --- data -------------------------------------------------------------------------------------------
+# Data
 DATA_ROOT: str | None = None  # folder of domain folders of class folders; None = the bundled features
 FEATURES_FILE: str | None = None  # features made elsewhere, in the format of data/README.md
 VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # hub name or local directory; used with DATA_ROOT
@@ -22,24 +22,24 @@ CACHE_DIR: str = "cache"  # extracted features and content hashes
 EXTRACTION_BATCH_SIZE: int | None = None  # images per forward pass; None = 8 on CPU, 256 on CUDA
 EXTRACTION_WORKERS: int | None = None  # decoding processes; 0 = threads; None = 0 on CPU, one per core on CUDA
 
-# --- split ------------------------------------------------------------------------------------------
+# Split
 SPLIT_SEED: int = 0  # of the one stratified in/out split of each domain
 OUT_FRACTION: float = 0.2  # part of each domain kept for validation (`out`)
 
-# --- classifier -------------------------------------------------------------------------------------
+# Classifier
 HIDDEN_SIZES: tuple[int, ...] = (10,) * 5  # five hidden layers have four weight matrices between them
 BATCH_SIZE: int = 32  # images per training step, in both phases
 
-# --- phase 1: which weights move ----------------------------------------------------------------------
+# Phase 1: which weights move
 PH1_NUM_EPOCHS: int = 10
 PH1_LEARNING_RATE: float = 1e-3  # Adam
 PH1_DATA: str = "all"  # "all" images of a domain, or "in" for its training split only
 
-# --- importance and masks -----------------------------------------------------------------------------
+# Importance and masks
 IMPORTANCE_THRESHOLD_PERCENTILE: float = 60.0  # per cent of the tracked weights KEPT as important
 IMPORTANCE_AGGREGATION: str = "sum"  # over source domains: see importance.AGGREGATIONS
 
-# --- phase 2: training with the important weights favoured ----------------------------------------------
+# Phase 2: training with the important weights favoured
 PH2_NUM_EPOCHS: int = 10
 PH2_LR_IMPORTANT: float = 1e-3  # Adam; also every parameter outside the tracked matrices
 PH2_LR_UNIMPORTANT_START: float = 1e-4  # tracked weights outside the mask, first epoch
@@ -47,7 +47,7 @@ PH2_LR_DECAY_RATE: float = 0.5  # factor on it after each epoch
 PH2_FREEZE_EPOCH: int = 7  # epochs after which it is exactly 0; 0 = from the start
 PH2_INIT: str = "fresh"  # "fresh" random network, or "phase1" for Phase 1's own start
 
-# --- run ----------------------------------------------------------------------------------------------
+# Run
 NUM_SEEDS: int = 10  # seeds 0 … N-1
 SEEDS_PER_CHUNK: int = 50  # seeds trained together and written together
 DEVICE: str | None = None  # "cpu" or "cuda"; None = CUDA where there is one
@@ -58,69 +58,72 @@ AGGREGATIONS = ("sum", "mean", "max", "min", "union", "intersection", "normalize
 
 
 class InputError(ValueError):
-    """Bad input from the person at the keyboard, told in one sentence (exit code 2)."""
+    """Invalid input, explained to the user in one sentence (exit code 2)."""
 
 
 def names() -> dict[str, object]:
-    """Annotated constants of this module: name -> declared type."""
+    """The settings of this module: name -> declared type."""
     return typing.get_type_hints(sys.modules[__name__])
 
 
 def parse(assignment: str) -> tuple[str, object]:
-    """Turn ``NAME=VALUE`` into a name of this module and a value of its declared type.
+    """Turn ``NAME=VALUE`` into the name of a setting and a value of its declared type.
 
     Raises:
         InputError: no ``=``, an unknown name (the nearest known one is offered), or a value of another type.
     """
-    name, equals, text = assignment.partition("=")
-    name, text = name.strip(), text.strip()
-    known = names()
+    name, equals, text = (part.strip() for part in assignment.partition("="))
     if not equals:
         raise InputError(f"--set wants NAME=VALUE, not '{assignment}'.")
-    declared = _declared(name, known)
+    kind = _declared(name)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         repeated = re.fullmatch(r"\((\d+),\)\s*\*\s*(\d{1,3})", text)  # (10,) * 5, as the constant is written
         value = (int(repeated[1]),) * int(repeated[2]) if repeated else text  # a bare word is a string
-    if str in (declared, *typing.get_args(declared)) and not isinstance(value, (str, type(None))):
+    if str in _options(kind) and not isinstance(value, (str, type(None))):
         value = text  # RESULTS_DIR=1e3 is a name, not a number
-    return name, _coerce(name, value, declared)
+    return name, _coerce(name, value, kind)
 
 
-def _declared(name: str, known: dict[str, object]) -> object:
-    """The declared type of a constant, or an `InputError` that offers the nearest name."""
+def _declared(name: str) -> object:
+    """The declared type of a setting, or an `InputError` that offers the nearest name."""
+    known = names()
     if name not in known:
         near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
         raise InputError(f"There is no setting '{name}'; the nearest is {near[0]}.")
     return known[name]
 
 
+def _options(kind: object) -> tuple:
+    """The types that a declared type allows."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def _coerce(name: str, value: object, kind: object) -> object:
     """`value` as the declared type `kind`, or an `InputError` that names the setting."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
+    for option in _options(kind):
         if typing.get_origin(option) is tuple:
-            items = (value,) if isinstance(value, int) else value
-            if isinstance(items, (tuple, list)) and all(type(i) is int for i in items):
+            items = value if isinstance(value, (tuple, list)) else (value,)
+            if all(type(item) is int for item in items):
                 return tuple(items)
-        elif option is float and type(value) in (int, float):
-            return float(value)
-        elif option is str and value is not None:
-            return str(value)
-        elif option is type(value):
+        elif type(value) is option:
             return value
-    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options).replace("NoneType", "None")
-    raise InputError(f"{name} must be of type {wanted}, not {value!r}.")
+        elif (option is float and type(value) is int) or (option is str and value is not None):
+            return option(value)
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in _options(kind))
+    raise InputError(f"{name} must be of type {wanted.replace('NoneType', 'None')}, not {value!r}.")
 
 
 def apply(assignments: dict[str, object]) -> None:
     """Set constants of this module by name, with the same checks as ``--set`` (for notebooks and papermill)."""
-    known = names()
-    values = {name: _coerce(name, value, _declared(name, known)) for name, value in assignments.items()}
+    values = {name: _coerce(name, value, _declared(name)) for name, value in assignments.items()}
     globals().update(values)  # all or none
+
+
+def reset() -> None:
+    """Give every setting the value that it has in this file, whatever was set since it was read."""
+    globals().update(_AS_WRITTEN)
 
 
 def _check(condition: bool, sentence: str) -> None:
@@ -130,7 +133,7 @@ def _check(condition: bool, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a result, beside features, seed and holdout. `Settings.current()` reads the constants.
+    """What determines a result, besides features, seed and holdout. `Settings.current()` reads the constants.
 
     Fields have the constants' names in lower case; see the comments there for meanings and units.
     """
@@ -160,10 +163,9 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        known = names()
         for field in fields(self):  # equal settings are of equal types, and so of equal hash
             name = field.name.upper()
-            object.__setattr__(self, field.name, _coerce(name, getattr(self, field.name), known[name]))
+            object.__setattr__(self, field.name, _coerce(name, getattr(self, field.name), _declared(name)))
         sizes = self.hidden_sizes
         _check(len(sizes) >= 2, f"HIDDEN_SIZES needs two hidden layers or more to have a tracked matrix, not {sizes}.")
         _check(all(size > 0 for size in sizes), f"HIDDEN_SIZES must be positive, not {sizes}.")
@@ -196,3 +198,6 @@ class Settings:
     def hash(self) -> str:
         """First 12 hex digits of the SHA-256 of the settings as sorted JSON."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+_AS_WRITTEN = {name: globals()[name] for name in names()}

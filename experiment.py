@@ -1,4 +1,4 @@
-"""The experiment without a notebook: ``python experiment.py run``, ``study``, ``features`` or ``predict``.
+"""The command line: ``python experiment.py COMMAND``.
 
 Exit codes: 0 done; 1 a training run failed (one seed, or --strict); 2 bad input, one sentence on stderr; 130 Ctrl-C.
 """
@@ -7,18 +7,20 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C before `main` can see to it, as early as can be
+if __name__ == "__main__":  # Ctrl-C while libraries are imported: an exception might be swallowed there
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nInterrupted.\n"), os._exit(130)))
 
 import argparse
+import importlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import config
-import field
 from config import InputError
+
+FOLDERS = {"study": "study", "compare": "compare", "export-domainbed": "compare"}  # below RESULTS_DIR
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,47 +30,181 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{message[0].upper()}{message[1:].rstrip('.')}; see {self.prog} --help.\n")
 
 
+def run(options: argparse.Namespace) -> None:
+    from study import Run, Study, finding, lodo_table, wide_table
+
+    study = Study(Run.from_config(None, options.holdouts, **_training(options)))
+    print(study.run.features.describe(), flush=True)
+    study.train()
+    study.report()
+    if not options.no_figures:
+        from study.figures import save_all
+
+        save_all(study, config.DATA_ROOT)
+    print(f"\n{wide_table(lodo_table(study.records())).to_string()}\n\n{finding(study.records())}")
+    print(f"Everything is in {config.RESULTS_DIR}: start with summary_report.txt.")
+    _warn(study.failures())
+
+
+def study(options: argparse.Namespace) -> None:
+    from evidence import Protocol
+
+    sweep = None if options.sweep_seeds is None else range(options.sweep_seeds)
+    protocol = Protocol.from_config(None, sweep, **_training(options))
+    print(protocol.short.run.features.describe(), flush=True)
+    protocol.train()
+    print(f"\n{protocol.write()}\nEverything is in {_directory(options)}: start with report.txt.")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from field import Comparison, failed, write
+
+    choice = {"holdouts": options.holdouts, **_training(options)}
+    comparison = Comparison.from_config(options.algorithms, options.trials, options.leave_one_out, **choice)
+    print(comparison.run.features.describe(), flush=True)
+    comparison.train()
+    print(f"\n{write(comparison)}\nEverything is in {_directory(options)}: start with comparison.txt.", flush=True)
+    if not options.no_figures:
+        from field.figures import save_all
+
+        save_all(comparison)
+    _warn(failed(comparison))
+
+
+def features(options: argparse.Namespace) -> None:
+    from engine import prepare_machine
+    from features import copy_features, get_features
+
+    if config.DATA_ROOT is None:
+        raise InputError("features needs --data-root DIR.")
+    data = get_features(config.DATA_ROOT, device=prepare_machine(config.DEVICE, config.THREADS), verify=options.verify)
+    print(data.describe())
+    if options.output:
+        copy_features(data, options.output)
+        print(f"Copied to {options.output}.")
+
+
+def predict(options: argparse.Namespace) -> None:
+    from engine import prepare_machine
+    from study import predict_images
+
+    device, size = prepare_machine(config.DEVICE, config.THREADS), config.EXTRACTION_BATCH_SIZE
+    choice = {"seed": options.seed, "device": device, "batch_size": size}
+    for image, ranked in predict_images(options.weights, options.images, config.VIT_MODEL, **choice):
+        print(f"{image}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in ranked), flush=True)
+
+
+def export_domainbed(options: argparse.Namespace) -> None:
+    from engine import prepare_machine
+    from features import get_features
+    from field import export_domainbed
+
+    device = prepare_machine(config.DEVICE, config.THREADS)
+    source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
+    export_domainbed(_directory(options), options.directory, source)
+
+
+def import_domainbed(options: argparse.Namespace) -> None:
+    from field import domainbed_tables
+
+    print(domainbed_tables(options.directory, options.dataset))
+
+
+def docs(options: argparse.Namespace) -> None:
+    from evidence import benchmark_tables, results_tables, write_pages
+    from field import comparison_tables
+
+    root = Path(__file__).resolve().parent
+    for path in write_pages(root, results_tables(root) | benchmark_tables(root) | comparison_tables(root)):
+        print(f"Wrote {path.relative_to(root)}.")
+
+
+# name -> what it does, its package (imported when it is known that the options are right: it takes seconds), help
+COMMANDS = {
+    "run": (run, "study", "train both phases, write table, report and figures"),
+    "study": (study, "evidence", "arms and controls, sweeps and diagnostics: the whole answer"),
+    "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
+    "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
+    "predict": (predict, "study", "class probabilities of images"),
+    "export-domainbed": (export_domainbed, "field", "write the runs of a comparison as DomainBed does"),
+    "import-domainbed": (import_domainbed, "field", "tables of DomainBed's own runs, by its selection rules"),
+    "docs": (docs, "field", "write the tables of docs/ and README.md from results/reference/"),
+}
+
+
+def names(text: str) -> list[str]:
+    """A list of names, separated by commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError("a name in the list is empty")
+    return found
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="experiment.py", description="Domain generalization with importance-based weight masking.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    run = commands.add_parser("run", help="train both phases, write table, report and figures")
-    run.add_argument("--holdouts", metavar="A,B", help="domains to leave out (default: each in turn)")
-    run.add_argument("--no-figures", action="store_true", help="write numbers only")
-    study = commands.add_parser("study", help="variants and controls, sweeps and diagnostics: the whole answer")
-    study.add_argument(
-        "--sweep-seeds", type=int, metavar="N", help="seeds of the exploratory sweep (default: 50 at most)"
-    )
-    compare, others = field.add_commands(commands.add_parser)
-    trained = [run, study, compare]
-    for command in trained:
-        command.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
-        command.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
-        command.add_argument(
-            "--results-dir",
-            metavar="DIR",
-            help=f"default {config.RESULTS_DIR}; below it study and compare have theirs",
-        )
-        command.add_argument("--overwrite", action="store_true", help="delete the results that are there first")
-        command.add_argument("--strict", action="store_true", help="stop at the first network that fails")
-    features = commands.add_parser("features", help="run the frozen ViT over a folder of images, nothing else")
-    features.add_argument("--output", metavar="FILE", help="copy the features there")
-    for command in (*trained, features):
-        command.add_argument("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
-        command.add_argument("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
-        command.add_argument("--verify", action="store_true", help="read all image files again, trust no time stamp")
-    predict = commands.add_parser("predict", help="class probabilities of images")
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
-    predict.add_argument("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")
-    predict.add_argument("--vit-model", metavar="ID_OR_DIR", help="the model the weights were trained on")
-    predict.add_argument("--seed", type=int, metavar="N", help="which network of the file (default: its first)")
-    for command in (*trained, features, predict, *others):
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-        command.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="NAME=VALUE", help="any name of config.py; may be repeated"
-        )
+    machine, images, training = _machine_options(), _image_options(), _training_options()
+    shared = {name: [training, images, machine] for name in ("run", "study", "compare")} | {
+        "features": [images, machine]
+    }
+    added = {}
+    for name, (_, _, text) in COMMANDS.items():
+        about = {"help": text, "description": f"{text[0].upper()}{text[1:]}."}
+        added[name] = commands.add_parser(name, parents=shared.get(name, [machine]), **about)
+    for name in ("run", "compare"):
+        added[name].add_argument("--holdouts", type=names, metavar="A,B", help="domains to leave out (default: each)")
+        added[name].add_argument("--no-figures", action="store_true", help="write numbers only")
+    add = added["study"].add_argument
+    add("--sweep-seeds", type=int, metavar="N", help="seeds of the exploratory sweep (default: 50 at most)")
+    add = added["compare"].add_argument
+    add("--algorithms", type=names, metavar="A,B", help="names (default: all; a wrong one lists them)")
+    add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
+    add("--leave-one-out", action="store_true", help="train without every pair of domains as well")
+    added["features"].add_argument("--output", metavar="FILE", help="copy the features there")
+    add = added["predict"].add_argument
+    add("images", nargs="+", metavar="IMAGE")
+    add("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")
+    add("--vit-model", metavar="ID_OR_DIR", help="the model the weights were trained on")
+    add("--seed", type=int, metavar="N", help="which network of the file (default: its first)")
+    add = added["export-domainbed"].add_argument
+    add("directory", metavar="DIR", help="of the runs; what is there is kept")
+    add("--results-dir", metavar="DIR", help=f"of the comparison (default {config.RESULTS_DIR}/compare)")
+    add("--features", metavar="FILE", help="the feature file that it was made with")
+    add("--data-root", metavar="DIR", help="or the images")
+    add("--vit-model", metavar="ID_OR_DIR", help="and their model")
+    add = added["import-domainbed"].add_argument
+    add("directory", metavar="DIR", help="of DomainBed's runs")
+    add("--dataset", metavar="NAME", help="where the runs are of several")
     return parser
+
+
+def _machine_options() -> Parser:
+    parent = Parser(add_help=False)
+    parent.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parent.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    setting = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    parent.add_argument("--set", **setting, help="any name of config.py; may be repeated")
+    return parent
+
+
+def _image_options() -> Parser:
+    parent = Parser(add_help=False)
+    parent.add_argument("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
+    parent.add_argument("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
+    parent.add_argument("--verify", action="store_true", help="read all image files again, trust no time stamp")
+    return parent
+
+
+def _training_options() -> Parser:
+    parent = Parser(add_help=False)
+    parent.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
+    parent.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
+    where = f"default {config.RESULTS_DIR}; for study and compare a folder below it"
+    parent.add_argument("--results-dir", metavar="DIR", help=where)
+    parent.add_argument("--overwrite", action="store_true", help="delete the results that are there first")
+    parent.add_argument("--strict", action="store_true", help="stop at the first network that fails")
+    return parent
 
 
 def apply_options(options: argparse.Namespace) -> None:
@@ -78,9 +214,9 @@ def apply_options(options: argparse.Namespace) -> None:
         InputError: an unknown setting, a value of the wrong type, options that exclude each other.
     """
     config.apply(dict(config.parse(assignment) for assignment in options.set))
-    names = {"data_root": "DATA_ROOT", "vit_model": "VIT_MODEL", "features": "FEATURES_FILE", "device": "DEVICE"}
-    names |= {"results_dir": "RESULTS_DIR", "seeds": "NUM_SEEDS", "threads": "THREADS"}
-    config.apply({n: v for option, n in names.items() if (v := getattr(options, option, None)) is not None})
+    constants = {"data_root": "DATA_ROOT", "vit_model": "VIT_MODEL", "features": "FEATURES_FILE", "device": "DEVICE"}
+    constants |= {"results_dir": "RESULTS_DIR", "seeds": "NUM_SEEDS", "threads": "THREADS"}
+    config.apply({n: v for option, n in constants.items() if (v := getattr(options, option, None)) is not None})
     for option in ("results_dir", "output", "weights", "directory"):  # the shell does not expand --option=~/x
         if getattr(options, option, None):
             setattr(options, option, os.path.expanduser(getattr(options, option)))
@@ -89,180 +225,55 @@ def apply_options(options: argparse.Namespace) -> None:
     if config.NUM_SEEDS < 1:
         raise InputError(f"--seeds must be at least 1, not {config.NUM_SEEDS}.")
     if not config.RESULTS_DIR:
-        raise InputError("RESULTS_DIR is empty: which folder?")
+        raise InputError("RESULTS_DIR must not be empty.")
+    if not getattr(options, "directory", "given").strip():
+        raise InputError("DIR must not be empty.")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
     if options.command in ("run", "study", "compare") and options.vit_model and config.DATA_ROOT is None:
         raise InputError("--vit-model needs --data-root: without images there is nothing to run a model on.")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train both phases and write everything a run writes."""
-    from evaluation import finding, lodo_table, wide_table
-    from study import Study
-
-    holdouts = [name.strip() for name in options.holdouts.split(",")] if options.holdouts else None
-    choice = {"overwrite": options.overwrite, "verify": options.verify, "strict": options.strict}
-    study = Study.from_config(None, holdouts, **choice)
-    print(study.data.describe(), flush=True)
-    study.phase1()
-    study.phase2()
-    study.report()
-    if not options.no_figures:
-        from figures import save_all  # takes a second to import
-
-        save_all(study, config.DATA_ROOT)
-    print(f"\n{wide_table(lodo_table(study.records())).to_string()}\n")
-    print(finding(study.records()))
-    print(f"Everything is in {config.RESULTS_DIR}: start with summary_report.txt.")
-    if failures := study.failures():
-        print(f"Warning: {len(failures)} networks failed and are left out, first {failures[0]}.", file=sys.stderr)
+def _directory(options: argparse.Namespace) -> Path:
+    """Where a command's results are: --results-dir, else RESULTS_DIR or a folder of the command's below it."""
+    given = getattr(options, "results_dir", None)
+    return Path(given) if given else Path(config.RESULTS_DIR) / FOLDERS.get(options.command, "")
 
 
-def study(options: argparse.Namespace) -> None:
-    """Variants and controls from both starts, twice as to length, sweeps, diagnostics, report."""
-    from answer import Answer
-    from config import Settings
-    from features import get_features
-    from training import prepare_machine
-
-    seeds = config.NUM_SEEDS
-    sweep = min(seeds, 50) if options.sweep_seeds is None else options.sweep_seeds
-    if seeds < 2 or sweep < 2:
-        raise InputError("A study compares over seeds: --seeds and --sweep-seeds must be at least 2.")
-    device, directory = prepare_machine(), options.results_dir or Path(config.RESULTS_DIR) / "study"
-    Answer.check(Settings.current(), directory, options.overwrite)  # before an extraction that may take long
-    data = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=device, verify=options.verify)
-    print(data.describe(), flush=True)
-    choice = {"device": device, "strict": options.strict, "overwrite": options.overwrite}
-    answer = Answer(data, Settings.current(), directory, seeds, sweep, **choice)
-    answer.run()
-    print(f"\n{answer.write()}\nEverything is in {directory}: start with report.txt.")
+def _training(options: argparse.Namespace) -> dict[str, object]:
+    """What `Run.from_config` is told by the options of a command that trains."""
+    choice = {name: getattr(options, name) for name in ("overwrite", "verify", "strict")}
+    return {"directory": _directory(options), **choice}
 
 
-def features(options: argparse.Namespace) -> None:
-    """Extract features, and copy them where asked."""
-    from features import copy_features, get_features
-    from training import prepare_machine
-
-    if config.DATA_ROOT is None:
-        raise InputError("--data-root is missing: which images?")
-    data = get_features(config.DATA_ROOT, device=prepare_machine(), verify=options.verify)
-    print(data.describe())
-    if options.output:
-        copy_features(data, options.output)
-        print(f"Copied to {options.output}.")
+def _warn(failures: Sequence[str]) -> None:
+    if failures:
+        text = f"Warning: {len(failures)} networks failed and are left out, first {failures[0]}."
+        print(text, file=sys.stderr)
 
 
-def predict(options: argparse.Namespace) -> None:
-    """Print the class probabilities of images, best first, a line per image, batch by batch."""
-    from dataset import load_image, problem_of
-    from records import load_arrays
-    from training import prepare_machine
-
-    size = 8 if config.EXTRACTION_BATCH_SIZE is None else config.EXTRACTION_BATCH_SIZE
-    if size < 1:
-        raise InputError(f"EXTRACTION_BATCH_SIZE must be at least 1, not {size}.")
-
-    arrays, header = load_arrays(options.weights)
-    if not any(name.startswith("final.") for name in arrays):
-        raise InputError(f"'{options.weights}' holds no networks: give a file of results/weights/.")
-    seeds = arrays["seeds"].tolist()
-    seed = seeds[0] if options.seed is None else options.seed
-    if seed not in seeds:
-        raise InputError(f"'{options.weights}' has no seed {seed}; it has {', '.join(map(str, seeds))}.")
-    refuse_failed(Path(options.weights), arrays, seed)
-    model = joined_model(arrays, header, seeds.index(seed)).to(prepare_machine())
-    for paths in (options.images[i : i + size] for i in range(0, len(options.images), size)):
-        images = []
-        for path in paths:
-            try:
-                images.append(load_image(path))
-            except Exception as error:  # Pillow's decoders raise anything
-                reason = problem_of(error, Path(path))
-                raise InputError(f"'{path}' cannot be read as an image ({reason}).") from error
-        for path, chances in zip(paths, model.predict(images), strict=True):
-            ranked = sorted(zip(chances.tolist(), model.class_names, strict=True), reverse=True)
-            print(f"{path}: " + ", ".join(f"{name} {chance:.3f}" for chance, name in ranked), flush=True)
-
-
-def refuse_failed(path: Path, arrays: dict, seed: int) -> None:
-    """Raise an `InputError` if this network failed, by the code in its weights file or else in the history beside it.
-
-    A network is not sound because its weights are finite: its mask may have come from a source network that failed.
-    """
-    from records import load_arrays
-    from training import failure_reason
-
-    seeds, coded = arrays["seeds"].tolist(), arrays
-    history = path.parent.parent / "histories" / f"{path.stem}.npz"
-    if "failed" not in arrays and history.is_file():  # weights of an earlier version
-        coded = load_arrays(history)[0]
-    codes = dict(zip(coded["seeds"].tolist(), coded["failed"].tolist(), strict=True)) if "failed" in coded else {}
-    reasons = {number: failure_reason(code) for number, code in codes.items() if code}
-    finals = [value.flatten(1).isfinite().all(1) for name, value in arrays.items() if name.startswith("final.")]
-    for row, number in enumerate(seeds):
-        if not all(finite[row] for finite in finals):
-            reasons.setdefault(number, "its weights are not finite")
-    if seed in reasons:
-        sound = ", ".join([str(number) for number in seeds if number not in reasons][:10])
-        advice = f"give another one with --seed: {sound}" if sound else "and so did all others in the file"
-        raise InputError(f"Network {seed} of '{path}' failed in training ({reasons[seed]}); {advice}.")
-
-
-def joined_model(arrays: dict, header: dict, index: int):
-    """Frozen ViT and network number `index` of a weights file, as one model.
-
-    Raises:
-        InputError: the ViT is not the one whose features the network was trained on.
-    """
-    from models import FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
-
-    trained_on, made_by = header["features"]["model"] or {}, header["features"]["preprocessing"]
-    if "weights_sha256" not in trained_on:
-        raise InputError(
-            "These networks were trained on features of a model that is not known: they cannot see images."
-        )
-    extractor = ViTFeatureExtractor.from_pretrained()
-    if extractor.weights_hash() != trained_on["weights_sha256"] or extractor.preprocessing.describe() != made_by:
-        raise InputError(
-            f"The weights were trained on features of '{trained_on['name']}', and '{extractor.name}' is another "
-            "model or prepares images otherwise: give the right one with --vit-model."
-        )
-    classes = header["class_names"]
-    classifier = FeedforwardClassifier(extractor.feature_size, len(classes), header["hidden_sizes"])
-    state = {n.removeprefix("final."): v[index] for n, v in arrays.items() if n.startswith("final.")}
-    classifier.load_state_dict(state)
-    return ImageClassifier(extractor, classifier, classes).eval()
-
-
-COMMANDS = {"run": run, "study": study, "features": features, "predict": predict, "compare": field.compare}
-COMMANDS |= {"export-domainbed": field.export_domainbed, "import-domainbed": field.import_domainbed}
+def interrupt(*_) -> None:
+    """Ctrl-C while a command works: end in good order, and do not be disturbed while doing so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return perform(arguments)
-    except KeyboardInterrupt:
-        if signal.getsignal(signal.SIGINT) is leave:  # not where a notebook calls this function
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(f"\n{goodbye(arguments)}", file=sys.stderr, flush=True)
-        return 130
-
-
-def perform(arguments: Sequence[str]) -> int:
-    """Run a command; returns the exit code, unless it is interrupted."""
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in ("httpx", "matplotlib"):  # requests, and a new list of fonts
         logging.getLogger(library).setLevel(logging.WARNING)
-    from training import TrainingFailedError
+    perform, package, _ = COMMANDS[options.command]
+    importlib.import_module(package)
+    from engine import TrainingFailedError
 
+    if __name__ == "__main__":  # not where another program calls this function
+        signal.signal(signal.SIGINT, interrupt)
     try:
         apply_options(options)
-        COMMANDS[options.command](options)
+        perform(options)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -271,41 +282,17 @@ def perform(arguments: Sequence[str]) -> int:
         print(f"The file{where} cannot be used: {error.strerror or error}.", file=sys.stderr)
         return 2
     except TrainingFailedError as error:
-        print(
-            f"{error} Without --strict and with more seeds, failed networks are recorded and left out.", file=sys.stderr
-        )
+        advice = "Without --strict and with more seeds, failed networks are recorded and left out."
+        print(f"{error} {advice}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        change = "without --overwrite, " if "--overwrite" in arguments else ""
+        print(f"\nInterrupted; {change}the same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 
-def goodbye(arguments: Sequence[str]) -> str:
-    """What is said at Ctrl-C."""
-    change = "without --overwrite, " if "--overwrite" in arguments else ""
-    return f"Interrupted; {change}the same command goes on from here."
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C: `KeyboardInterrupt`, but the end at once inside an import, which may lose the exception."""
-    outer = frame
-    while outer is not None:
-        if outer.f_code.co_filename == "<frozen importlib._bootstrap>":
-            leave(number, frame)
-        outer = outer.f_back
-    signal.signal(signal.SIGINT, leave)
-    raise KeyboardInterrupt
-
-
-def leave(_number: int, _frame: FrameType | None) -> None:
-    """The second Ctrl-C, while the first one waits for work that is in flight: the end at once, without a traceback."""
-    os.write(2, f"\n{goodbye(sys.argv)}\n".encode())
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
     code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done
-    sys.stdout.flush()
-    if code == 130:
-        os._exit(code)  # no thread or library is waited for, which a second Ctrl-C would stop in the middle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
     sys.exit(code)

@@ -1,13 +1,17 @@
-"""Which weights matter: pure functions on tensors, for one network or a stack of networks.
+"""The method: from importance to a mask to a learning rate per weight. Pure functions on tensors.
+
+In the order of use: `weight_importance` of each domain, `aggregate` over domains, `normalize`, `top_k_mask`; then, in
+Phase 2, `unimportant_rate` of the epoch, `weight_rates`, and `step_with_rates`, which scales each weight's update.
+All work on one network or on a stack of networks.
 
 *Layers* are the tracked weight matrices of a network: a sequence of L tensors, each ``[out, in]`` for a single
 network or ``[*stack, out, in]`` for a stack (``[S, out, in]`` for S seeds, for instance). Shapes may differ from
 layer to layer, the leading axes may not. Every function treats all matrices of a network *together*, as n numbers.
 
-The criterion is movement, ``|w_final − w_start|`` (this project's own; "movement pruning", Sanh et al. 2020, is
-another thing: Σ −g·w). An importance that is all equal or not finite says nothing about which weight matters:
-for a single network this raises `DegenerateImportanceError`; in a stack that network's result is NaN (numbers) or
-all False (masks), and `degenerate` tells which those are.
+The criterion is the distance moved, ``|w_final − w_start|`` (this project's own; "movement pruning", Sanh et al. 2020,
+scores weights by Σ −g·w instead). An importance that is all equal or not finite does not rank the weights: for a
+single network it raises `DegenerateImportanceError`; in a stack the result of that network is NaN (numbers) or all
+False (masks), and `degenerate` marks such networks.
 
 This module needs torch alone.
 """
@@ -58,12 +62,12 @@ def _require_informative(layers: Layers) -> Tensor:
     """`degenerate`, raising where the layers are those of one network."""
     bad = degenerate(layers)
     if bad.ndim == 0 and bad:
-        raise DegenerateImportanceError("The importance is all equal or not finite: it marks no weight over another.")
+        raise DegenerateImportanceError("The importance is all equal or not finite: it does not rank the weights.")
     return bad
 
 
 def _rank(flat: Tensor) -> Tensor:
-    """Share of a network's other weights that lie strictly below each weight, ``[*stack, n]`` in [0, 1]."""
+    """Fraction of a network's other weights that lie strictly below each weight, ``[*stack, n]`` in [0, 1]."""
     ordered = flat.sort(dim=-1).values.contiguous()
     below = torch.searchsorted(ordered, flat.contiguous())  # equal weights get equal ranks
     return below.to(_wide(flat)) / max(flat.shape[-1] - 1, 1)
@@ -75,7 +79,7 @@ def _normalized_sum(domains: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor) -> torch.dtype:
-    """The type of `values`, float32 at least: a total or a rank can be more than float16 holds."""
+    """The type of `values`, float32 at least: float16 cannot hold every total and rank."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
@@ -159,59 +163,49 @@ def top_k_mask(scores: Layers, percent: float = 60.0) -> list[Tensor]:
     return unflatten(mask & ~bad.unsqueeze(-1), scores)
 
 
-def statistics(importance: Layers, mask: Layers) -> list[dict[str, Tensor | str]]:
-    """Numbers that describe an importance and its mask, one dict per layer and a last one for "overall".
+def unimportant_rate(epoch: int, start: float, decay: float, freeze_epoch: int) -> float:
+    """Rate of the unmarked weights in an epoch (from 0): ``start · decay^epoch``, exactly 0 from `freeze_epoch` on.
 
-    Keys: `layer`, `weights` (count), `mean`, `std` (population), `min`, `max`, `marked`, `density` (share marked),
-    `zero` (weights that never moved, e.g. of dead ReLU units) and `marked_zero` (of those, the marked ones).
-    Values have the shape ``[*stack]``.
+    Args:
+        epoch: number of the epoch, from 0.
+        start: rate in epoch 0, a learning rate or a factor on one; the result has the same unit.
+        decay: factor after each epoch.
+        freeze_epoch: epochs after which the rate is 0; 0 = from the start.
     """
-    if [w.shape for w in importance] != [m.shape for m in mask]:
-        raise ValueError("Importance and mask must have the same layers and shapes.")
-    rows = [(f"{i + 1}", w.flatten(-2), m.flatten(-2)) for i, (w, m) in enumerate(zip(importance, mask, strict=True))]
-    rows.append(("overall", flatten(importance), flatten(mask)))
-    return [
-        {
-            "layer": name,
-            "weights": torch.full(w.shape[:-1], w.shape[-1]),
-            "mean": w.mean(-1),
-            "std": w.std(-1, correction=0),
-            "min": w.amin(-1),
-            "max": w.amax(-1),
-            "marked": m.sum(-1),
-            "density": m.double().mean(-1),
-            "zero": (w == 0).sum(-1),
-            "marked_zero": ((w == 0) & m).sum(-1),
-        }
-        for name, w, m in rows
-    ]
+    return 0.0 if epoch >= freeze_epoch else start * decay**epoch
 
 
-def overlap(mask_a: Layers, mask_b: Layers) -> Tensor:
-    """Intersection over union of two masks (Jaccard index): float64 ``[*stack]`` in [0, 1]; two empty masks: 1."""
-    a, b = flatten(mask_a), flatten(mask_b)
-    union = (a | b).sum(-1).double()
-    return torch.where(union > 0, (a & b).sum(-1) / union, torch.ones_like(union))
+def weight_rates(mask: Tensor, rate: float | Tensor) -> Tensor:
+    """A rate per weight: 1 where `mask` is True, `rate` elsewhere.
 
+    Args:
+        mask: bool, any shape.
+        rate: a number, or a floating-point tensor that broadcasts to the mask.
 
-def expected_overlap(count_a: int, count_b: int, n: int) -> float:
-    """The IoU that chance gives: mean over masks with these counts, placed independently and uniformly on n weights.
-
-    Exact: the intersection i is hypergeometric, and the value is ``Σ P(i) · i / (count_a + count_b − i)``. (The
-    often used ratio of expectations is not the same.)
-
-    Raises:
-        ValueError: a count outside 0 … n.
+    Returns:
+        The shape of the mask, in the type of `rate` (the default type for a number).
     """
-    if not (0 <= count_a <= n and 0 <= count_b <= n):
-        raise ValueError(f"Counts must lie in 0 … {n}, not {count_a} and {count_b}.")
-    if count_a == count_b == 0:
-        return 1.0
-    shared = torch.arange(max(0, count_a + count_b - n), min(count_a, count_b) + 1, dtype=torch.float64)
+    return torch.where(mask, 1.0, rate)
 
-    def log_choose(total: Tensor | float, chosen: Tensor | float) -> Tensor:
-        total, chosen = torch.as_tensor(total, dtype=torch.float64), torch.as_tensor(chosen, dtype=torch.float64)
-        return torch.lgamma(total + 1) - torch.lgamma(chosen + 1) - torch.lgamma(total - chosen + 1)
 
-    log_p = log_choose(count_a, shared) + log_choose(n - count_a, count_b - shared) - log_choose(n, count_b)
-    return float((log_p.exp() * shared / (count_a + count_b - shared)).sum())
+def scaled_update(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
+    """The fraction `rate` of an optimizer's update: ``old + rate·(new − old)``, exactly `new` at 1 and `old` at 0.
+
+    Adam is invariant to the scale of the gradient, so a learning rate per weight has to scale the update itself.
+    """
+    return torch.where(rate == 1, new, torch.where(rate == 0, old, old + rate * (new - old)))
+
+
+@torch.no_grad()
+def step_with_rates(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, Tensor]) -> None:
+    """``optimizer.step()`` with a learning rate per weight, for any optimizer.
+
+    Args:
+        optimizer: has its gradients; its learning rate is that of a weight of rate 1.
+        rates: parameter -> factor on its update, of the same shape. A weight of rate 0 keeps its exact bits, momentum
+            and weight decay notwithstanding; parameters that are not in `rates` step in full.
+    """
+    before = {parameter: parameter.clone() for parameter in rates}
+    optimizer.step()
+    for parameter, rate in rates.items():
+        parameter.copy_(scaled_update(before[parameter], parameter, rate))

@@ -1,38 +1,30 @@
 """The two networks: the frozen ViT that turns an image into features, and the small classifier on top."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from logging import getLogger
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-
-import config
-from config import InputError
-
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # older and newer name
 
 
 class FeedforwardClassifier(nn.Module):
     """``Linear(D, h1) → ReLU → … → Linear(hk, classes)`` with PyTorch's own initialization.
 
-    The weight matrices *between hidden layers* are the tracked ones, the only weights that importance and
-    masks speak of. Five hidden layers of ten have four tracked matrices of 10×10.
+    The weight matrices *between hidden layers* are the tracked ones: importance and masks are defined on them
+    alone. Five hidden layers of ten units have four tracked matrices of 10×10.
 
     Args:
         in_features: D, the length of a feature vector.
         num_classes: length of the output (logits).
-        hidden_sizes: widths of the hidden layers, two or more; default `config.HIDDEN_SIZES`.
+        hidden_sizes: widths of the hidden layers, two or more, such as `config.HIDDEN_SIZES`.
 
     Shapes: input ``[..., D]``, output ``[..., num_classes]``.
     """
 
-    def __init__(self, in_features: int, num_classes: int, hidden_sizes: Sequence[int] | None = None):
+    def __init__(self, in_features: int, num_classes: int, hidden_sizes: Sequence[int]):
         super().__init__()
-        sizes = [in_features, *(config.HIDDEN_SIZES if hidden_sizes is None else hidden_sizes), num_classes]
+        sizes = [in_features, *hidden_sizes, num_classes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -41,15 +33,24 @@ class FeedforwardClassifier(nn.Module):
         return self.layers[-1](features)
 
     @classmethod
-    def outline(cls, *sizes) -> "FeedforwardClassifier":
+    def outline(cls, in_features: int, num_classes: int, hidden_sizes: Sequence[int]) -> "FeedforwardClassifier":
         """The same module without weights (on the meta device): draws nothing from the global random generator."""
         with torch.device("meta"):
-            return cls(*sizes)
+            return cls(in_features, num_classes, hidden_sizes)
 
     @property
     def tracked_names(self) -> tuple[str, ...]:
         """Parameter names of the tracked matrices, first to last."""
         return tuple(f"layers.{i}.weight" for i in range(1, len(self.layers) - 1))
+
+    def tracked(self, params: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tracked matrices among the parameters of such a network or a stack of them: L × ``[*stack, out, in]``."""
+        return [params[name] for name in self.tracked_names]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
 
 class Preprocessing:
@@ -77,7 +78,7 @@ class Preprocessing:
         keys = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square", "backend")
         values = {key: getattr(self.processor, key, None) for key in keys}
         for key in ("size", "crop_size"):
-            if values[key] is not None:  # keep those of the many ways to give a size that are set
+            if values[key] is not None:  # there are many ways to give a size: keep those that are set
                 values[key] = {name: number for name, number in dict(values[key]).items() if number is not None}
         values["resample"] = None if values["resample"] is None else int(values["resample"])
         values.update(scale=self.scale, mean=self.mean, std=self.std)
@@ -89,8 +90,8 @@ class ViTFeatureExtractor(nn.Module):
 
     Args:
         model: a model of `transformers` whose output has `last_hidden_state` with the CLS token first.
-        preprocessing: what makes its input.
-        name: how the model is called in headers and messages.
+        preprocessing: makes its input from images.
+        name: of the model, in headers and messages.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, float32 ``[B, D]`` out.
     """
@@ -102,17 +103,6 @@ class ViTFeatureExtractor(nn.Module):
         shape = (1, 3, 1, 1)
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(shape), persistent=False)
-
-    @classmethod
-    def from_pretrained(cls, name: str | None = None) -> "ViTFeatureExtractor":
-        """Load a model from the hub or a local directory; default `config.VIT_MODEL`.
-
-        Raises:
-            InputError: the model cannot be had, has no CLS token, or lacks weights of its architecture.
-        """
-        name = config.VIT_MODEL if name is None else str(name)
-        model = _load_backbone(name)
-        return cls(model, Preprocessing(_load_processor(name)), Path(name).name if Path(name).is_dir() else name)
 
     @property
     def feature_size(self) -> int:
@@ -144,12 +134,12 @@ class ViTFeatureExtractor(nn.Module):
         return hidden[:, 0].float()
 
     def train(self, mode: bool = True) -> "ViTFeatureExtractor":
-        """Stays in eval mode whatever is asked: the backbone is frozen."""
+        """Stays in eval mode whatever `mode` is: the backbone is frozen."""
         return super().train(False)
 
 
 class ImageClassifier(nn.Module):
-    """Frozen ViT and trained classifier joined: pixels in, class probabilities out.
+    """Frozen ViT and trained classifier together: pixels in, class probabilities out.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, ``[B, classes]`` out.
     """
@@ -166,74 +156,3 @@ class ImageClassifier(nn.Module):
     def predict(self, images: Sequence) -> Tensor:
         """RGB ``PIL.Image`` objects -> probabilities ``[len(images), classes]``."""
         return self(torch.stack([self.extractor.preprocessing(image) for image in images]))
-
-
-def _load_backbone(name: str) -> nn.Module:
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    hub = getLogger("huggingface_hub")
-    hub_level = hub.level
-    hub.setLevel("ERROR")  # every retry without network is a warning; the error below says it once
-    logging.set_verbosity_error()  # the load report lists the unused classification head: nothing to act on
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-        missing = looks_like_path and not Path(name).exists()
-        why = "there is no such folder" if missing else str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
-        raise InputError(
-            f"The model '{name}' cannot be had ({why}): give VIT_MODEL a hub name with network access, "
-            "or a local directory that holds config.json and the weights."
-        ) from error
-    finally:
-        hub.setLevel(hub_level)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    if getattr(model.config, "mask_ratio", None):
-        raise InputError(f"The model '{name}' drops patches at random (a masked autoencoder); use another ViT.")
-    model = getattr(model, "vision_model", model)  # the image half of a two-tower model such as CLIP
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # unused, and random where the checkpoint has none
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise InputError(f"The weights of '{name}' lack {len(missing)} of its parameters, {missing[0]} first.")
-    if not any(key.split(".")[-1] in ("cls_token", "class_embedding") for key, _ in model.named_parameters()):
-        raise InputError(f"The model '{name}' has no CLS token; use a ViT, DeiT, BEiT, DINOv2 or CLIP model.")
-    return model
-
-
-def _load_processor(name: str):
-    """The model's image processor; without one: 224×224 squashed, bilinear, mean = std = 0.5."""
-    from transformers import AutoImageProcessor, ViTImageProcessor
-
-    if not _has_processor(name):
-        return ViTImageProcessor(size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    try:
-        return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The image processor of '{name}' cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _has_processor(name: str) -> bool:
-    if Path(name).is_dir():
-        return any((Path(name) / file).is_file() for file in PROCESSOR_FILES)
-    return any(_hub_has(name, file) for file in PROCESSOR_FILES)
-
-
-def _hub_has(name: str, file: str) -> bool:
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(name, file)
-    except LocalEntryNotFoundError as error:
-        if try_to_load_from_cache(name, file) is _CACHED_NO_EXIST:
-            return False  # the hub said so once
-        raise InputError(f"'{file}' of '{name}' cannot be had: no network, and it is not in the cache.") from error
-    except EntryNotFoundError:
-        return False
-    return True

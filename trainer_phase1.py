@@ -1,19 +1,48 @@
 """Phase 1: which weights move while a network learns one domain.
 
-One network per source domain and seed. All domains of a seed start from the same random parameters, so a position in
-a tracked matrix means the same unit in each of them, and their importances can be added.
+One network per domain and seed. All domains of a seed start from the same random parameters, so a position in a tracked
+matrix means the same unit in each of them, and their importances can be added.
+
+`train_network` trains one network with a plain loop. `train_domain` is Phase 1 for all seeds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from config import Settings
-from importance import degenerate, weight_importance
-from stacks import Params
-from training import BatchOrder, Problem, accuracies, raise_failure, random_start, tracked, train
+from engine import BatchOrder, MatmulEngine, Params, SplitFeatures, accuracies, raise_failure, random_start, train
+from importance import degenerate, step_with_rates, weight_importance
+
+
+def train_network(
+    network: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    epochs: Iterable[Iterable[Tensor]],
+    learning_rate: float,
+    rates: Callable[[int], Mapping[Tensor, Tensor]] = lambda epoch: {},
+) -> None:
+    """Train one network in place, as anybody would write it. `engine` does the same for thousands at once.
+
+    Args:
+        network: any module, inputs ``[B, …]`` -> logits ``[B, classes]``.
+        inputs: ``[N, …]``.
+        labels: int64 ``[N]``.
+        epochs: the batches of each epoch; a batch is the row numbers of one step, int64 ``[B]``.
+        learning_rate: of Adam, for every weight whose rate is 1.
+        rates: epoch (from 0) -> {parameter: factor on its update, of the same shape}, see `importance.step_with_rates`.
+            Default: every weight has rate 1.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    for epoch, batches in enumerate(epochs):
+        for rows in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(network(inputs[rows]), labels[rows]).backward()
+            step_with_rates(optimizer, rates(epoch))
 
 
 @dataclass
@@ -25,8 +54,9 @@ class DomainNetworks:
         seeds: S seeds.
         start, final: parameters, name -> ``[S, *shape]``.
         loss, train_accuracy, validation_accuracy: per epoch, ``[S, E]``; validation is the domain's `out` split.
-        importance: how far each tracked weight moved, L × ``[S, out, in]``.
-        failed: ``[S]``, epoch from 1 whose loss was not finite, 0 = none, -1 = the importance is all equal.
+        importance: distance that each tracked weight moved, L × ``[S, out, in]``.
+        failed: ``[S]``, the epoch (from 1) whose loss was not finite; 0 = none; -1 = the importance is all equal or
+            not finite.
     """
 
     domain: str
@@ -41,48 +71,38 @@ class DomainNetworks:
 
 
 def train_domain(
-    problem: Problem,
+    data: SplitFeatures,
     domain: str,
     seeds: Sequence[int],
     settings: Settings,
     *,
     strict: bool | None = None,
-    engine: str = "matmul",
+    threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> DomainNetworks:
     """Train one network per seed on one domain.
 
     Args:
-        problem: features, labels and the split.
+        data: features, labels and splits.
         domain: name of the domain.
         seeds: S seeds.
         settings: epochs, learning rate, and `PH1_DATA`: all images of the domain, or its `in` split only.
-        strict: raise for any failed network; None = only if there is a single seed.
-        engine: see `training.train`.
-        on_epoch: called after each epoch.
+        strict: raise for the first failed network; None = only if there is a single seed.
+        threads, on_epoch: see `engine.train`.
 
     Raises:
-        TrainingFailedError: names seed, domain and epoch.
+        TrainingFailedError: a network failed, see `strict`; names seed, domain and epoch.
     """
-    sizes = (problem.features.shape[1], len(problem.class_names), settings.hidden_sizes)
-    start = random_start(seeds, "start", sizes)
-    order = BatchOrder(seeds, f"phase1/{domain}", problem.rows([domain], settings.ph1_data))
-    result = train(
-        problem,
-        {name: value.unsqueeze(1) for name, value in start.items()},  # one variant
-        order,
-        settings,
-        epochs=settings.ph1_num_epochs,
-        learning_rate=settings.ph1_learning_rate,
-        on_epoch=on_epoch,
-        engine=engine,
-    )
-    final = {name: value.squeeze(1).cpu() for name, value in result.params.items()}
-    moved = weight_importance(tracked(start, settings.hidden_sizes), tracked(final, settings.hidden_sizes))
-    failed = result.failed.squeeze(1).cpu()
-    failed = torch.where((failed == 0) & degenerate(moved), -1, failed)
+    network = data.network(settings.hidden_sizes)
+    start = random_start(seeds, "start", network)
+    engine = MatmulEngine({name: value.to(data.features) for name, value in start.items()}, settings.ph1_learning_rate)
+    order = BatchOrder(seeds, f"phase1/{domain}", data.rows([domain], settings.ph1_data, seeds), settings.batch_size)
+    trained = train(data, engine, seeds, order, settings.ph1_num_epochs, threads=threads, on_epoch=on_epoch)
+    final = {name: value.cpu() for name, value in trained.params.items()}
+    importance = weight_importance(network.tracked(start), network.tracked(final))
+    failed = torch.where((trained.failed.cpu() == 0) & degenerate(importance), -1, trained.failed.cpu())
     if strict or (strict is None and len(seeds) == 1):
         raise_failure(failed, seeds, f"Phase 1, domain {domain}")
-    validation = accuracies(result.correct, problem.totals)["out"][..., problem.domain_names.index(domain)]
-    histories = (result.loss, result.train_accuracy, validation)
-    return DomainNetworks(domain, tuple(seeds), start, final, *(h.squeeze(1).cpu() for h in histories), moved, failed)
+    validation = accuracies(trained.correct, data.totals)["out"][..., data.domain_names.index(domain)]
+    curves = (curve.cpu() for curve in (trained.loss, trained.train_accuracy, validation))
+    return DomainNetworks(domain, tuple(seeds), start, final, *curves, importance, failed)

@@ -1,8 +1,11 @@
 """Phase 2: leave-one-domain-out training, with a learning rate per weight.
 
 Important weights, and every parameter outside the tracked matrices, learn at the full rate; the others at a small one
-that decays each epoch and is exactly zero from the freeze epoch on. With every weight at the full rate the method
-is empirical risk minimization (ERM), the baseline that is trained beside it on the same seeds, starts and batches.
+that decays each epoch and is exactly zero from the freeze epoch on. With every weight at the full rate this is
+empirical risk minimization (ERM), the baseline that is trained beside it on the same seeds, starts and batches.
+
+`rates_of_epoch` is the rate of every weight of one network, for the plain loop `trainer_phase1.train_network`;
+`train_holdout` is Phase 2 for all seeds and arms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import importance
 from config import Settings
-from importance import Layers
-from stacks import Params, Rates
-from training import BatchOrder, Problem, accuracies, raise_failure, random_start, tracked_names, train
+from engine import (
+    BatchOrder,
+    MatmulEngine,
+    Params,
+    Rates,
+    SplitFeatures,
+    accuracies,
+    raise_failure,
+    random_start,
+    train,
+)
+from importance import Layers, aggregate, degenerate, normalize, top_k_mask, unimportant_rate, weight_rates
 
 
 @dataclass
 class HoldoutMasks:
-    """What Phase 1 says for one holdout: from its source domains, never from the held-out one.
+    """The masks for one holdout, made from Phase 1 of its source domains, never of the held-out one.
 
     Attributes:
         scores: aggregated importance, L × ``[S, out, in]``.
@@ -37,12 +48,11 @@ class HoldoutMasks:
 
 @dataclass
 class HoldoutNetworks:
-    """Phase 2 of one holdout: S seeds × V algorithms.
+    """Phase 2 of one holdout: S seeds × V arms.
 
     Attributes:
         holdout: domain left out of training.
         seeds: S seeds.
-        algorithms: V names of arms.
         start, final: parameters, name -> ``[S, V, *shape]``.
         loss, train_accuracy, validation_accuracy: per epoch, ``[S, V, E]``; validation is the unweighted mean over
             source domains of the accuracy on their `out` split.
@@ -52,7 +62,6 @@ class HoldoutNetworks:
 
     holdout: str
     seeds: tuple[int, ...]
-    algorithms: tuple[str, ...]
     start: Params
     final: Params
     loss: Tensor
@@ -70,30 +79,42 @@ def masks_for(importances: Mapping[str, Layers], failed: Mapping[str, Tensor], s
         failed: source domain -> ``[S]``, codes as in `trainer_phase1.DomainNetworks`.
         settings: aggregation and per cent kept.
     """
-    scores = importance.aggregate(importances, settings.importance_aggregation)
+    scores = aggregate(importances, settings.importance_aggregation)
     codes = torch.stack([failed[domain] for domain in importances])
     first = codes.gather(0, (codes != 0).int().argmax(0, keepdim=True)).squeeze(0)
-    first = torch.where((first == 0) & importance.degenerate(scores), -1, first)
-    mask = importance.top_k_mask(scores, settings.importance_threshold_percentile)
-    return HoldoutMasks(scores, importance.normalize(scores), mask, first)
+    first = torch.where((first == 0) & degenerate(scores), -1, first)
+    mask = top_k_mask(scores, settings.importance_threshold_percentile)
+    return HoldoutMasks(scores, normalize(scores), mask, first)
 
 
-def unimportant_rate(epoch: int, settings: Settings) -> float:
-    """Learning rate of the unmarked weights in an epoch (from 0), as a factor on `PH2_LR_IMPORTANT`."""
-    if epoch >= settings.ph2_freeze_epoch:
-        return 0.0
-    return settings.ph2_lr_unimportant_start * settings.ph2_lr_decay_rate**epoch / settings.ph2_lr_important
+def low_rate(epoch: int, settings: Settings) -> float:
+    """Rate of the unmarked weights in an epoch (from 0), as a factor on `PH2_LR_IMPORTANT`."""
+    start, decay, freeze = settings.ph2_lr_unimportant_start, settings.ph2_lr_decay_rate, settings.ph2_freeze_epoch
+    return unimportant_rate(epoch, start, decay, freeze) / settings.ph2_lr_important
+
+
+def rates_of_epoch(tracked: Layers, mask: Layers, epoch: int, settings: Settings) -> dict[Tensor, Tensor]:
+    """The rates of one network in an epoch, for `importance.step_with_rates`.
+
+    Args:
+        tracked: the network's tracked parameters, L × ``[out, in]``.
+        mask: L × bool ``[out, in]``.
+        epoch: from 0.
+        settings: the schedule of Phase 2.
+    """
+    rate = low_rate(epoch, settings)
+    return {w: weight_rates(marked, w.new_tensor(rate)) for w, marked in zip(tracked, mask, strict=True)}
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to train on a holdout; the arms of a seed share its batches.
+class Masking:
+    """How the networks of one arm are trained on a holdout.
 
     Attributes:
         mask: L × bool ``[S, out, in]``; all True is ERM.
-        settings: start, rate, decay and freeze of the unmarked weights; everything else must be as in other arms.
+        settings: the start, and the schedule of the unmarked weights; everything else must be the same in all arms.
         prune: unmarked weights are zero from the start and never trained.
-        failed: ``[S]``, codes of seeds whose mask is of no use; their networks count as failed.
+        failed: ``[S]``, codes of seeds whose mask cannot be used: their networks count as failed. None = no seed.
     """
 
     mask: Layers
@@ -101,80 +122,68 @@ class Arm:
     prune: bool = False
     failed: Tensor | None = None
 
-    def same_training(self, other: "Arm") -> bool:
+    def low_rates(self) -> tuple[float, ...]:
+        """Factor on the learning rate of the unmarked weights, for each epoch."""
+        epochs = range(self.settings.ph2_num_epochs)
+        return tuple(0.0 if self.prune else low_rate(epoch, self.settings) for epoch in epochs)
+
+    def same_training(self, other: "Masking") -> bool:
         """Whether two arms are the same networks by construction, so that they need training only once."""
         if self.settings.ph2_init != other.settings.ph2_init:
             return False
         if not all(torch.equal(a, b) for a, b in zip(self.mask, other.mask, strict=True)):
             return False
-        every = all(bool(layer.all()) for layer in self.mask)  # then there is no unmarked weight to differ in
-        return every or (self.prune == other.prune and self._lows() == other._lows())
-
-    def _lows(self) -> list[float]:
-        return [self.low(epoch) for epoch in range(self.settings.ph2_num_epochs)]
-
-    def low(self, epoch: int) -> float:
-        """Factor on the learning rate of the unmarked weights in an epoch (from 0)."""
-        return 0.0 if self.prune else unimportant_rate(epoch, self.settings)
+        all_marked = all(bool(layer.all()) for layer in self.mask)  # then the schedule affects no weight
+        return all_marked or (self.prune == other.prune and self.low_rates() == other.low_rates())
 
 
 def train_holdout(
-    problem: Problem,
+    data: SplitFeatures,
     holdout: str,
     seeds: Sequence[int],
-    arms: Mapping[str, Arm],
+    arms: Sequence[Masking],
     *,
     strict: bool | None = None,
-    engine: str = "matmul",
+    threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> HoldoutNetworks:
     """Train S × V networks on the `in` split of all domains but `holdout`.
 
     Args:
-        problem: features, labels and the split.
+        data: features, labels and splits.
         holdout: name of the domain left out.
         seeds: S seeds; all arms of one share its batches, and its start where they start the same way.
-        arms: name -> arm. Arms that are the same by construction are trained once and share the result.
-        strict: raise for any failed network; None = only if there is a single seed.
-        engine: see `training.train`.
-        on_epoch: called after each epoch.
+        arms: V arms. Those that are the same by construction are trained once and share the result.
+        strict: raise for the first failed network; None = only if there is a single seed.
+        threads, on_epoch: see `engine.train`.
 
     Raises:
-        TrainingFailedError: names seed, holdout and epoch.
+        TrainingFailedError: a network failed or its mask cannot be used, see `strict`; names seed, holdout and epoch.
     """
-    what, strict = f"Phase 2, holdout {holdout}", len(seeds) == 1 if strict is None else strict
+    strict = len(seeds) == 1 if strict is None else strict
     none = torch.zeros(len(seeds), dtype=torch.long)
-    failed = torch.stack([none if arm.failed is None else arm.failed for arm in arms.values()], dim=1)
+    unusable = torch.stack([none if arm.failed is None else arm.failed for arm in arms], dim=1)
     if strict:
-        raise_failure(failed, seeds, what)
-    distinct, source_of = _distinct(list(arms.values()))
-    settings = distinct[0].settings
-    sources = problem.sources(holdout)
-    start = _starts(problem, seeds, distinct)
-    result = train(
-        problem,
-        start,
-        BatchOrder(seeds, f"phase2/{holdout}", problem.rows(sources, "in")),
-        settings,
-        epochs=settings.ph2_num_epochs,
-        learning_rate=settings.ph2_lr_important,
-        rates=_rates(distinct, problem.features),
-        on_epoch=on_epoch,
-        engine=engine,
-    )
-    failed = torch.where(failed == 0, result.failed.cpu()[:, source_of], failed)
+        raise_failure(unusable, seeds, f"Phase 2, holdout {holdout}")
+    distinct, source_of = _distinct(arms)
+    settings, sources = distinct[0].settings, data.sources(holdout)
+    start = _starts(data, seeds, distinct)
+    engine = MatmulEngine({name: value.to(data.features) for name, value in start.items()}, settings.ph2_lr_important)
+    order = BatchOrder(seeds, f"phase2/{holdout}", data.rows(sources, "in", seeds), settings.batch_size)
+    options = {"rates": _rates(data, distinct), "threads": threads, "on_epoch": on_epoch}
+    trained = train(data, engine, seeds, order, settings.ph2_num_epochs, **options)
+    failed = torch.where(unusable == 0, trained.failed.cpu()[:, source_of], unusable)
     if strict:
-        raise_failure(failed, seeds, what)
-    out = accuracies(result.correct, problem.totals)["out"]
-    validation = out[..., [problem.domain_names.index(name) for name in sources]].mean(-1)
-    start, final = ({name: value.cpu()[:, source_of] for name, value in p.items()} for p in (start, result.params))
-    numbers = (result.loss, result.train_accuracy, validation, result.correct)
-    numbers = (number.cpu()[:, source_of] for number in numbers)
-    return HoldoutNetworks(holdout, tuple(seeds), tuple(arms), start, final, *numbers, failed)
+        raise_failure(failed, seeds, f"Phase 2, holdout {holdout}")
+    out = accuracies(trained.correct, data.totals)["out"]
+    validation = out[..., [data.domain_names.index(name) for name in sources]].mean(-1)
+    start, final = ({name: value.cpu()[:, source_of] for name, value in p.items()} for p in (start, trained.params))
+    numbers = (trained.loss, trained.train_accuracy, validation, trained.correct)
+    return HoldoutNetworks(holdout, tuple(seeds), start, final, *(n.cpu()[:, source_of] for n in numbers), failed)
 
 
-def _distinct(arms: Sequence[Arm]) -> tuple[list[Arm], list[int]]:
-    """The arms that differ, and for each arm the number of the one that stands for it."""
+def _distinct(arms: Sequence[Masking]) -> tuple[list[Masking], list[int]]:
+    """The arms that differ, and for each arm the index of the one among them that is trained for it."""
     distinct, source_of = [], []
     for arm in arms:
         same = [i for i, other in enumerate(distinct) if arm.same_training(other)]
@@ -183,31 +192,30 @@ def _distinct(arms: Sequence[Arm]) -> tuple[list[Arm], list[int]]:
     return distinct, source_of
 
 
-def _starts(problem: Problem, seeds: Sequence[int], arms: Sequence[Arm]) -> Params:
+def _starts(data: SplitFeatures, seeds: Sequence[int], arms: Sequence[Masking]) -> Params:
     """Initial parameters of every arm: name -> ``[S, V, *shape]``."""
-    settings = arms[0].settings
-    sizes = (problem.features.shape[1], len(problem.class_names), settings.hidden_sizes)
+    network = data.network(arms[0].settings.hidden_sizes)
     purposes = {"fresh": "fresh_start", "phase1": "start"}
-    kinds = {arm.settings.ph2_init for arm in arms}
-    drawn = {kind: random_start(seeds, purposes[kind], sizes) for kind in kinds}
-    start = {
-        name: torch.stack([drawn[arm.settings.ph2_init][name] for arm in arms], dim=1) for name in drawn[min(kinds)]
-    }
+    kinds = [arm.settings.ph2_init for arm in arms]
+    drawn = {kind: random_start(seeds, purposes[kind], network) for kind in dict.fromkeys(kinds)}
+    start = {name: torch.stack([drawn[kind][name] for kind in kinds], dim=1) for name in drawn[kinds[0]]}
     for v, arm in enumerate(arms):
         if arm.prune:
-            for name, mask in zip(tracked_names(settings.hidden_sizes), arm.mask, strict=True):
-                start[name][:, v] *= mask
+            for weights, mask in zip(network.tracked(start), arm.mask, strict=True):
+                weights[:, v] *= mask
     return start
 
 
-def _rates(arms: Sequence[Arm], like: Tensor) -> Callable[[int], Rates]:
-    """The factors of every epoch, for `training.train`: name -> ``[S, V, out, in]``."""
-    names = tracked_names(arms[0].settings.hidden_sizes)
-    masks = [torch.stack(layers, dim=1).to(like.device) for layers in zip(*(arm.mask for arm in arms), strict=True)]
+def _rates(data: SplitFeatures, arms: Sequence[Masking]) -> Callable[[int], Rates]:
+    """The factors of every epoch, for `engine.train`: name -> ``[S, V, out, in]``."""
+    names = data.network(arms[0].settings.hidden_sizes).tracked_names
+    device = data.features.device
+    masks = [torch.stack(layers, dim=1).to(device) for layers in zip(*(arm.mask for arm in arms), strict=True)]
+    low_rates = [arm.low_rates() for arm in arms]
 
     def rates(epoch: int) -> Rates:
-        low = like.new_tensor([arm.low(epoch) for arm in arms]).view(-1, 1, 1)
-        return {name: torch.where(mask, like.new_ones(()), low) for name, mask in zip(names, masks, strict=True)}
+        low = data.features.new_tensor([of_arm[epoch] for of_arm in low_rates]).view(-1, 1, 1)
+        return {name: weight_rates(mask, low) for name, mask in zip(names, masks, strict=True)}
 
     return rates
 
@@ -215,8 +223,13 @@ def _rates(arms: Sequence[Arm], like: Tensor) -> Callable[[int], Rates]:
 def select_epoch(validation_accuracy: Tensor, selection: str) -> Tensor:
     """Epoch (from 0) that a selection rule takes: ``[*, E]`` -> int64 ``[*]``.
 
-    "last" is the last epoch; "val" the earliest of those with the best validation accuracy (training-domain
-    validation, Gulrajani & Lopez-Paz 2021).
+    Args:
+        validation_accuracy: after each epoch.
+        selection: "last" for the last epoch; "val" for the earliest of those with the best validation accuracy
+            (training-domain validation, Gulrajani & Lopez-Paz 2021).
+
+    Raises:
+        ValueError: an unknown selection rule.
     """
     epochs = validation_accuracy.shape[-1]
     if selection == "last":

@@ -4,21 +4,59 @@ A returned figure shows itself as the last expression of a notebook cell. Accura
 drawn in per cent.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import EllipseCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from scipy.special import stdtrit
 
-import drawing
-from drawing import COLORS, MAX_NUMBERED, OUTLINE, add_legend, as_array, new_figure, settled, styled, wrap
-from files import whole
+from storage.atomic import atomic_write
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p")  # 11 × 7 colours: 77 series before one repeats
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "---")
+SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
+MAX_NUMBERED = 20  # rows or columns above which a matrix is drawn without numbers
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
+    "font.size": 9,
+    "text.color": "black",
+    "text.usetex": False,
+    "figure.facecolor": "white",
+    "figure.titlesize": 12,
+    "figure.titleweight": "normal",
+    "savefig.facecolor": "auto",
+    "axes.facecolor": "white",
+    "axes.edgecolor": "black",
+    "axes.labelcolor": "black",
+    "axes.titlecolor": "auto",
+    "axes.titlesize": 10,
+    "axes.grid": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "black",
+    "ytick.color": "black",
+    "legend.frameon": False,
+    "hatch.linewidth": 0.8,
+}
+styled = matplotlib.rc_context(STYLE)  # as a decorator: entered at each call, whatever style the user has set
+ERROR_BARS = {"fmt": "none", "ecolor": "black", "elinewidth": 1.2, "capsize": 3}
+OUTLINE = [withStroke(linewidth=3.5, foreground="white")]
 DPI = 120
 PANELS = {"loss": "training loss", "train_accuracy": "training accuracy", "validation_accuracy": "validation accuracy"}
 BANDS = {"t95": "95 % t interval of the mean", "std": "± one standard deviation", "range": "lowest to highest"}
@@ -30,7 +68,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
     There is nothing to close: no registry holds a figure of this module, and it can still be shown after saving.
     """
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
 
 
@@ -48,7 +86,7 @@ def weight_grids(layers: Sequence, title: str, kind: str = "weights", limits: tu
     norm, cmap = _weight_colours(arrays, kind, limits)
     biggest = max(max(array.shape) for array in arrays)
     cell = 0.4 if biggest <= MAX_NUMBERED else 8 / biggest  # inches, as all lengths here
-    text = None if biggest > MAX_NUMBERED else "{:.0f}".format if kind == "mask" else drawing.short
+    text = None if biggest > MAX_NUMBERED else "{:.0f}".format if kind == "mask" else short
     left, gap, right, bottom = 0.65, 0.75, 0.85, 0.6
     room = [max(array.shape[1] * cell, 0.95) + gap for array in arrays]  # a grid, the title above it, the gap after it
     tall = max(2.0, *(len(array) * cell for array in arrays))
@@ -61,7 +99,7 @@ def weight_grids(layers: Sequence, title: str, kind: str = "weights", limits: tu
     for index, array in enumerate(arrays, start=1):
         rows, columns = array.shape
         position = (x / width, (bottom + tall - rows * cell) / height, columns * cell / width, rows * cell / height)
-        circles = drawing.draw_circles(figure.add_axes(position), array, norm, cmap, text)
+        circles = draw_circles(figure.add_axes(position), array, norm, cmap, text)
         circles.axes.set_title(f"hidden {index} → hidden {index + 1}")
         x += room[index - 1]
     cax = figure.add_axes(((x - gap + 0.3) / width, bottom / height, 0.2 / width, tall / height))
@@ -82,9 +120,9 @@ def _weight_colours(arrays: list[np.ndarray], kind: str, limits: tuple | None) -
     if kind == "weights":
         values = np.concatenate([array.ravel() for array in arrays]) if limits is None else np.asarray(limits, float)
         bound = np.max(np.abs(values), where=np.isfinite(values), initial=0.0) or 1.0
-        return Normalize(-bound, bound), matplotlib.colormaps[drawing.DIVERGING]
+        return Normalize(-bound, bound), matplotlib.colormaps[DIVERGING]
     if kind == "importance":
-        return Normalize(*(limits or (0.0, 1.0))), matplotlib.colormaps[drawing.SEQUENTIAL]
+        return Normalize(*(limits or (0.0, 1.0))), matplotlib.colormaps[SEQUENTIAL]
     raise ValueError(f"kind must be 'weights', 'importance' or 'mask', not {kind!r}.")
 
 
@@ -111,9 +149,9 @@ def training_curves(
         for key, array in arrays.items():
             epochs, several = max(epochs, len(array)), several or array.shape[1] > 1
             if array.size:
-                band = drawing.mean_band(array if key == "loss" else 100 * array, bands)
-                drawing.draw_curve(axes[key], np.arange(1, len(array) + 1), *band, index)
-        handles.append(Line2D([], [], **drawing.line_style(index), label=label + note))
+                band = mean_band(array if key == "loss" else 100 * array, bands)
+                draw_curve(axes[key], np.arange(1, len(array) + 1), *band, index)
+        handles.append(Line2D([], [], **line_style(index), label=label + note))
     if freeze_epoch is not None and freeze_epoch < epochs:
         style = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1}
         for ax in axes.values():
@@ -123,7 +161,7 @@ def training_curves(
         ax.set(title=PANELS[key], xlabel="epoch", xlim=(0.5, epochs + 0.5))
         ax.set_ylabel("loss" if key == "loss" else "accuracy (%)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    drawing.share_percent([ax for key, ax in axes.items() if key != "loss"])
+    share_percent([ax for key, ax in axes.items() if key != "loss"])
     add_legend(figure, handles, f"mean over seeds; band: {BANDS[bands]}" if several else "one seed")
     return settled(figure)
 
@@ -155,14 +193,14 @@ def accuracy_bars(table, title: str, chance: float | None = None, majority: Mapp
         rows = table[table["algorithm"] == algorithm]
         x = [holdouts.index(name) * step + index for name in rows["holdout"]]
         mean, low, high = (100 * rows[key].to_numpy(float) for key in ("mean", "low", "high"))
-        ax.bar(x, mean, width=1, **drawing.bar_style(index))
+        ax.bar(x, mean, width=1, **bar_style(index))
         errors = np.clip(np.nan_to_num([mean - low, high - mean]), 0, None)
         known = np.isfinite(low + high)
-        ax.errorbar(np.array(x)[known], mean[known], yerr=errors[:, known], **drawing.ERROR_BARS)
+        ax.errorbar(np.array(x)[known], mean[known], yerr=errors[:, known], **ERROR_BARS)
         for place, value, top in zip(x, mean, mean + errors[1], strict=True):
             if np.isfinite(value):
-                drawing.write_bar_value(ax, place, top, value, rotation=0 if few else 90)
-    handles = [Patch(**drawing.bar_style(index), label=name) for index, name in enumerate(algorithms)]
+                write_bar_value(ax, place, top, value, rotation=0 if few else 90)
+    handles = [Patch(**bar_style(index), label=name) for index, name in enumerate(algorithms)]
     handles += _bar_references(ax, holdouts, step, chance, majority or {})
     names = [wrap(name, int(bar * step * 11)) for name in holdouts]
     ax.set_xticks([group * step + (step - 2) / 2 for group in range(len(holdouts))], names)
@@ -211,7 +249,7 @@ def confusion_matrices(matrices: Mapping, class_names: Sequence[str], title: str
         counts = as_array(matrix)
         totals = counts.sum(axis=1, keepdims=True)
         percent = np.divide(100 * counts, totals, where=totals > 0, out=np.full_like(counts, np.nan))
-        image = drawing.draw_matrix(ax, percent, class_names, Normalize(0, 100), "{:.0f}".format)
+        image = draw_matrix(ax, percent, class_names, Normalize(0, 100), "{:.0f}".format)
         ax.set(title=f"held out: {wrap(holdout, 28)}", xlabel="predicted class", ylabel="true class")
     for ax in grid.flat[count:]:
         ax.set_axis_off()
@@ -233,7 +271,7 @@ def difference_plot(table, title: str, xlabel: str = "difference in accuracy (pe
     ax.axvline(0, color="black", linewidth=1)
     columns = (100 * table[key].to_numpy(float) for key in ("mean", "low", "high"))
     for row, (mean, low, high, group) in enumerate(zip(*columns, groups, strict=True)):
-        style = drawing.line_style(kinds.index(group))
+        style = line_style(kinds.index(group))
         ax.plot([low, high], [row, row], color=style["color"], linewidth=2)
         ax.plot([mean], [row], **(style | {"markersize": 7}))
         known = "–" if np.isnan(mean) else f"{mean:+.2f}"
@@ -246,7 +284,7 @@ def difference_plot(table, title: str, xlabel: str = "difference in accuracy (pe
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
     if "group" in table:
-        add_legend(figure, [Line2D([], [], **drawing.line_style(i), label=str(kind)) for i, kind in enumerate(kinds)])
+        add_legend(figure, [Line2D([], [], **line_style(i), label=str(kind)) for i, kind in enumerate(kinds)])
     return settled(figure)
 
 
@@ -279,7 +317,7 @@ def feature_projection(
     for ax, kind, index, names in ((left, "domain", domains, domain_names), (right, "class", labels, class_names)):
         handles = []
         for value, name in enumerate(names):
-            style = drawing.line_style(value) | {"linestyle": ""}
+            style = line_style(value) | {"linestyle": ""}
             part = points[index[chosen] == value]
             ax.scatter(*part.T, s=14, alpha=0.75, linewidths=0, color=style["color"], marker=style["marker"])
             handles.append(Line2D([], [], **style, label=name))
@@ -349,7 +387,7 @@ def overlap_matrix(values, names: Sequence[str], title: str, chance: float | Non
     side = max(2.4, len(names) * (0.5 if len(names) <= MAX_NUMBERED else 0.15)) + 1.4
     figure = new_figure(side + 1.2, side + 0.6, title + named)
     ax = figure.subplots()
-    image = drawing.draw_matrix(ax, as_array(values), names, Normalize(0, 1), "{:.2f}".format)
+    image = draw_matrix(ax, as_array(values), names, Normalize(0, 1), "{:.2f}".format)
     bar = figure.colorbar(image, ax=ax, label="intersection over union", fraction=0.05, pad=0.03)
     if chance is not None:
         bar.ax.axhline(chance, color="black", linewidth=2, path_effects=OUTLINE)
@@ -376,10 +414,10 @@ def accuracy_curves_by_setting(
         rows = table[table["algorithm"] == algorithm]
         rows = rows.sort_values(x) if numeric else rows
         columns = (100 * rows[key].to_numpy(float) for key in ("mean", "low", "high"))
-        drawing.draw_curve(ax, [places[value] for value in rows[x]], *columns, index)
-        handles.append(Line2D([], [], **drawing.line_style(index), label=algorithm))
+        draw_curve(ax, [places[value] for value in rows[x]], *columns, index)
+        handles.append(Line2D([], [], **line_style(index), label=algorithm))
     for index, (label, (mean, low, high)) in enumerate((baselines or {}).items(), start=len(handles)):
-        style = drawing.line_style(index) | {"marker": ""}
+        style = line_style(index) | {"marker": ""}
         if np.isfinite(low + high):
             ax.axhspan(100 * low, 100 * high, color=style["color"], alpha=0.15, linewidth=0)
         ax.axhline(100 * mean, **style)
@@ -391,6 +429,176 @@ def accuracy_curves_by_setting(
     if not numeric:
         ax.set_xticks(range(len(places)), [wrap(name, 14) for name in places])
     ax.set(xlabel=xlabel, ylabel="accuracy (%)")
-    drawing.share_percent([ax])
+    share_percent([ax])
     add_legend(figure, handles)
     return settled(figure)
+
+
+# --- the house style: what every figure is made of ---
+
+
+class NotebookFigure(Figure):
+    """A figure that notebooks show as PNG although pyplot does not know it."""
+
+    @styled
+    def _repr_png_(self) -> bytes:
+        """PNG of 80 dpi and 256 colours: a sixth of the bytes, so that a notebook of all figures opens on the web."""
+        full, small = io.BytesIO(), io.BytesIO()
+        self.savefig(full, format="png", dpi=80)
+        with Image.open(full) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        return small.getvalue()
+
+
+def new_figure(width: float, height: float, title: str, layout: str = "constrained") -> NotebookFigure:
+    """An empty figure, sizes in inches, its title broken into lines that fit."""
+    figure = NotebookFigure(figsize=(width, height), layout=layout)
+    figure.suptitle("\n".join(wrap(line, int(9.5 * width)) for line in title.splitlines()))
+    if layout == "constrained":
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def settled(figure: Figure) -> Figure:
+    """`figure` with its layout worked out and fixed: left alone, it would still move from one drawing to the next."""
+    for _ in range(4):
+        figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    return figure
+
+
+def add_legend(figure: Figure, handles: list, title: str | None = None, ax=None) -> None:
+    """A legend below the figure (or below `ax`), in as many columns as fit; the figure grows by its height."""
+    for handle in handles:
+        handle.set_label(wrap(handle.get_label(), 40))
+    longest = max(len(line) for handle in handles for line in handle.get_label().splitlines())
+    width = figure.get_figwidth() / (2 if ax else 1)
+    columns = int(np.clip(width * 12 // (longest + 9), 1, len(handles)))
+    lines = sum(handle.get_label().count("\n") + 1 for handle in handles) / columns + (2 if title else 1)
+    style = {"handles": handles, "ncols": columns, "title": title, "handlelength": 3}
+    if ax:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), **style)
+    else:
+        figure.legend(loc="outside lower center", **style)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))
+
+
+def line_style(index: int) -> dict:
+    """Colour, marker and line style of series `index`."""
+    style = {"color": COLORS[index % 7], "marker": MARKERS[index % 11], "linestyle": LINES[index % 5]}
+    return style | {"markersize": 5, "linewidth": 1.6}
+
+
+def bar_style(index: int) -> dict:
+    """Colour and hatch of bar `index`."""
+    return {"facecolor": COLORS[index % 7], "hatch": HATCHES[index % 8], "edgecolor": "white"}
+
+
+def wrap(text: str, width: int) -> str:
+    """`text` in lines of at most `width` characters, broken at spaces, else after underscores, else anywhere."""
+    there, back = str.maketrans("_-", "-\u2010"), str.maketrans("-\u2010", "_-")  # textwrap breaks after hyphens
+    return "\n".join(textwrap.wrap(str(text).translate(there), max(4, width))).translate(back)
+
+
+def as_array(values) -> np.ndarray:
+    """Tensor (any device, any type) or array-like -> a float64 array of its own."""
+    if hasattr(values, "detach"):
+        values = values.detach().double().cpu().numpy()
+    return np.array(values, dtype=np.float64)
+
+
+def mean_band(values: np.ndarray, bands: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[E, S]` -> mean, low, high over seeds, each `[E]`; low and high are NaN for S = 1.
+
+    `bands`: "t95" (95 % t interval of the mean), "std" (one standard deviation) or "range".
+    """
+    mean, seeds = values.mean(axis=1), values.shape[1]
+    if seeds == 1:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    if bands == "range":
+        return mean, values.min(axis=1), values.max(axis=1)
+    half = values.std(axis=1, ddof=1)
+    if bands == "t95":
+        half = half * stdtrit(seeds - 1, 0.975) / np.sqrt(seeds)
+    return mean, mean - half, mean + half
+
+
+def draw_curve(ax, x, mean, low, high, index: int) -> None:
+    """A line with markers and, where it is finite, its band."""
+    if np.isfinite(low).any():
+        ax.fill_between(x, low, high, color=COLORS[index % 7], alpha=0.2, linewidth=0)
+    ax.plot(x, mean, **line_style(index), markevery=max(1, len(mean) // 10))
+
+
+def share_percent(axes: list) -> None:
+    """Give panels of accuracies one scale, no wider than 0 … 100 % plus a margin."""
+    limits = [ax.get_ylim() for ax in axes]
+    for ax in axes:
+        ax.set_ylim(max(-2, min(low for low, _ in limits)), min(102, max(high for _, high in limits)))
+
+
+def draw_matrix(ax, values: np.ndarray, names: Sequence[str], norm: Normalize, text: Callable) -> AxesImage:
+    """A square matrix as colours, with names along both sides and (up to `MAX_NUMBERED`) its numbers."""
+    names = [wrap(name, 18) if len(names) <= MAX_NUMBERED else textwrap.shorten(str(name), 24) for name in names]
+    image = ax.imshow(values, cmap=SEQUENTIAL, norm=norm)
+    ticks, small = np.arange(len(names)), len(names) > MAX_NUMBERED
+    ax.set_xticks(ticks, names, rotation=90, fontsize=6 if small else 8)
+    ax.set_yticks(ticks, names, fontsize=6 if small else 8)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    if not small:
+        write_numbers(ax, *np.meshgrid(ticks, ticks), values, image, text, size=8.5)
+    return image
+
+
+def draw_circles(ax, array: np.ndarray, norm: Normalize, cmap, text: Callable | None) -> EllipseCollection:
+    """One collection of circles, diameter 0.94 cells, unit 1 → unit 1 at the top left; `text` writes the numbers."""
+    rows, columns = array.shape
+    x, y = np.meshgrid(np.arange(1, columns + 1), np.arange(1, rows + 1))
+    size = np.full(array.size, 0.94)
+    offsets = np.column_stack([x.ravel(), y.ravel()])
+    circles = EllipseCollection(size, size, np.zeros(array.size), units="xy", offsets=offsets)
+    circles.set(offset_transform=ax.transData, array=array.ravel(), norm=norm, cmap=cmap)
+    circles.set(edgecolor="#555555", linewidth=0.4)
+    ax.add_collection(circles, autolim=False)
+    ax.set(xlim=(0.5, columns + 0.5), ylim=(rows + 0.5, 0.5), xlabel="from unit", ylabel="to unit")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    if text:
+        ax.set(xticks=x[0], yticks=y[:, 0])
+        write_numbers(ax, x, y, array, circles, text, size=10)
+    return circles
+
+
+def write_numbers(ax, x, y, values: np.ndarray, mappable: ScalarMappable, text: Callable, size: float) -> None:
+    """Write each finite value where it belongs, black or white, whichever stands out from its colour."""
+    style = {"fontproperties": FontProperties(size=size), "ha": "center", "va": "center_baseline"}
+    colors = mappable.to_rgba(values.ravel())
+    for place, height, value, color in zip(x.flat, y.flat, values.flat, colors, strict=True):
+        if np.isfinite(value):
+            number = ax.text(place, height, text(value), color=ink(color), **style)
+            number.set_in_layout(False)  # they lie inside the axes, and measuring hundreds is slow
+
+
+def ink(color: Sequence[float]) -> str:
+    """Black or white, by the relative luminance of WCAG 2; its contrast with `color` is never below 4.5."""
+    channels = np.asarray(color[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"
+
+
+def short(value: float) -> str:
+    """A number in four characters where that is possible: 0.12, -.12, -1.2, 12.3."""
+    for digits in (2, 1, 0):
+        text = f"{value:.{digits}f}".replace("-0.", "-.")
+        text = text if float(text) else f"{0:.{digits}f}"  # never "-.00"
+        if len(text) <= 4:
+            break
+    return text
+
+
+def write_bar_value(ax, x: float, top: float, value: float, rotation: int) -> None:
+    """The accuracy above its bar and error bar, on white so that no line runs through it."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    style = {"ha": "center", "va": "bottom", "fontsize": 8, "rotation": rotation, "bbox": box, "zorder": 6}
+    ax.annotate(f"{value:.1f}", (x, top), xytext=(0, 3), textcoords="offset points", **style)

@@ -1,106 +1,81 @@
-"""What each method of `algorithms` costs: seconds of an epoch of a stack, and how many times ERM's on its batches.
+"""What does a step of each method of the field cost?
 
-Every method trains one epoch of the bundled features with one domain held out, as `compare.py` does; in turn, and
-several times over. A ratio is taken within a repeat, then the median over repeats.
+Every method trains one epoch of the bundled features with the first domain held out, as `field.Comparison` does, with
+many networks at once on one thread. The methods take turns.
 
-Run:  python benchmarks/methods.py --output FILE.json
+Run:  python benchmarks/methods.py --output benchmarks/results/methods_cpu.json
+
+Columns: the method; its batches, pooled or balanced (32 images of all source domains, or of each); seconds of an
+epoch, in which all images are classified once; milliseconds of the epoch per step and network; and the seconds over
+those of plain training on the same batches (ERM or ERMBalanced), within a repeat. A cell is the median over repeats
+(lowest–highest).
 """
 
 import argparse
-import functools
-import json
-import os
-import platform
-import statistics
 import sys
-from importlib.metadata import version
-from itertools import pairwise
+from functools import partial
+from math import ceil
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plain import positive, processor, timed
+from measuring import Measured, in_turn, new_parser, positive, ratio, run, seconds, shown, spread
 
-from algorithms import ALGORITHMS, Algorithm
-from compare import PARTNERS
-from config import InputError, Settings
-from experiment import Parser
-from features import get_features
-from trainer_algorithm import train_algorithm
-from training import Problem, tracked_names
+from config import Settings
+from engine import SplitFeatures
+from features import bundled_features
+from field import ALGORITHMS, PARTNERS, Algorithm, find
+from field.train import train_method
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, measure, print a table, write JSON; exit code 2 with one sentence on bad input."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=positive, default=20, help="networks in a stack (default 20)")
-    parser.add_argument("--repeats", type=positive, default=3, help="times everything is measured (default 3)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
-    args = parser.parse_args(arguments)
-    try:
-        report = measure(args)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(table(report))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+def train_epoch(data: SplitFeatures, holdout: str, seeds: range, settings: Settings, method: type[Algorithm]) -> None:
+    """One epoch of a stack of networks; a method with a mask gets a random one."""
+    mask = None
+    if method.control is not None:
+        network = data.network(settings.hidden_sizes)
+        shapes = {name: network.get_parameter(name).shape for name in network.tracked_names}
+        mask = {name: torch.rand(len(seeds), *shape) < 0.6 for name, shape in shapes.items()}
+    train_method(data, [holdout], seeds, method, settings, mask=mask)
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Seconds per method and repeat, and ratios."""
+def measure(args: argparse.Namespace) -> Measured:
+    """Seconds of each method, and over those of plain training."""
     torch.set_num_threads(1)
-    settings = Settings.current(ph2_num_epochs=1)
-    data, before = get_features(), os.getloadavg()
-    problem, holdout = Problem.from_features(data, settings), data.domain_names[0]
-    seconds = {name: [] for name in sorted(ALGORITHMS)}
-    train = functools.partial(epoch, problem, holdout, args.seeds, settings)
+    settings, features, seeds = Settings.current(ph2_num_epochs=1), bundled_features(), range(args.seeds)
+    data, holdout = SplitFeatures.from_features(features, settings), features.domain_names[0]
+    steps = ceil(data.rows(data.sources(holdout), "in", [0]).shape[1] / settings.batch_size)
+    wanted = [find(name.strip()) for name in args.methods.split(",")] if args.methods else ALGORITHMS.values()
+    names = {*PARTNERS.values(), *(method.__name__ for method in wanted)}
+    train = partial(train_epoch, data, holdout, seeds, settings)
     for name in PARTNERS.values():
         train(ALGORITHMS[name])  # the first time is slower
-    for repeat in range(args.repeats):
-        for name in sorted(ALGORITHMS, reverse=bool(repeat % 2)):
-            print(f"repeat {repeat + 1} of {args.repeats}: {name}", file=sys.stderr, flush=True)
-            seconds[name].append(timed(functools.partial(train, ALGORITHMS[name])))
+    taken = in_turn({name: partial(seconds, partial(train, ALGORITHMS[name])) for name in sorted(names)}, args.repeats)
     rows = []
-    for name, cls in sorted(ALGORITHMS.items()):
-        ratios = [mine / erm for mine, erm in zip(seconds[name], seconds[PARTNERS[cls.batches]], strict=True)]
-        row = {"method": name, "batches": cls.batches, "cost_relative_to_erm": statistics.median(ratios)}
-        rows.append(row | {"seconds": statistics.median(seconds[name]), "seconds_by_repeat": seconds[name]})
-    return {
-        "task": {"data": data.describe(), "holdout": holdout, "seeds": args.seeds, "epochs": 1, "threads": 1},
-        "results": rows,
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_average_before": before},
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
-    }
+    for name, values in taken.items():
+        batches = ALGORITHMS[name].batches
+        row = {"method": name, "batches": batches, "seconds": spread(values)}
+        row["milliseconds_per_step"] = spread(1e3 * value / (steps * args.seeds) for value in values)
+        rows.append(row | {"over_plain_training": ratio(values, taken[PARTNERS[batches]])})
+    rows.sort(key=lambda row: row["seconds"]["median"])
+    task = {"data": features.describe(), "holdout": holdout, "networks": args.seeds, "steps": steps, "threads": 1}
+    return task, rows
 
 
-def epoch(problem: Problem, holdout: str, seeds: int, settings: Settings, cls: type[Algorithm]) -> None:
-    """One epoch of a stack; methods with masks get random ones."""
-    given = None
-    if getattr(cls, "masked", False):
-        pairs = zip(tracked_names(settings.hidden_sizes), pairwise(settings.hidden_sizes), strict=True)
-        given = {"mask": {name: torch.rand(seeds, fan_out, fan_in) < 0.6 for name, (fan_in, fan_out) in pairs}}
-    train_algorithm(problem, [holdout], range(seeds), cls, {}, settings, given=given)
+def columns(row: dict) -> dict[str, object]:
+    """A row of the table."""
+    cells = {"method": row["method"], "batches": row["batches"], "seconds": shown(row["seconds"])}
+    cells["ms/step"] = shown(row["milliseconds_per_step"], 3)
+    return cells | {"/ plain training": shown(row["over_plain_training"])}
 
 
-def table(report: dict) -> str:
-    """The report as text."""
-    task, machine = report["task"], report["machine"]
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average_before'][0]:.1f}; one thread",
-        f"{task['data']}; one epoch without {task['holdout']}, {task['seeds']} networks at once",
-        f"{'method':<20}{'batches':<12}{'seconds':>10}{'/ ERM':>10}",
-    ]
-    for row in sorted(report["results"], key=lambda r: r["seconds"]):
-        lines.append(
-            f"{row['method']:<20}{row['batches']:<12}{row['seconds']:>10.2f}{row['cost_relative_to_erm']:>10.2f}"
-        )
-    total = sum(row["seconds"] for row in report["results"])
-    lines.append(f"{'all':<32}{total:>10.1f}")
-    return "\n".join(lines)
+def main() -> int:
+    """Measure what the command line says."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--methods", metavar="A,B", help="names (default all); ERM and ERMBalanced are added")
+    parser.add_argument("--seeds", type=positive, default=20, help="networks at once (default 20)")
+    return run(parser, measure, columns)
 
 
 if __name__ == "__main__":

@@ -1,325 +1,220 @@
-"""How many small networks per second are trained: stacks of networks against one network at a time.
+"""How much faster are many small networks at once than a loop over single ones?
 
-Measures side by side, in one run, in turn and several times over, on synthetic features shaped like the training of
-one holdout of PACS (6,000 rows to train on, 9,991 classified after each epoch, 7 classes, batches of 32):
-- a plain PyTorch loop with default and fused Adam, on one thread and on two, and in two processes at once;
-- scikit-learn's MLPClassifier;
-- stacks of S networks, one per engine, stepped as `training.train` does, on one thread; with six variants per seed
-  that share its batches; and cut into chunks of 50 seeds, two at a time in two processes, as `study.py` trains;
-- plain loop and stacks on CUDA, where there is a CUDA device;
-- the floor: floating-point operations and bytes of a step, over the matrix rate and copy bandwidth of this machine;
-  `fraction_of_floor` is the floor over the measured time of the steps, 1 where they could not be faster.
-Ratios are taken within a repeat, then their median. With --study also the seconds of whole studies: 20 is `run` with 20
-seeds as a whole process, 100x6 is both phases of 100 seeds with six variants, with imports, without a report.
+All train the classifier on made-up features of the shape of PACS with one domain held out (9,991 images, about 6,000 of
+them to train on, batches of 32) and classify all images after each epoch: on one CPU thread, and where there is a CUDA
+device, there as well. They take turns:
+- plain: `trainer_phase1.train_network`, one network with PyTorch's default Adam;
+- fused: the same loop with fused Adam;
+- scikit_learn: `MLPClassifier` (CPU only);
+- engine: `engine.train` with S networks side by side, each with its own batches, and with six arms per seed that share
+  the batches of their seed; with --compiled also with `torch.compile(step, mode="reduce-overhead")`.
+The making of networks, and the first epoch (of a compiled step the first three), are not counted.
 
-Run:  python benchmarks/training.py --output FILE.json
+Run:  python benchmarks/training.py --output benchmarks/results/training_cpu.json
+
+Columns: D, length of a feature vector; networks trained at once; arms that share batches; rate, epochs of one network
+per second; and the engine's rate over that of each loop on the same device (scikit-learn: on the CPU), within a repeat.
+A cell is the median over repeats (lowest–highest).
 """
 
 import argparse
-import functools
-import json
-import os
-import platform
-import statistics
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from itertools import zip_longest
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plain import (
-    LARGE,
-    PlainLoop,
-    Processes,
-    Task,
-    Times,
-    floor,
-    floor_seconds,
-    machine_rates,
-    measure,
-    measure_plain,
-    measure_sklearn,
-    positive,
-    processor,
-)
-from stacked import Stack, measure_chunks
-from whole import study_seconds
+from measuring import Measured, in_turn, new_parser, numbers, positive, ratio, run, shown, spread
 
-import config
-from compiled import usable
-from config import InputError
-from experiment import Parser
-from training import ENGINES
+from config import Settings
+from engine import BatchOrder, MatmulEngine, SplitFeatures, random_start, train
+from models import FeedforwardClassifier
+from trainer_phase1 import train_network
 
-SHARED = 6  # variants of the rows whose variants share batches
-COMPILED = 16  # networks from which on compiling is tried
-BASELINES = {  # name in "speedup" -> contenders, of which the fastest counts
-    "plain_loop": ("plain", "plain_2_threads"),
-    "plain_loop_fused": ("plain_fused", "plain_fused_2_threads"),
-    "two_processes": ("processes",),
-    "two_processes_fused": ("processes_fused",),
-    "scikit_learn": ("sklearn", "sklearn_2_threads"),
+CLASSES, DOMAINS, ARMS = 7, 4, 6
+LOOPS = ("plain", "fused", "scikit_learn")
+
+
+class Contender(NamedTuple):
+    """What is measured: length D of a feature vector, a name of `SECONDS`, device, networks at once, arms of a seed."""
+
+    feature_size: int
+    name: str
+    device: str = "cpu"
+    networks: int = 1
+    arms: int = 1
+
+
+class Clock:
+    """Seconds per epoch.
+
+    Args:
+        device: waited for at the end of each epoch.
+    """
+
+    def __init__(self, device: str):
+        self.device, self.ends = device, []
+
+    def end(self) -> None:
+        """An epoch has ended."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def seconds(self, epochs: int) -> float:
+        """Seconds per epoch, over the last `epochs`."""
+        return (self.ends[-1] - self.ends[-1 - epochs]) / epochs
+
+
+def made_up(feature_size: int, images: int, device: str) -> SplitFeatures:
+    """Noisy features around a centre per class, as many images of each class in each domain."""
+    draw = torch.Generator().manual_seed(0)
+    labels, domains = torch.arange(images) % CLASSES, torch.arange(images) // CLASSES % DOMAINS
+    centres = torch.randn(CLASSES, feature_size, generator=draw)
+    data = SimpleNamespace(
+        features=centres[labels] + 2 * torch.randn(images, feature_size, generator=draw),
+        labels=labels,
+        domains=domains,
+        files=[f"{row:06d}" for row in range(images)],
+        class_names=[f"class{i}" for i in range(CLASSES)],
+        domain_names=[f"domain{i}" for i in range(DOMAINS)],
+    )
+    return SplitFeatures.from_features(data, Settings.current(), device)
+
+
+def rows_to_train_on(data: SplitFeatures, seeds: Iterable[int]) -> Tensor:
+    """The `in` split of all domains but the first: int64 ``[S, n]``."""
+    return data.rows(data.sources(data.domain_names[0]), "in", list(seeds))
+
+
+def train_fused(
+    network: nn.Module, inputs: Tensor, labels: Tensor, epochs: Iterable[Iterable[Tensor]], learning_rate: float
+) -> None:
+    """`trainer_phase1.train_network` with fused Adam and no rates."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+    for batches in epochs:
+        for rows in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(network(inputs[rows]), labels[rows]).backward()
+            optimizer.step()
+
+
+def loop_seconds(training: Callable, data: SplitFeatures, contender: Contender, epochs: int) -> float:
+    """Seconds of an epoch of one network that `training` trains: `train_network` or `train_fused`."""
+    settings, device = Settings.current(), contender.device
+    network = FeedforwardClassifier(contender.feature_size, CLASSES, settings.hidden_sizes).to(device)
+    rows, clock = rows_to_train_on(data, [0])[0], Clock(device)
+
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        for _ in range(1 + epochs):
+            yield rows[torch.randperm(len(rows)).to(device)].split(settings.batch_size)
+            with torch.no_grad():
+                (network(data.features).argmax(1) == data.labels).sum()
+            clock.end()
+
+    training(network, data.features, data.labels, batches(), settings.ph2_lr_important)
+    return clock.seconds(epochs)
+
+
+def scikit_learn_seconds(data: SplitFeatures, contender: Contender, epochs: int) -> float:
+    """Seconds of an epoch of scikit-learn's own training of the same network."""
+    from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
+
+    settings, clock = Settings.current(), Clock(contender.device)
+    rows, features, labels = rows_to_train_on(data, [0])[0].numpy(), data.features.numpy(), data.labels.numpy()
+    inputs, targets, rate = features[rows], labels[rows], settings.ph2_lr_important
+    network = MLPClassifier(settings.hidden_sizes, batch_size=settings.batch_size, learning_rate_init=rate, alpha=0)
+    with threadpool_limits(1):
+        for _ in range(1 + epochs):
+            network.partial_fit(inputs, targets, classes=range(CLASSES))  # one epoch, in a new order
+            (network.predict(features) == labels).sum()
+            clock.end()
+    return clock.seconds(epochs)
+
+
+def engine_seconds(data: SplitFeatures, contender: Contender, epochs: int) -> float:
+    """Seconds of an epoch of all networks of a stack."""
+    settings, compiled = Settings.current(), contender.name == "engine_compiled"
+    seeds = range(contender.networks // contender.arms)
+    start = random_start(seeds, "fresh_start", data.network(settings.hidden_sizes))
+    if contender.arms > 1:
+        start = {name: value.unsqueeze(1).repeat_interleave(contender.arms, 1) for name, value in start.items()}
+    stack = MatmulEngine({name: value.to(data.features) for name, value in start.items()}, settings.ph2_lr_important)
+    if compiled:
+        torch.compiler.reset()  # what was compiled for other stacks counts towards a limit
+        stack.step = torch.compile(stack.step, mode="reduce-overhead", dynamic=False)
+    order = BatchOrder(seeds, "benchmark", rows_to_train_on(data, seeds), settings.batch_size)
+    clock = Clock(contender.device)
+    train(data, stack, seeds, order, epochs + (3 if compiled else 1), on_epoch=clock.end)
+    return clock.seconds(epochs)
+
+
+SECONDS = {
+    "plain": partial(loop_seconds, train_network),
+    "fused": partial(loop_seconds, train_fused),
+    "scikit_learn": scikit_learn_seconds,
+    "engine": engine_seconds,
+    "engine_compiled": engine_seconds,
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, measure, print a table, write JSON; exit code 2 with one sentence on bad input."""
-    args = build_parser().parse_args(arguments)
-    if args.quick:
-        args.sizes, args.dims, args.repeats, args.rows, args.validation_rows, args.steps = [1, 12], [16], 1, 320, 500, 4
-    args.limit = 0.2 if args.quick else 10.0  # seconds; reached where threads wait for each other on a busy machine
-    try:
-        if args.rows > args.validation_rows:
-            raise InputError("--rows must not be more than --validation-rows: all rows are classified.")
-        if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-            raise InputError(f"The file '{args.output}' cannot be written: no such folder, or it is one itself.")
-        args.compiled = not args.quick and usable(32, (args.dims[0], 7, config.HIDDEN_SIZES))
-        report = measure_all(args)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(table(report))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+def contenders(args: argparse.Namespace, device: str, feature_size: int) -> list[Contender]:
+    """What is measured on a device."""
+    found = [Contender(feature_size, loop, device) for loop in LOOPS if (loop, device) != ("scikit_learn", "cuda")]
+    stacks = [(count, 1) for count in args.networks]
+    stacks += [(ARMS * round(count / ARMS), ARMS) for count in args.networks if count >= 2 * ARMS]
+    engines = ("engine", "engine_compiled") if args.compiled else ("engine",)
+    return found + [Contender(feature_size, name, device, *stack) for stack in stacks for name in engines]
 
 
-def build_parser() -> Parser:
-    """The command line."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--sizes", type=numbers, default=[1, 16, 160, 1600], help="networks in a stack (default 1,16,160,1600)")
-    add("--dims", type=numbers, default=[192, 768], help="lengths of a feature vector (default 192,768)")
-    add("--epochs", type=positive, default=1, help="epochs of a training (default 1); one is measured, the rest alike")
-    add("--steps", type=positive, default=16, help=f"steps measured of stacks over {LARGE} networks (default 16)")
-    add("--repeats", type=positive, default=3, help="times everything is measured (default 3)")
-    add("--variants", type=positive, default=1, help="networks of a stack that share a start's batches (default 1)")
-    add("--rows", type=positive, default=6000, help="rows to train on (default 6000)")
-    add("--validation-rows", type=positive, default=9991, help="rows classified after each epoch (default 9991)")
-    add("--study", type=studies, default=[], metavar="SEEDS", help="also time whole studies, for example 1,20,100x6")
-    add("--quick", action="store_true", help="tiny sizes, once: does it run?")
-    add("--output", type=Path, metavar="FILE", help="JSON file to write")
-    return parser
+def measure(args: argparse.Namespace) -> Measured:
+    """All contenders in turn; the engine's rate over that of each loop."""
+    torch.set_num_threads(1)
+    actions = {}
+    for device, size in product(("cpu", "cuda") if torch.cuda.is_available() else ("cpu",), args.dims):
+        data = made_up(size, args.images, device)
+        found = contenders(args, device, size)
+        actions |= {one: partial(SECONDS[one.name], data, one, args.epochs) for one in found}
+    taken = in_turn(actions, args.repeats)
+    rates = {one: [one.networks / value for value in values] for one, values in taken.items()}
+    rows = []
+    for one, values in taken.items():
+        rows.append(one._asdict() | {"seconds_per_epoch": spread(values), "rate": spread(rates[one])})
+        if one.name not in LOOPS:
+            devices = {"plain": one.device, "fused": one.device, "scikit_learn": "cpu"}
+            loops = {name: rates[Contender(one.feature_size, name, device)] for name, device in devices.items()}
+            rows[-1]["rate_over"] = {name: ratio(rates[one], rate) for name, rate in loops.items()}
+    task = {"images": args.images, "classes": CLASSES, "domains": DOMAINS, "epochs": args.epochs, "threads": 1}
+    return task, rows
 
 
-def numbers(text: str) -> list[int]:
-    """``1,16`` -> [1, 16], sorted, each once."""
-    return sorted({positive(part.strip()) for part in text.split(",")})
+def columns(row: dict) -> dict[str, object]:
+    """A row of the table."""
+    cells = {"D": row["feature_size"], "contender": row["name"], "device": row["device"]}
+    cells |= {key: row[key] for key in ("networks", "arms")} | {"rate": shown(row["rate"], 1)}
+    over = row.get("rate_over", {})
+    return cells | {f"/ {name}": shown(over[name], 1) if over else "" for name in LOOPS}
 
 
-def studies(text: str) -> list[tuple[int, int | None]]:
-    """``1,100x6`` -> [(1, None), (100, 6)]: seeds and variants."""
-    parts = [part.strip().partition("x") for part in text.split(",")]
-    return [(positive(seeds), positive(variants) if x else None) for seeds, x, variants in parts]
-
-
-# --- contenders -----------------------------------------------------------------------------------------
-
-
-def contenders(task: Task, size: int, args: argparse.Namespace, processes: Processes) -> list[tuple[dict, Callable]]:
-    """What is measured for `size` networks: description, and a function -> list of (networks, `Times`)."""
-    found, cuda = [], torch.cuda.is_available()
-
-    def add(name: str, action: Callable, **facts) -> None:
-        found.append(({"contender": name, "threads": 1, "device": "cpu", **facts}, action))
-
-    def plain(fused: bool, threads: int, device: str = "cpu") -> Callable:
-        def action() -> list[tuple[int, Times]]:
-            torch.set_num_threads(threads)
-            return [(1, measure(PlainLoop(task, fused, device), task, task.steps, args.limit, device))]
-
-        return action
-
-    def stack(make: Callable, device: str = "cpu") -> Callable:
-        def action() -> list[tuple[int, Times]]:
-            torch.set_num_threads(1)
-            loop = make()
-            return [(loop.networks, measure(loop, task, measured, args.limit, device))]
-
-        return action
-
-    for fused in (False, True):
-        name = "plain_fused" if fused else "plain"
-        add(name, plain(fused, 1))
-        add(f"{name}_2_threads", plain(fused, 2), threads=2)
-        both = functools.partial(processes.run, measure_plain, task, fused, args.limit)
-        add("processes_fused" if fused else "processes", both, processes=2)
-        if cuda:
-            add(f"{name}_cuda", plain(fused, 1, "cuda"), device="cuda")
-    add("sklearn", lambda: [(1, measure_sklearn(task, args.epochs, 1))])
-    add("sklearn_2_threads", lambda: [(1, measure_sklearn(task, args.epochs, 2))], threads=2)
-
-    measured = min(args.steps, task.steps) if size > LARGE else task.steps
-    seeds = max(1, size // args.variants)
-    engines = ["vmap", "matmul", *(["compiled"] if size >= COMPILED and args.compiled else [])]
-    for engine in engines:
-        make = functools.partial(Stack, task, engine, seeds, args.variants)
-        add(engine, stack(make), variants=args.variants)
-    for engine in ("vmap", "matmul", "captured") if cuda else ():
-        make = functools.partial(Stack, task, engine, seeds, args.variants, "cuda")
-        add(f"{engine}_cuda", stack(make, "cuda"), device="cuda", variants=args.variants)
-    for variants, mark in ((args.variants, ""), (SHARED, "_shared_batches")):
-        if size >= 2 * variants and not (mark and args.variants == SHARED):
-            for engine in engines[1:]:
-                seeds = max(2, round(size / variants))
-                both = functools.partial(processes.run, measure_chunks, task, engine, seeds, variants, args.steps)
-                add(
-                    f"{engine}_chunks{mark}",
-                    functools.partial(both, args.limit),
-                    processes=2,
-                    threads=2,
-                    variants=variants,
-                )
-    return found
-
-
-def measure_all(args: argparse.Namespace) -> dict:
-    """Everything, once per repeat, in turn: what else the machine does strikes all alike."""
-    tasks = [Task(size, args.rows, args.validation_rows) for size in args.dims]
-    threads, before = torch.get_num_threads(), os.getloadavg()
-    rows, rates, studies = {}, [], {seeds: [] for seeds in args.study}
-    processes = Processes(2)
-    try:
-        for repeat in range(args.repeats):
-            rates.append(machine_rates(threads, args.quick))
-            for task in tasks:
-                for size in args.sizes:
-                    tell(f"repeat {repeat + 1} of {args.repeats}: D = {task.size}, {size} networks")
-                    listed = contenders(task, size, args, processes)
-                    for facts, action in listed[:: -1 if repeat % 2 else 1]:
-                        key = (task.size, size, facts["contender"])
-                        head = {"feature_size": task.size, "size": size, **facts}
-                        row = rows.setdefault(key, {**head, "seconds_by_repeat": [], "by_repeat": []})
-                        times = action()
-                        row["networks"] = sum(count for count, _ in times)
-                        row["seconds_by_repeat"].append([time.as_dict() for _, time in times])
-                        row["by_repeat"].append(sum(count / (time.epoch * args.epochs) for count, time in times))
-            for seeds in args.study:
-                tell(f"repeat {repeat + 1} of {args.repeats}: a study of {seeds[0]} seeds")
-                studies[seeds].append(study_seconds(*seeds))
-    finally:
-        processes.close()
-        torch.set_num_threads(threads)
-    floors = [floor(task, rates, threads) for task in tasks]
-    return {
-        "task": {
-            **{key: getattr(tasks[0], key) for key in ("rows", "classes", "batch", "steps")},
-            "validation_rows": args.validation_rows,
-            "hidden_sizes": list(config.HIDDEN_SIZES),
-            "epochs": args.epochs,
-            "repeats": args.repeats,
-            "note": note(args, tasks[0]),
-        },
-        "results": [finished(row, rows, tasks[0], floors) for row in rows.values()],
-        "floor": floors,
-        "study": [
-            {"seeds": seeds, "variants": variants, "seconds": statistics.median(values), "by_repeat": values}
-            for (seeds, variants), values in studies.items()
-        ],
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "torch_threads": threads,
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "system": platform.system(),
-            "load_average_before": before,
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
-    }
-
-
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def note(args: argparse.Namespace, task: Task) -> str:
-    """What was measured, and what was concluded from it."""
-    part = f"{min(args.steps, task.steps)} of the {task.steps} steps of an epoch"
-    return (
-        f"A training is {args.epochs} x (shuffling + {task.steps} steps + classifying {task.total} rows); one epoch is "
-        f"measured. Stacks over {LARGE} networks: {part} are measured and extrapolated linearly, as is what takes over "
-        f"{args.limit:g} s (marked ~); shuffling and validation are measured in full. The making of networks is not "
-        "measured. Medians of repeats."
-    )
-
-
-def finished(row: dict, rows: dict, task: Task, floors: list[dict]) -> dict:
-    """A row of the report: rate, speed-ups over the baselines of the same size, fraction of the floor."""
-    row = {**row, "networks_per_second": statistics.median(row["by_repeat"])}
-    row["networks_per_second_by_repeat"] = row.pop("by_repeat")
-    taken = [time["steps_measured"] for epoch in row["seconds_by_repeat"] for time in epoch]
-    row["extrapolated"] = min(taken) < task.steps
-    if not row["contender"].startswith(tuple(ENGINES)):
-        return row
-    row["speedup"], row["speedup_by_repeat"] = {}, {}
-    for name, among in BASELINES.items():
-        rates = [rows[row["feature_size"], row["size"], other]["by_repeat"] for other in among]
-        best = [max(values) for values in zip(*rates, strict=True)]
-        ratios = [mine / other for mine, other in zip(row["networks_per_second_by_repeat"], best, strict=True)]
-        row["speedup"][name], row["speedup_by_repeat"][name] = statistics.median(ratios), ratios
-    if row["device"] == "cpu" and not row["contender"].startswith("vmap"):
-        slowest = [max(part["steps"] for part in epoch) for epoch in row["seconds_by_repeat"]]
-        steps = [seconds / (task.steps * row["networks"]) for seconds in slowest]
-        of = next(f for f in floors if f["feature_size"] == row["feature_size"])
-        bounds = [floor_seconds(of, rate, row["threads"], row["variants"]) for rate in of["rates_by_repeat"]]
-        row["fraction_of_floor"] = statistics.median(b / s for b, s in zip(bounds, steps, strict=True))
-    return row
-
-
-# --- whole studies, machine, table ----------------------------------------------------------------------
-
-
-def table(report: dict) -> str:
-    """The report as text."""
-    machine, versions = report["machine"], report["versions"]
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average_before'][0]:.1f} before; "
-        f"CUDA: {machine['cuda'] or 'none'}; torch {versions['torch']}, scikit-learn {versions['scikit-learn']}",
-        textwrap.fill(report["task"]["note"], 110),
-    ]
-    sizes = sorted({row["size"] for row in report["results"]})
-    for of in report["floor"]:
-        found = [row for row in report["results"] if row["feature_size"] == of["feature_size"]]
-        cells = {(row["contender"], row["size"]): row for row in found}
-        names = list(dict.fromkeys(row["contender"] for row in found))
-        heading = f"D = {of['feature_size']}, trained networks per second; networks"
-        lines += ["", f"{heading:<52}" + "".join(f"{size:>10}" for size in sizes)]
-        for name in names:
-            rows = [cells.get((name, size), {}) for size in sizes]
-            rates = [row.get("networks_per_second") for row in rows]
-            lines.append(line(name, rates, ["~" if row.get("extrapolated") else "" for row in rows]))
-        for name in [name for name in names if name.startswith(("matmul", "compiled", "captured"))]:
-            rows = [cells.get((name, size), {}) for size in sizes]
-            for baseline in BASELINES:
-                values = [row.get("speedup", {}).get(baseline) for row in rows]
-                lines.append(line(f"speedup, {name} / {baseline}", values))
-            if any("fraction_of_floor" in row for row in rows):
-                lines.append(line(f"fraction of the floor (steps), {name}", [r.get("fraction_of_floor") for r in rows]))
-        rates, moved = of["rates_by_repeat"][0], sum(of["bytes"].values())
-        lines.append(f"Floor of a step of a network: {of['operations'] / 1e6:.2f} Mflop, {moved / 1e3:.0f} kB")
-        lines += [
-            f"  at {key.replace('_', ' ')}: {rate['operations_per_second'] / 1e9:.0f} Gflop/s, "
-            f"{rate['bytes_per_second'] / 1e9:.1f} GB/s (first repeat); {of['seconds'][key] * 1e6:.1f} µs"
-            for key, rate in rates.items()
-        ]
-    for of in report["study"]:
-        what = f"{of['variants']} variants" if of["variants"] else "experiment.py run"
-        lines.append(f"Study of {of['seeds']} seeds, {what}: {of['seconds']:.1f} s, whole process")
-    return "\n".join(lines)
-
-
-def line(name: str, values: list[float | None], marks: Sequence[str] = ()) -> str:
-    """A line of the table; a value of None is a dash."""
-    pairs = zip_longest(values, marks, fillvalue="")
-    return f"{name:<52}" + "".join(f"{'-' if v is None else f'{mark}{v:.4g}':>10}" for v, mark in pairs)
+def main() -> int:
+    """Measure what the command line says."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--networks", type=numbers, default=[1, 16, 160], help="at once (default 1,16,160)")
+    parser.add_argument("--dims", type=numbers, default=[192, 768], help="lengths of a feature (default 192,768)")
+    parser.add_argument("--images", type=positive, default=9991, help="in the data set, 140 or more (default 9991)")
+    parser.add_argument("--epochs", type=positive, default=3, help="epochs that are counted (default 3)")
+    parser.add_argument("--compiled", action="store_true", help="also the engine with a compiled step")
+    return run(parser, measure, columns)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,45 @@
-"""Whole studies as processes of their own, timed from start to exit."""
+"""How long do whole commands take, from the start of the process to its end?
 
-import functools
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+Runs `experiment.py` with each command in an empty results directory, on the bundled features unless the command says
+otherwise. The commands take turns.
 
-from plain import timed
+Run:  python benchmarks/whole.py --output benchmarks/results/whole_cpu.json
 
-from config import InputError
-
-ROOT = Path(__file__).resolve().parents[1]
-WHOLE = """
-import sys
-from config import Settings
-from features import get_features
-from records import Results
-from study import Study
-from variants import VARIANTS
-
-data, settings = get_features(), Settings.current()
-arms = {{"algorithms": VARIANTS[:{variants}], "keep_weights": False, "progress": False}}
-study = Study(data, settings, Results(sys.argv[1]), range({seeds}), **arms)
-study.phase1()
-study.phase2()
+Columns: the command; seconds, median over repeats (lowest–highest).
 """
 
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
 
-def study_seconds(seeds: int, variants: int | None) -> float:
-    """Seconds of a study on the bundled features, from start to exit: ``experiment.py run``, or all of `variants`."""
-    with tempfile.TemporaryDirectory() as folder:
-        if variants is None:
-            run = ["experiment.py", "run", "--seeds", str(seeds), "--no-figures", "--results-dir", folder]
-        else:
-            run = ["-c", WHOLE.format(seeds=seeds, variants=variants), folder]
-        done = []
-        start = functools.partial(subprocess.run, [sys.executable, *run], capture_output=True, text=True)
-        seconds = timed(lambda: done.append(start(cwd=ROOT, check=False)))
-    if done[0].returncode:
-        said = done[0].stderr.strip().splitlines()
-        raise InputError(f"The study of {seeds} seeds did not end well: {said[-1] if said else 'no reason given'}")
-    return seconds
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measuring import Measured, command_seconds, in_turn, new_parser, run, shown, spread
+
+COMMANDS = ("run --seeds 1 --no-figures", "run --seeds 20 --no-figures", "study --seeds 20")
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    """Seconds of each command."""
+    commands = {command: partial(command_seconds, command) for command in args.commands or COMMANDS}
+    taken = in_turn(commands, args.repeats)
+    rows = [{"command": command, "seconds": spread(values)} for command, values in taken.items()]
+    return {"threads per process": 1}, rows
+
+
+def columns(row: dict) -> dict[str, object]:
+    """A row of the table."""
+    return {"command": row["command"], "seconds": shown(row["seconds"])}
+
+
+def main() -> int:
+    """Measure what the command line says."""
+    parser = new_parser(__doc__)
+    help_ = f"what follows 'experiment.py', in quotes, without --results-dir (default: {'; '.join(COMMANDS)})"
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=help_)
+    return run(parser, measure, columns)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,143 +1,99 @@
-"""The benchmarks run: tiny sizes, no statement on speed."""
+"""The benchmarks run at tiny sizes; nothing here says how fast anything is."""
 
-import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from models import FeedforwardClassifier
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
+QUICK_RUN = "run --seeds 1 --no-figures --set PH1_NUM_EPOCHS=1 --set PH2_NUM_EPOCHS=1"
 
 
-@pytest.fixture
-def training_benchmark(monkeypatch):
-    """benchmarks/training.py, which shares its name with the module it measures."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    spec = importlib.util.spec_from_file_location("training_benchmark", FOLDER / "training.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def no_processes(training_benchmark, monkeypatch):
-    """Starting two processes takes longer than all the rest: measure here instead."""
-
-    class Here:
-        def __init__(self, count):
-            self.count = count
-
-        def run(self, function, *args):
-            return [function(i, self.count, *args) for i in range(self.count)]
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(training_benchmark, "Processes", Here)
-
-
-def test_quick_run_prints_a_table_and_writes_json(training_benchmark, no_processes, tmp_path, capsys):
-    threads = torch.get_num_threads()
-    assert training_benchmark.main(["--quick", "--output", str(tmp_path / "out.json")]) == 0
-    assert torch.get_num_threads() == threads
-    printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert set(report) == {"task", "results", "floor", "study", "machine", "versions"}
-    rows = {(row["contender"], row["size"]): row for row in report["results"] if row["device"] == "cpu"}
-    assert {name for name, _ in rows} == {
-        "plain", "plain_2_threads", "plain_fused", "plain_fused_2_threads", "processes", "processes_fused",
-        "sklearn", "sklearn_2_threads", "vmap", "matmul", "matmul_chunks", "matmul_chunks_shared_batches",
-    }  # fmt: skip
-    for (name, size), row in rows.items():
-        assert name in printed
-        assert row["networks_per_second"] > 0
-        if row["contender"] in ("matmul", "vmap", "matmul_chunks"):
-            assert row["networks"] == size
-            best = max(rows["plain", size]["networks_per_second"], rows["plain_2_threads", size]["networks_per_second"])
-            assert row["speedup"]["plain_loop"] == pytest.approx(row["networks_per_second"] / best)
-        assert ("fraction_of_floor" in row) == name.startswith("matmul")
-    shared = rows["matmul_chunks_shared_batches", 12]
-    assert (shared["networks"], shared["variants"], shared["threads"]) == (12, 6, 2)
-
-
-def test_unfinished_epochs_are_extrapolated(training_benchmark, monkeypatch):
-    plain = sys.modules["plain"]
-    clock = [0.0]
-    monkeypatch.setattr(plain.time, "perf_counter", lambda: clock[0])
-
-    class Loop:
-        networks = 1
-
-        def shuffle(self):
-            clock[0] += 3
-
-        def steps(self, first, last):
-            clock[0] += 0.5 * (last - first)
-
-        def validate(self):
-            clock[0] += 7
-
-    task = plain.Task(4, rows=640)
-    assert plain.measure(Loop(), task, 20, 1e9) == plain.Times(3, 10, 7, 20)
-    assert plain.measure(Loop(), task, 4, 1e9) == plain.Times(3, 10, 7, 4)
-    assert plain.measure(Loop(), task, 20, 1e-9) == plain.Times(3, 10, 7, plain.CHUNK)
-
-
-def test_floor_counts_what_a_step_needs(training_benchmark):
-    plain = sys.modules["plain"]
-    rate = {"operations_per_second": 1e9, "bytes_per_second": 1e9}
-    rates = [{"1_thread": rate, "all_threads": {key: 2 * value for key, value in rate.items()}}]
-    of = plain.floor(plain.Task(192, batch=32, classes=7), rates, 2)
-    network = FeedforwardClassifier(192, 7, (10,) * 5)
-    assert of["parameters"] == sum(p.numel() for p in network.parameters())
-    weights = [layer.weight.numel() for layer in network.layers]
-    assert of["operations"] == 2 * 32 * (3 * sum(weights) - weights[0])
-    moved = 8 * 4 * of["parameters"] + 2 * 4 * 32 * 192
-    assert sum(of["bytes"].values()) == moved
-    assert of["seconds"] == {
-        "1_thread": max(of["operations"], moved) / 1e9,
-        "all_threads": max(of["operations"], moved) / 2e9,
-    }
-    assert plain.floor_seconds({**of, "operations": 0}, rates[0], 1, 6) == pytest.approx(
-        (moved - of["bytes"]["batch"] * 5 / 6) / 1e9
+def run(benchmark, *options, folder):
+    """Run a benchmark in a process, with `folder` as its working directory."""
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{benchmark}.py", *map(str, options)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
-def test_processes_measure_at_the_same_time(training_benchmark):
-    plain = sys.modules["plain"]
-    processes = plain.Processes(2)
-    try:
-        task = plain.Task(4, rows=64, total=100)
-        single = processes.run(plain.measure_plain, task, True, 1.0)
-        stacks = processes.run(sys.modules["stacked"].measure_chunks, task, "matmul", 5, 3, 2, 1.0)
-    finally:
-        processes.close()
-    assert [count for count, _ in single] == [1, 1]
-    assert sorted(count for count, _ in stacks) == [2 * 3, 3 * 3]
-    for _, times in single + stacks:
-        assert times.steps_measured == 2
-        assert times.epoch > 0
+def rows_of(benchmark, *options, folder):
+    """The rows of a report, measured once, and the printed table."""
+    done = run(benchmark, *options, "--repeats", 1, "--output", "out.json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "out.json").read_text("utf-8"))
+    assert set(report) == {"task", "results", "machine", "versions"}
+    return report["results"], done.stdout
+
+
+def test_training_compares_the_engine_with_the_loops(tmp_path):
+    rows, printed = rows_of("training", "--networks", "1,14", "--dims", 8, "--images", 280, folder=tmp_path)
+    found = {(row["name"], row["networks"], row["arms"]): row for row in rows if row["device"] == "cpu"}
+    loops = {(name, 1, 1) for name in ("plain", "fused", "scikit_learn")}
+    assert set(found) == loops | {("engine", 1, 1), ("engine", 14, 1), ("engine", 12, 6)}
+    for (name, networks, _), row in found.items():
+        assert name in printed
+        rate = row["rate"]["median"]
+        assert rate == pytest.approx(networks / row["seconds_per_epoch"]["median"])
+        for loop, over in row.get("rate_over", {}).items():
+            assert over["median"] == pytest.approx(rate / found[loop, 1, 1]["rate"]["median"])
+        assert ("rate_over" in row) == (name == "engine")
+
+
+def test_methods_compares_with_plain_training(tmp_path):
+    rows, printed = rows_of("methods", "--methods", "GroupDRO,ImportanceMask", "--seeds", 2, folder=tmp_path)
+    seconds = {row["method"]: row["seconds"]["median"] for row in rows}
+    assert set(seconds) == {"ERM", "ERMBalanced", "GroupDRO", "ImportanceMask"}
+    assert list(seconds.values()) == sorted(seconds.values())
+    for row in rows:
+        assert row["method"] in printed
+        plain = {"pooled": "ERM", "balanced": "ERMBalanced"}[row["batches"]]
+        assert row["over_plain_training"]["median"] == pytest.approx(row["seconds"]["median"] / seconds[plain])
+
+
+def test_extraction_compares_with_the_bare_forward_pass(tmp_path, image_root, tiny_vit):
+    options = ("--data-root", image_root, "--vit-model", tiny_vit, "--device", "cpu")
+    rows, printed = rows_of("extraction", *options, folder=tmp_path)
+    assert [row["part"] for row in rows] == ["bare_forward", "decoding", "extraction", "cache_hit", "vit_epoch"]
+    for row in rows:
+        assert row["part"] in printed
+        assert row["images_per_second"]["median"] == pytest.approx(12 / row["seconds"]["median"])
+    assert rows[0]["speed_over_bare_forward"]["median"] == 1
+
+
+def test_whole_times_a_command(tmp_path):
+    rows, printed = rows_of("whole", QUICK_RUN, folder=tmp_path)
+    assert [row["command"] for row in rows] == [QUICK_RUN]
+    assert QUICK_RUN in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]  # results went elsewhere
+
+
+def test_versions_compares_two_checkouts(tmp_path):
+    options = ("--against", ROOT, "--networks", 2, "--epochs", 1, "run --help")
+    rows, printed = rows_of("versions", *options, folder=tmp_path)
+    assert [row["what"] for row in rows] == ["training of 2", "run --help"]
+    for row in rows:
+        assert row["what"] in printed
+        ratio = row["this"]["median"] / row["other"]["median"]
+        assert row["this_over_other"]["median"] == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("benchmark", "options", "named"),
     [
-        (["--sizes", "1,zero"], "Argument --sizes: 'zero' is not a whole number of at least 1"),
-        (["--repeats", "0"], "'0' is not a whole number"),
-        (["--rows", "20000"], "--rows must not be more than --validation-rows"),
-        (["--output", "no/such/folder/out.json"], "cannot be written"),
-        (["--nonsense"], "Unrecognized arguments: --nonsense"),
+        ("versions", ["--against", "nowhere"], "--against"),
+        ("whole", ["--output", "no/such/folder/out.json"], "--output"),
+        ("whole", ["run --seeds 0"], "--seeds"),
     ],
 )
-def test_bad_input_is_one_sentence(training_benchmark, capsys, arguments, said):
-    try:
-        code = training_benchmark.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    printed = capsys.readouterr()
-    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert said in printed.err
+def test_bad_input_is_named(tmp_path, benchmark, options, named):
+    done = run(benchmark, *options, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr.splitlines()[-1]

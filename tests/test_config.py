@@ -64,7 +64,7 @@ def constant_assignments() -> list[ast.stmt]:
     return found
 
 
-# --- the constants ----------------------------------------------------------------------------------------
+# The constants
 
 
 def test_every_constant_is_annotated():
@@ -101,7 +101,7 @@ def test_every_constant_can_be_given_its_own_default(name):
     assert type(parsed[1]) is type(default)
 
 
-# --- parse --------------------------------------------------------------------------------------------------
+# Parse
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,8 @@ def test_every_constant_can_be_given_its_own_default(name):
         ("HIDDEN_SIZES=(10, 20, 30)", (10, 20, 30)),
         ("HIDDEN_SIZES=[10, 20]", (10, 20)),
         ("HIDDEN_SIZES=10", (10,)),
+        ("HIDDEN_SIZES=(10,)*4", (10,) * 4),
+        ("HIDDEN_SIZES=(7,) * 2", (7, 7)),
         ("PH2_INIT=phase1", "phase1"),
         ("PH2_INIT='phase1'", "phase1"),
         ("DATA_ROOT=None", None),
@@ -182,7 +184,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(typed, nearest):
 
 
 @pytest.mark.parametrize("name", ["", "AGGREGATIONS", "InputError", "json", "__name__"])
-def test_what_is_no_setting_cannot_be_set(name):
+def test_what_is_not_a_setting_cannot_be_set(name):
     with pytest.raises(InputError, match=f"'{name}'"):
         parse(f"{name}=1")
     with pytest.raises(InputError, match=f"'{name}'"):
@@ -190,7 +192,7 @@ def test_what_is_no_setting_cannot_be_set(name):
 
 
 def test_an_assignment_needs_an_equals_sign():
-    with pytest.raises(InputError, match="NAME=VALUE, not 'BATCH_SIZE'"):
+    with pytest.raises(InputError, match="BATCH_SIZE"):
         parse("BATCH_SIZE")
 
 
@@ -217,7 +219,7 @@ def test_apply_sets_constants_and_checks_their_types():
     assert config.BATCH_SIZE == 5
 
 
-# --- settings -----------------------------------------------------------------------------------------------
+# Settings
 
 
 def test_settings_are_the_constants_as_they_are_now():
@@ -236,7 +238,7 @@ def test_constants_set_in_a_notebook_are_coerced_and_checked():
     assert settings.hidden_sizes == (8, 8)
     assert type(settings.ph1_learning_rate) is float
     config.BATCH_SIZE = "32"
-    with pytest.raises(InputError, match="BATCH_SIZE must be of type int, not '32'"):
+    with pytest.raises(InputError, match="BATCH_SIZE"):
         Settings.current()
 
 
@@ -300,8 +302,9 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_bad_values_are_refused_by_the_constant_s_name(field, value):
-    with pytest.raises(InputError, match=field.upper()) as caught:
+    with pytest.raises(ValueError, match=field.upper()) as caught:
         Settings.current(**{field: value})
+    assert isinstance(caught.value, InputError)
     assert str(caught.value).endswith(".")
     setattr(config, field.upper(), value)
     with pytest.raises(InputError, match=field.upper()):
@@ -327,11 +330,7 @@ def test_values_at_the_edge_are_good(field, value):
     assert getattr(Settings.current(**{field: value}), field) == value
 
 
-def test_bad_input_is_a_value_error():
-    assert issubclass(InputError, ValueError)
-
-
-# --- hash ---------------------------------------------------------------------------------------------------
+# Hash
 
 
 def test_hash_changes_with_each_field():
@@ -361,7 +360,7 @@ def test_what_does_not_determine_a_result_is_not_in_the_hash():
     assert Settings.current().hash == before
 
 
-# --- import -------------------------------------------------------------------------------------------------
+# Import
 
 IMPORT = """
 import ast, dataclasses, difflib, hashlib, json, random, socket, sys, time, types, typing
@@ -390,6 +389,8 @@ def test_import_has_no_side_effects_and_the_hash_is_the_same_in_every_process(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_may_be_written_as_in_the_file():
-    assert config.parse("HIDDEN_SIZES=(10,)*4") == ("HIDDEN_SIZES", (10,) * 4)
-    assert config.parse("HIDDEN_SIZES=(7,) * 2") == ("HIDDEN_SIZES", (7, 7))
+def test_reset_gives_back_what_the_file_says():
+    before = {name: getattr(config, name) for name in config.names()}
+    config.apply({"PH2_FREEZE_EPOCH": 3, "RESULTS_DIR": "elsewhere", "HIDDEN_SIZES": (4, 4)})
+    config.reset()
+    assert {name: getattr(config, name) for name in config.names()} == before

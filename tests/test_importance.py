@@ -1,9 +1,9 @@
-"""The mask arithmetic against hand-computed cases, plain numpy and properties."""
+"""The method against cases computed by hand, plain numpy and properties."""
 
 import math
 import subprocess
 import sys
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +12,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import nn
 
 import importance
 from importance import (
     DegenerateImportanceError,
     aggregate,
     degenerate,
-    expected_overlap,
     flatten,
     mask_size,
     normalize,
-    overlap,
-    statistics,
+    scaled_update,
+    step_with_rates,
     top_k_mask,
     unflatten,
+    unimportant_rate,
     weight_importance,
+    weight_rates,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +54,9 @@ def test_importance_is_the_distance_moved():
 
 
 def test_importance_of_different_networks_is_refused():
-    with pytest.raises(ValueError, match="same layers and shapes"):
-        weight_importance([torch.zeros(2, 2)], [torch.zeros(2, 3)])
-    with pytest.raises(ValueError, match="same layers and shapes"):
-        weight_importance([torch.zeros(2, 2)], [torch.zeros(2, 2)] * 2)
+    for other in ([torch.zeros(2, 3)], [torch.zeros(2, 2)] * 2):
+        with pytest.raises(ValueError, match="shapes"):
+            weight_importance([torch.zeros(2, 2)], other)
 
 
 def test_flatten_is_layer_by_layer_row_by_row_and_back():
@@ -103,11 +104,11 @@ def test_totals_and_ranks_do_not_overflow_in_half_precision(method):
 
 
 def test_aggregation_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="no domain"):
+    with pytest.raises(ValueError, match="domain"):
         aggregate({})
-    with pytest.raises(ValueError, match=r"no aggregation 'sums'; known are sum, mean"):
+    with pytest.raises(ValueError, match="'sums'"):
         aggregate([[torch.rand(2, 2)]], "sums")
-    with pytest.raises(ValueError, match="same shapes"):
+    with pytest.raises(ValueError, match="shapes"):
         aggregate([[torch.rand(2, 2)], [torch.rand(2, 3)]])
 
 
@@ -129,7 +130,7 @@ def test_mask_size(n, percent, k):
 
 @pytest.mark.parametrize("percent", [-1, 100.5, math.nan])
 def test_mask_size_refuses(percent):
-    with pytest.raises(ValueError, match="0 … 100"):
+    with pytest.raises(ValueError, match="100"):
         mask_size(10, percent)
 
 
@@ -176,7 +177,7 @@ def test_an_importance_that_says_nothing(values):
     single = layers(values)
     assert degenerate(single)
     for function in (normalize, top_k_mask):
-        with pytest.raises(DegenerateImportanceError, match="all equal or not finite"):
+        with pytest.raises(DegenerateImportanceError):
             function(single)
     stack = layers(np.stack([values, np.arange(26)]))
     assert degenerate(stack).tolist() == [True, False]
@@ -185,61 +186,87 @@ def test_an_importance_that_says_nothing(values):
     assert flatten(top_k_mask(stack))[1].sum() == 16
 
 
-def test_statistics_by_hand():
-    moved = [torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.0], [4.0, 6.0]])]
-    mask = [torch.tensor([[False, True]]), torch.tensor([[True, False], [True, True]])]
-    first, second, overall = statistics(moved, mask)
-    assert (first["layer"], second["layer"], overall["layer"]) == ("1", "2", "overall")
-    assert [int(row["weights"]) for row in (first, second, overall)] == [2, 4, 6]
-    assert [int(row["marked"]) for row in (first, second, overall)] == [1, 3, 4]
-    assert [int(row["zero"]) for row in (first, second, overall)] == [1, 2, 3]
-    assert [int(row["marked_zero"]) for row in (first, second, overall)] == [0, 1, 1]
-    assert float(second["density"]) == 0.75
-    assert (float(overall["min"]), float(overall["max"]), float(overall["mean"])) == (0, 6, 2)
-    assert float(second["std"]) == pytest.approx(np.std([0, 0, 4, 6]))
+# A learning rate per weight
 
 
-def test_statistics_of_a_stack_are_those_of_its_networks():
-    values = np.random.default_rng(0).random((3, 26))
-    mask = top_k_mask(layers(values))
-    together = statistics(layers(values), mask)
-    for s in range(3):
-        for row, alone in zip(together, statistics(layers(values[s]), [m[s] for m in mask]), strict=True):
-            for key in row.keys() - {"layer"}:
-                torch.testing.assert_close(row[key][s], alone[key], rtol=1e-12, atol=0)
+def test_the_rate_of_unmarked_weights_decays_each_epoch_and_is_zero_once_frozen():
+    rates = [unimportant_rate(epoch, 0.1, 0.5, 3) for epoch in range(5)]
+    assert rates == [0.1, 0.05, 0.025, 0, 0]
+    assert unimportant_rate(0, 0.1, 0.5, 0) == 0
+    assert unimportant_rate(10**6, 0.1, 1.0, 10**7) == 0.1
 
 
-def test_overlap_by_hand():
-    a = [torch.tensor([[True, True], [False, False]])]
-    b = [torch.tensor([[True, False], [True, False]])]
-    empty = [torch.zeros(2, 2, dtype=torch.bool)]
-    assert float(overlap(a, b)) == pytest.approx(1 / 3)
-    assert float(overlap(a, a)) == 1
-    assert float(overlap(a, empty)) == 0
-    assert float(overlap(empty, empty)) == 1
+@pytest.mark.parametrize(
+    ("rate", "kind"),
+    [
+        (0.25, torch.float32),
+        (torch.tensor(0.25, dtype=torch.float64), torch.float64),
+        (torch.tensor([[0.25], [0.25]]).half(), torch.float16),
+    ],
+)
+def test_weights_have_rate_one_where_marked(rate, kind):
+    found = weight_rates(torch.tensor([[True, False], [False, True]]), rate)
+    assert found.dtype == kind
+    assert found.tolist() == [[1, 0.25], [0.25, 1]]
 
 
-@pytest.mark.parametrize(("a", "b", "n"), [(2, 3, 5), (1, 1, 4), (4, 4, 6), (0, 3, 5), (5, 5, 5), (0, 0, 3), (6, 2, 7)])
-def test_expected_overlap_is_the_mean_over_all_placements(a, b, n):
-    fixed = set(range(a))
-    values = []
-    for chosen in combinations(range(n), b):
-        union = len(fixed | set(chosen))
-        values.append(len(fixed & set(chosen)) / union if union else 1.0)
-    assert expected_overlap(a, b, n) == pytest.approx(np.mean(values), rel=1e-10)
+numbers = st.floats(-1e6, 1e6, width=32)
 
 
-def test_expected_overlap_at_the_size_of_the_experiment():
-    rng = np.random.default_rng(0)
-    masks = np.zeros((2, 4000, 400), bool)
-    for stack in masks:
-        for row in stack:
-            row[rng.permutation(400)[:240]] = True
-    a, b = masks
-    simulated = ((a & b).sum(1) / (a | b).sum(1)).mean()
-    assert expected_overlap(240, 240, 400) == pytest.approx(simulated, abs=0.002)
-    with pytest.raises(ValueError, match="0 … 400"):
-        expected_overlap(401, 1, 400)
+@settings(deadline=None)
+@given(numbers, numbers, st.floats(0, 1, width=32))
+def test_a_scaled_update_lies_between_old_and_new_and_is_exact_at_the_ends(old, new, rate):
+    result = scaled_update(*(torch.tensor(value, dtype=torch.float32) for value in (old, new, rate)))
+    if rate in (0, 1):
+        assert result == {0: old, 1: new}[rate]
+    else:
+        bound = 1e-5 * max(abs(old), abs(new), 1e-30)
+        assert min(old, new) - bound <= result <= max(old, new) + bound
+
+
+def test_a_frozen_weight_survives_an_update_that_is_not_finite():
+    old, new = torch.tensor([1.0, 1.0]), torch.tensor([math.nan, math.inf])
+    assert torch.equal(scaled_update(old, new, torch.zeros(2)), old)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW])
+def test_a_rate_of_a_tenth_is_a_tenth_of_the_step(optimizer):
+    torch.manual_seed(0)
+    full, tenth = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    tenth.load_state_dict(full.state_dict())
+    start = full.weight.detach().clone()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for layer, rates in ((full, {}), (tenth, {tenth.weight: torch.full((3, 4), 0.1).double()})):
+        layer(x).square().sum().backward()
+        step_with_rates(optimizer(layer.parameters(), lr=0.05), rates)
+    assert (full.weight - start).abs().min() > 0
+    torch.testing.assert_close(tenth.weight - start, 0.1 * (full.weight - start), rtol=1e-6, atol=1e-12)
+    assert torch.equal(tenth.bias, full.bias)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_weight_of_rate_zero_keeps_its_bits_although_it_has_momentum(optimizer):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(50))
+    step = optimizer([weight], lr=0.1, weight_decay=0.1)
+    frozen = torch.arange(50) % 2 == 0
+    for rate in (1.0, 0.0, 0.0):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(50)
+        step_with_rates(step, {weight: weight_rates(~frozen, rate)})
+        assert torch.equal(weight[frozen], before[frozen]) == (rate == 0)
+        assert (weight[~frozen] != before[~frozen]).all()
+
+
+def test_scaling_gradients_is_no_learning_rate_under_adam():
+    """The mistake this project exists to avoid: Adam undoes a factor on the gradient."""
+    weights = []
+    for factor in (1.0, 0.1):
+        weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        weight.grad = factor * torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+        torch.optim.Adam([weight], lr=0.1).step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-7)
 
 
 def test_importing_needs_torch_alone_and_changes_nothing(tmp_path):
@@ -247,8 +274,8 @@ def test_importing_needs_torch_alone_and_changes_nothing(tmp_path):
         "import sys, torch; before = torch.random.get_rng_state(); "
         "from importance import weight_importance, aggregate, top_k_mask; "
         "assert torch.equal(before, torch.random.get_rng_state()); "
-        "print([m for m in ('transformers', 'torchvision', 'matplotlib', 'pandas', 'sklearn', 'scipy')"
-        " if m in sys.modules])"
+        "print([m for m in ('config', 'models', 'dataset', 'engine', 'storage', 'transformers', 'torchvision', "
+        "'matplotlib', 'pandas', 'sklearn', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}

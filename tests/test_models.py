@@ -1,23 +1,23 @@
 """The frozen ViT on tiny random models, and the classifier on top."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MEAN, STD, VIT, save_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import config
 from config import InputError
-from models import FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
-
-ROOT = Path(__file__).resolve().parent.parent
+from features import load_extractor
+from models import FeedforwardClassifier, ImageClassifier
+from tests.conftest import MEAN, STD, VIT, save_model
+from tests.factories import ROOT
 
 
 def some_pixels(n=3, seed=0):
@@ -29,38 +29,28 @@ def normalized(pixels):
     return torch.tensor((scaled - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1)), dtype=torch.float32)
 
 
-# --- classifier ---------------------------------------------------------------------------------------------
+# Classifier
 
 
-def test_the_default_classifier_has_five_hidden_layers_and_four_tracked_matrices():
-    model = FeedforwardClassifier(768, 7)
-    shapes = [(layer.in_features, layer.out_features) for layer in model.modules() if isinstance(layer, nn.Linear)]
-    assert shapes == [(768, 10), (10, 10), (10, 10), (10, 10), (10, 10), (10, 7)]
-    tracked = [model.get_parameter(name) for name in model.tracked_names]
-    assert [tuple(w.shape) for w in tracked] == [(10, 10)] * 4
-    assert sum(w.numel() for w in tracked) == 400
-
-
-def test_four_hidden_layers_have_three_tracked_matrices():
-    assert len(FeedforwardClassifier(768, 7, (10,) * 4).tracked_names) == 3
-
-
-def test_tracked_matrices_of_unequal_widths_are_those_between_hidden_layers():
-    model = FeedforwardClassifier(6, 4, (3, 8, 5))
-    assert [tuple(model.get_parameter(name).shape) for name in model.tracked_names] == [(8, 3), (5, 8)]
+@pytest.mark.parametrize(
+    ("hidden", "tracked"), [((10,) * 5, [(10, 10)] * 4), ((10,) * 4, [(10, 10)] * 3), ((3, 8, 5), [(8, 3), (5, 8)])]
+)
+def test_tracked_matrices_are_those_between_hidden_layers(hidden, tracked):
+    model = FeedforwardClassifier(6, 4, hidden)
+    assert [(layer.in_features, layer.out_features) for layer in model.layers] == list(pairwise((6, *hidden, 4)))
+    params = dict(model.named_parameters())
+    assert [tuple(weight.shape) for weight in model.tracked(params)] == tracked
+    assert [id(weight) for weight in model.tracked(params)] == [id(params[name]) for name in model.tracked_names]
+    assert model.size == sum((a + 1) * b for a, b in pairwise((6, *hidden, 4)))
     assert model(torch.randn(2, 9, 6)).shape == (2, 9, 4)
 
 
-def test_default_sizes_are_read_when_the_classifier_is_made(monkeypatch):
-    monkeypatch.setattr(config, "HIDDEN_SIZES", (4, 4))
-    assert len(FeedforwardClassifier(6, 4).tracked_names) == 1
-
-
-@pytest.mark.parametrize("hidden", [(10,) * 5, (10,) * 4, (3, 8, 5)])
-def test_number_of_parameters(hidden):
-    sizes = (768, *hidden, 7)
-    count = sum((a + 1) * b for a, b in pairwise(sizes))
-    assert sum(p.numel() for p in FeedforwardClassifier(768, 7, hidden).parameters()) == count
+def test_an_outline_has_the_shapes_but_no_weights_and_draws_nothing():
+    before = torch.random.get_rng_state()
+    outline = FeedforwardClassifier.outline(6, 4, (3, 8))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert outline.tracked_names == ("layers.1.weight",)
 
 
 def test_initialization_is_that_of_linear():
@@ -84,11 +74,11 @@ def test_forward_is_linear_relu_and_a_linear_at_the_end():
     np.testing.assert_allclose(model(x).detach().numpy(), expected, rtol=0, atol=1e-12)
 
 
-# --- feature extractor --------------------------------------------------------------------------------------
+# Feature extractor
 
 
 def test_features_are_the_cls_token_of_the_last_hidden_state(vit):
-    extractor, pixels = ViTFeatureExtractor.from_pretrained(vit), some_pixels()
+    extractor, pixels = load_extractor(vit), some_pixels()
     features = extractor(pixels)
     reference = transformers.ViTModel.from_pretrained(vit).eval()
     with torch.no_grad():
@@ -102,7 +92,7 @@ def test_features_are_the_cls_token_of_the_last_hidden_state(vit):
 def test_whole_path_from_image_to_features_is_that_of_the_models_own_processor(vit):
     noise = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((90, 40), Image.Resampling.BICUBIC)
-    extractor = ViTFeatureExtractor.from_pretrained(vit)
+    extractor = load_extractor(vit)
     pixels = extractor.preprocessing(image)
     assert pixels.shape == (3, 32, 32)
     assert pixels.dtype == torch.uint8
@@ -113,30 +103,29 @@ def test_whole_path_from_image_to_features_is_that_of_the_models_own_processor(v
 
 
 def test_features_do_not_depend_on_what_else_is_in_the_batch(vit):
-    extractor, pixels = ViTFeatureExtractor.from_pretrained(vit), some_pixels(4)
+    extractor, pixels = load_extractor(vit), some_pixels(4)
     one_by_one = torch.cat([extractor(image.unsqueeze(0)) for image in pixels])
     torch.testing.assert_close(extractor(pixels), one_by_one, rtol=0, atol=1e-5)
 
 
 def test_the_extractor_is_frozen_and_stays_in_eval_mode(vit):
-    extractor = ViTFeatureExtractor.from_pretrained(vit)
+    extractor = load_extractor(vit)
     assert not any(p.requires_grad for p in extractor.parameters())
     assert extractor.train() is extractor
     assert not any(module.training for module in extractor.modules())
-    ImageClassifier(extractor, FeedforwardClassifier(24, 2), ("a", "b")).train()
+    ImageClassifier(extractor, FeedforwardClassifier(24, 2, (10, 10)), ("a", "b")).train()
     assert not any(module.training for module in extractor.modules())
     assert not extractor(some_pixels()).requires_grad
 
 
 def test_feature_size_is_read_from_the_model(vit, tmp_path):
-    assert ViTFeatureExtractor.from_pretrained(vit).feature_size == 24
+    assert load_extractor(vit).feature_size == 24
     other = save_model(transformers.ViTConfig(**{**VIT, "hidden_size": 16}), tmp_path / "other")
-    assert ViTFeatureExtractor.from_pretrained(other).feature_size == 16
+    assert load_extractor(other).feature_size == 16
 
 
-def test_default_model_is_the_one_in_config(vit, monkeypatch):
-    monkeypatch.setattr(config, "VIT_MODEL", str(vit))
-    assert ViTFeatureExtractor.from_pretrained().name == vit.name  # a directory is called by its name, not path
+def test_a_model_in_a_directory_is_called_by_the_name_of_the_directory(vit):
+    assert load_extractor(vit).name == load_extractor(str(vit)).name == vit.name
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "deit", "beit", "clip"])
@@ -148,7 +137,7 @@ def test_other_models_with_a_cls_token_work(kind, tmp_path):
         model_config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     else:
         model_config = transformers.AutoConfig.for_model(kind, **VIT)
-    extractor = ViTFeatureExtractor.from_pretrained(save_model(model_config, tmp_path / kind))
+    extractor = load_extractor(save_model(model_config, tmp_path / kind))
     features = extractor(some_pixels())
     assert features.shape == (3, extractor.feature_size) == (3, 24)
     reference = transformers.AutoModel.from_pretrained(tmp_path / kind).eval()
@@ -162,17 +151,17 @@ def test_a_model_that_drops_patches_at_random_gives_no_random_features(tmp_path)
     """ViTMAE hides three patches of four by chance, in eval mode too: refuse it or switch that off."""
     folder = save_model(transformers.ViTMAEConfig(**VIT), tmp_path / "mae")
     try:
-        extractor = ViTFeatureExtractor.from_pretrained(folder)
+        extractor = load_extractor(folder)
     except InputError:
         return
     assert torch.equal(extractor(some_pixels()), extractor(some_pixels()))
 
 
-# --- preprocessing ------------------------------------------------------------------------------------------
+# Preprocessing
 
 
 def test_preprocessing_is_read_from_the_model(vit):
-    facts = ViTFeatureExtractor.from_pretrained(vit).preprocessing.describe()
+    facts = load_extractor(vit).preprocessing.describe()
     assert facts["size"] == {"height": 32, "width": 32}
     assert (facts["mean"], facts["std"]) == (MEAN, STD)
     assert facts["scale"] == pytest.approx(1 / 255)
@@ -181,7 +170,7 @@ def test_preprocessing_is_read_from_the_model(vit):
 
 def test_preprocessing_without_a_preprocessor(copy):
     (copy / "preprocessor_config.json").unlink()
-    preprocessing = ViTFeatureExtractor.from_pretrained(copy).preprocessing
+    preprocessing = load_extractor(copy).preprocessing
     facts = preprocessing.describe()
     assert facts["size"] == {"height": 224, "width": 224}
     assert facts["resample"] == Image.Resampling.BILINEAR
@@ -201,14 +190,14 @@ def test_preprocessing_inside_a_processor_of_images_and_text_is_read(copy):
     (copy / "preprocessor_config.json").unlink()
     (copy / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     assert list(transformers.AutoImageProcessor.from_pretrained(copy).image_mean) == MEAN  # they are to be found there
-    facts = ViTFeatureExtractor.from_pretrained(copy).preprocessing.describe()
+    facts = load_extractor(copy).preprocessing.describe()
     assert (facts["size"], facts["mean"], facts["std"]) == ({"height": 32, "width": 32}, MEAN, STD)
 
 
 def test_a_processor_that_does_not_normalize_is_followed(copy):
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_normalize": False}))
-    extractor, pixels = ViTFeatureExtractor.from_pretrained(copy), some_pixels()
+    extractor, pixels = load_extractor(copy), some_pixels()
     with torch.no_grad():
         expected = transformers.ViTModel.from_pretrained(copy).eval()(pixel_values=pixels.float() / 255)
     torch.testing.assert_close(extractor(pixels), expected.last_hidden_state[:, 0], rtol=0, atol=1e-5)
@@ -216,42 +205,42 @@ def test_a_processor_that_does_not_normalize_is_followed(copy):
 
 def test_preprocessing_tells_processors_apart(vit, copy):
     path = copy / "preprocessor_config.json"
-    before = ViTFeatureExtractor.from_pretrained(vit).preprocessing.describe()
+    before = load_extractor(vit).preprocessing.describe()
     for change in ({"resample": 3}, {"size": {"height": 30, "width": 32}}, {"image_std": [0.2, 0.25, 0.31]}):
         path.write_text(json.dumps({**json.loads((vit / path.name).read_text()), **change}))
-        assert ViTFeatureExtractor.from_pretrained(copy).preprocessing.describe() != before
+        assert load_extractor(copy).preprocessing.describe() != before
 
 
-# --- hash of the weights ------------------------------------------------------------------------------------
+# Hash of the weights
 
 
 def test_weights_hash_is_of_the_weights(vit, copy):
-    first = ViTFeatureExtractor.from_pretrained(vit).weights_hash()
-    assert first == ViTFeatureExtractor.from_pretrained(vit).weights_hash()
-    assert first == ViTFeatureExtractor.from_pretrained(copy).weights_hash()  # whatever the folder is called
+    first = load_extractor(vit).weights_hash()
+    assert first == load_extractor(vit).weights_hash()
+    assert first == load_extractor(copy).weights_hash()  # whatever the folder is called
     assert len(first) == 64
     weights = load_file(copy / "model.safetensors")
     name = next(key for key in sorted(weights) if "pooler" not in key and key.endswith("weight"))
     weights[name].view(-1)[0] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert first != ViTFeatureExtractor.from_pretrained(copy).weights_hash()
+    assert first != load_extractor(copy).weights_hash()
 
 
 def test_weights_hash_ignores_a_pooler_that_the_checkpoint_lacks(vit, copy):
-    """It is not used, and would be random anew with each load."""
+    """It is not used, and each load would draw it again."""
     weights = load_file(copy / "model.safetensors")
     kept = {key: value for key, value in weights.items() if "pooler" not in key}
     assert len(kept) < len(weights)
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
-    expected = ViTFeatureExtractor.from_pretrained(vit).weights_hash()
-    assert ViTFeatureExtractor.from_pretrained(copy).weights_hash() == expected
+    expected = load_extractor(vit).weights_hash()
+    assert load_extractor(copy).weights_hash() == expected
 
 
-# --- the two joined -----------------------------------------------------------------------------------------
+# The two joined
 
 
 def test_image_classifier_gives_the_softmax_of_the_classifier_on_the_features(vit):
-    extractor, names = ViTFeatureExtractor.from_pretrained(vit), ("dog", "house", "person")
+    extractor, names = load_extractor(vit), ("dog", "house", "person")
     classifier = FeedforwardClassifier(24, 3, (10, 10))
     with torch.no_grad():
         for p in classifier.parameters():
@@ -271,7 +260,7 @@ def test_image_classifier_gives_the_softmax_of_the_classifier_on_the_features(vi
 
 
 def test_predict_takes_images_of_any_size(vit):
-    model = ImageClassifier(ViTFeatureExtractor.from_pretrained(vit), FeedforwardClassifier(24, 2), ["a", "b"])
+    model = ImageClassifier(load_extractor(vit), FeedforwardClassifier(24, 2, (10, 10)), ["a", "b"])
     rng = np.random.default_rng(0)
     shapes = [(20, 50, 3), (64, 33, 3)]
     images = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
@@ -279,3 +268,10 @@ def test_predict_takes_images_of_any_size(vit):
     pixels = torch.stack([model.extractor.preprocessing(image) for image in images])
     assert torch.equal(both, model(pixels))
     np.testing.assert_allclose(both.sum(1).numpy(), [1, 1], atol=1e-6)
+
+
+def test_import_is_quiet_and_light():
+    """Nothing is printed or drawn, and transformers, which takes seconds, is imported only when a model is loaded."""
+    code = "import sys, models, features; assert not {'transformers', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

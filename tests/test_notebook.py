@@ -6,9 +6,8 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from problems import features as blobs
 
-from feature_file import save_features
+from tests.factories import save_blobs
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "train.ipynb"
@@ -17,9 +16,7 @@ NOTEBOOK = ROOT / "train.ipynb"
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
-    d = blobs(per_cell=30)
-    names = d.class_names, d.domain_names, d.files
-    save_features(folder / "blobs.safetensors", d.features.half(), d.labels, d.domains, *names, dataset="blobs")
+    save_blobs(folder / "blobs.safetensors", per_cell=30)
     parameters = {
         "SEEDS": 2,
         "HOLDOUTS": ["photo"],
@@ -50,8 +47,13 @@ def test_it_runs_without_an_error_and_shows_every_figure(executed):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    # projection, curves of both phases, grids of two domains and one holdout, overlap, bars, confusions, three forests
-    assert len(pictures) == 1 + 2 + 4 * 2 + 3 + 1 + 1 + 2 + 3
+    # projection, curves of both phases, grids of a domain and a holdout, overlap, accuracies, three forest plots
+    assert len(pictures) == 1 + 2 + 4 + 2 + 1 + 1 + 3
+
+
+def test_the_method_in_plain_code_is_what_a_study_does(executed):
+    assert "same mask: True" in texts(executed[1])
+    assert "same right answers: True" in texts(executed[1])
 
 
 def test_the_committed_notebook_was_run_from_top_to_bottom():

@@ -1,70 +1,222 @@
-"""What the repository promises about itself: commands, layering, imports without side effects."""
+"""What the repository promises about itself: where things are, who imports whom, what its pages and commands say."""
 
 import ast
+import importlib
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pandas as pd
+import pytest
 
-from evaluation import finding, lodo_table, wide_table
-from records import Results
+from tests.factories import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
-MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
-# A module imports only from floors below its own.
-FLOORS = {
-    "config": 0, "files": 0, "drawing": 0,
-    "dataset": 1, "models": 1, "parallel": 2,
-    "importance": 2, "stacks": 2, "feature_file": 2, "features": 3, "captured": 3, "compiled": 3,
-    "training": 4,
-    "trainer_phase1": 5, "trainer_phase2": 5, "trainer_algorithm": 5, "records": 4,
-    "evaluation": 6, "visualization": 6, "variants": 6, "inference": 0,
-    "probe": 6, "study": 7, "diagnostics": 8, "figures": 8, "answer_report": 9, "answer": 10,
-    "selection": 7, "domainbed": 8, "compare": 8, "compare_report": 9, "field": 10, "experiment": 11,
-}  # fmt: skip
-
-
-def test_every_module_has_its_floor_and_imports_from_below():
-    assert set(MODULES) == set(FLOORS)
-    for name, floor in FLOORS.items():
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))):
-            targets = [node.module] if isinstance(node, ast.ImportFrom) else []
-            targets += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            above = [target for target in targets if FLOORS.get(target, -1) >= floor]
-            assert not above, f"{name} (floor {floor}) imports {above}"
-
-
-def test_files_stay_readable():
-    folders = ("", "algorithms", "benchmarks", "tests")
-    for path in (path for folder in folders for path in (ROOT / folder).glob("*.py")):
-        assert len(path.read_text("utf-8").splitlines()) <= 400, path.name
+TOP = ("config", "dataset", "models", "importance", "trainer_phase1", "trainer_phase2", "visualization", "experiment")
+PACKAGES = ("storage", "features", "engine", "study", "evidence", "field")
+HOUSE = {*TOP, *PACKAGES}
+BELOW_STUDY = HOUSE - {"study", "evidence", "field", "experiment"}
+IMPORTS = {  # who -> whom; `experiment` imports anything, and nothing imports it
+    "importance": set(),
+    "config": set(),
+    "models": {"config"},
+    "dataset": {"config"},
+    "storage": {"config"},
+    "engine": {"importance", "models", "dataset", "config"},
+    "visualization": {"config", "storage"},
+    "features": {"models", "dataset", "storage", "engine", "config"},
+    "trainer_phase1": {"importance", "models", "engine", "config"},
+    "trainer_phase2": {"importance", "models", "engine", "config"},
+    "study": BELOW_STUDY,
+    "evidence": BELOW_STUDY | {"study"},
+    "field": BELOW_STUDY | {"study", "evidence"},
+    "experiment": HOUSE - {"experiment"},
+}
+FILES = sorted(p for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))
+TESTS = [path for path in FILES if path.is_relative_to(ROOT / "tests")]
+BENCHMARKS = [path for path in FILES if path.is_relative_to(ROOT / "benchmarks")]
+MODULES = [path for path in FILES if path not in TESTS and path not in BENCHMARKS]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 
 
-def test_importing_a_module_has_no_side_effect(tmp_path):
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The code of a file; of a notebook, of its cells."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        cells = ("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+        lines = (line for cell in cells for line in cell.splitlines())
+        text = "\n".join(line for line in lines if not line.startswith(("%", "!")))
+    return ast.parse(text)
+
+
+def imported(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every import of a file, wherever it stands: module, and the names that are taken from it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{short(path)} has a relative import"
+            yield node.module, [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+
+
+def part_of(name: str) -> str:
+    """The module or package of the house that a dotted name or a file belongs to."""
+    return name.partition(".")[0].partition("/")[0]
+
+
+def face(package: str) -> ast.Module:
+    return tree(ROOT / package / "__init__.py")
+
+
+def test_the_house_has_these_rooms():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(TOP)
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} - {f"{name}.py" for name in TOP} == {
+        *PACKAGES, "benchmarks", "tests",
+    }  # fmt: skip
+    assert [path.name for path in ROOT.glob("*.ipynb")] == ["train.ipynb"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=short)
+def test_who_imports_whom(path):
+    own = part_of(short(path).removesuffix(".py"))
+    found = {part_of(module) for module, _ in imported(path)} & HOUSE
+    assert found - {own} <= IMPORTS[own]
+
+
+@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS, ROOT / "train.ipynb"], ids=short)
+def test_packages_are_entered_by_the_front_door(path):
+    """`from study import Run`, or a module that the face's docstring names, such as `study.figures`."""
+    own = part_of(short(path))
+    for module, names in imported(path):
+        package = part_of(module)
+        if package not in PACKAGES or package == own:
+            continue
+        named = set(re.findall(rf"`({package}\.[\w.]+)`", ast.get_docstring(face(package))))
+        inner = {f"{module}.{name}" for name in names if (ROOT / module.replace(".", "/") / f"{name}.py").is_file()}
+        assert {module, *inner} <= {package, *named}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS, ROOT / "train.ipynb"], ids=short)
+def test_imported_names_exist(path):
+    """Of imports in functions this would show only when those are called."""
+    for module, names in imported(path):
+        if part_of(module) in HOUSE - {"experiment"}:
+            found = importlib.import_module(module)
+            for name in names:
+                assert hasattr(found, name), f"{module} has no {name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_has_a_face(package):
+    module = importlib.import_module(package)
+    assert module.__doc__
+    names = module.__all__
+    assert len(names) == len(set(names)) > 0
+    assert all(hasattr(module, name) for name in names)
+    own = (taken for origin, taken in imported(ROOT / package / "__init__.py") if part_of(origin) == package)
+    assert {name for taken in own for name in taken} <= set(names)
+
+
+def test_the_method_needs_torch_alone():
+    needed = {part_of(module) for module, _ in imported(ROOT / "importance.py")}
+    assert needed - sys.stdlib_module_names == {"torch"}
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    names = [short(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in MODULES]
+    names.sort(key=lambda name: (name in ("experiment", "visualization"), name.endswith("figures"), name.count(".")))
     code = f"""
-import importlib, sys
-import numpy as np, torch
-before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-for module in {MODULES}:
+import importlib, os, signal, sys, warnings
+import numpy as np, torch, logging
+def state():
+    machine = torch.get_num_threads(), signal.getsignal(signal.SIGINT), dict(os.environ), os.getcwd()
+    return *machine, torch.get_default_dtype(), list(logging.root.handlers), np.random.get_state()[1].tolist()
+before, random = state(), torch.random.get_rng_state()
+for module in {names}:
     importlib.import_module(module)
-    assert torch.equal(before[0], torch.random.get_rng_state()), module
-    assert (before[1] == np.random.get_state()[1]).all(), module
-    heavy = [m for m in ("matplotlib.pyplot", "transformers", "torchvision") if m in sys.modules]
+    assert state() == before, module
+    assert torch.equal(random, torch.random.get_rng_state()), module
+    heavy = [m for m in ("matplotlib.pyplot", "transformers", "torchvision", "sklearn") if m in sys.modules]
     assert not heavy, (module, heavy)
+    if module in ("storage", "features", "engine", "study"):  # which are quicker to import without
+        assert "matplotlib" not in sys.modules, module
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
+def test_the_method_imports_beside_files_of_the_same_names(tmp_path):
+    for name in ("models.py", "config.py"):
+        (tmp_path / name).write_text("mine = True\n")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from importance import step_with_rates"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def defined(path: Path) -> set[str]:
+    """Names that a file gives to something: functions, classes, arguments, variables and attributes of objects."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return found
+
+
+@pytest.mark.parametrize("path", TESTS, ids=short)
+def test_tests_go_through_the_door(path):
+    """No test imports another, or uses a private name of the project, or the inside of a function."""
+    for module, names in imported(path):
+        assert not any(part.startswith("test_") for part in (*module.split("."), *names)), module
+    private = {name for module in MODULES for name in defined(module) if re.match("_[^_]", name)} - defined(path)
+    used = set(re.findall(r"\b_\w+", path.read_text("utf-8")))
+    inside = {f"__{name}__" for name in ("globals", "code", "closure", "defaults", "wrapped")}
+    assert not used & (private | inside)
+
+
+def test_tests_mirror_the_tree():
+    for path in TESTS:
+        folder = path.relative_to(ROOT / "tests").parent
+        assert folder == Path() or (ROOT / folder).is_dir(), short(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_pages_have_lines_of_at_most_120_characters(page):
+    assert not [f"{i}: {len(t)}" for i, t in enumerate(page.read_text("utf-8").splitlines(), 1) if len(t) > 120]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) < 8192
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_links_between_pages_lead_somewhere(page):
+    text = page.read_text("utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = page if not target else (page.parent / target).resolve()
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, f"{target}#{anchor}"
+
+
 def test_ci_runs_the_command_of_the_readme():
-    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    commands = [" ".join(line.split()) for line in re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE)]
     assert len(commands) == 2
     run, test = commands
     assert "nbconvert" in run
@@ -72,87 +224,45 @@ def test_ci_runs_the_command_of_the_readme():
     assert test.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
 
 
-def test_the_readme_quotes_the_reference_results():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    records = Results(ROOT / "results" / "reference").records()
-    table = wide_table(lodo_table(records))
-    for cell in table.to_numpy().ravel():
-        assert f" {cell} |" in readme
-    quoted = finding(records).split(": ")[1].split(" against")[0]
-    assert quoted.replace("-", "−") in readme.replace("\n", " ")
+def examples(name: str) -> list[str]:
+    """The blocks of Python code on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
 
 
-def readme_examples():
-    """The blocks of code in the README that run by themselves."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    return re.findall(r"```python\n(import sys.*?)```", text, re.DOTALL)
+def shortened(code: str, long: str, short: str) -> str:
+    """An example that takes less time."""
+    assert long in code
+    return code.replace(long, short)
 
 
-def run_example(code, folder):
-    code = code.replace("path/to/this/folder", str(ROOT))
-    command = [sys.executable, "-c", code]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, env=environment)
-
-
-def test_the_readme_example_runs(tmp_path):
-    _, masking = sorted(readme_examples(), key=lambda code: "step_with_rates" in code)
-    done = run_example(f"{masking}\nprint(int(sum(m.sum() for m in mask)))", tmp_path)
-    assert (done.stdout.strip(), done.stderr) == (str(int(0.6 * 2 * 16 * 16 + 0.5)), "")
-
-
-def test_the_readme_example_of_a_method_runs(tmp_path):
-    own, _ = sorted(readme_examples(), key=lambda code: "step_with_rates" in code)
-    for long, short in (("range(3)", "range(2)"), ("Settings.current()", "Settings.current(ph2_num_epochs=1)")):
-        assert long in own
-        own = own.replace(long, short)
-    done = run_example(own, tmp_path)
-    assert done.stderr == ""
-    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"ERM", "LabelSmoothing"}
-
-
-def test_the_readme_quotes_the_reference_comparison():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    table = pd.read_csv(ROOT / "results" / "reference" / "compare" / "comparison_training-domain.csv", index_col=0)
-    for name, row in table.iterrows():
-        cells = [f"{100 * row[f'{d}_mean']:.1f} ± {100 * row[f'{d}_error']:.1f}" for d in (*DOMAINS, "average")]
-        numbers = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(
-            **{key: 100 * row[key] for key in ("difference", "low", "high")}
-        )
-        last = "" if pd.isna(row["difference"]) else numbers.replace("-", "−")
-        assert re.search(rf"^\| {name} \| \w+ \| {re.escape(' | '.join([*cells, last]))}", readme, re.MULTILINE), name
-
-
-def test_the_readme_quotes_the_reference_search():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    table = pd.read_csv(ROOT / "results" / "reference" / "search" / "comparison_training-domain.csv", index_col=0)
-    for name, row in table.iterrows():
-        last = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**(100 * row[["difference", "low", "high"]]))
-        cells = [name, f"{100 * row['average_mean']:.1f} ± {100 * row['average_error']:.1f}"]
-        cells.append("" if pd.isna(row["difference"]) else last.replace("-", "−"))
-        assert f"\n| {' | '.join(cells)} |\n" in readme
-
-
-def test_the_readme_quotes_the_reference_study():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    folder = ROOT / "results" / "reference" / "study"
-    for name in ("contrasts", "contrasts_longer"):
-        for row in pd.read_csv(folder / f"{name}.csv").to_dict("records"):
-            numbers = "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(
-                **{k: 100 * row[k] for k in ("mean", "low", "high")}
-            )
-            assert f"| {row['contrast']} |" in readme
-            assert f"| {numbers.replace('-', '−')} | {row['verdict']} | {row['p_holm']:.2g} |" in readme
-    said = (folder / "report.txt").read_text("utf-8").split("\n\n")[2]  # sentences after the title and what it is about
-    said = re.split(r"\n(?=At \d|EXPLORATORY|Logistic|A domain's)", said)
-    assert len(said) == 6
-    for sentence in said:
-        assert " ".join(sentence.split()) in " ".join(readme.split())
-
-
-def test_the_rate_per_weight_imports_beside_files_of_the_same_names(tmp_path):
-    for name in ("models.py", "config.py"):
-        (tmp_path / name).write_text("mine = True\n")
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from stacks import step_with_rates; import importance"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+def run_example(code: str, folder: Path, constants: str = "") -> list[str]:
+    """Lines that an example prints, with other constants of `config`."""
+    environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    code = f"{constants}\n{code}".replace("path/to/this/folder", str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_the_method_in_the_readme_runs(tmp_path):
+    (code,) = examples("README.md")
+    (printed,) = run_example(shortened(code, "epochs=10", "epochs=1"), tmp_path)
+    assert re.fullmatch(r".*art_painting.* \d+\.\d %", printed)
+
+
+def test_the_examples_of_the_documentation_run(tmp_path):
+    """A study, one with other arms, what is on disk, and the method on another model; one after the other."""
+    notebook, arms, disk, model = examples("docs/use.md")
+    code = [shortened(notebook, "range(20)", "[0]"), shortened(arms, "range(5)", "[0]")]
+    code += ["config.RESULTS_DIR = 'results/arms'", shortened(disk, "range(5)", "[0]")]
+    code += [model, "print(int(sum(m.sum() for m in mask)))"]
+    constants = "import config\nconfig.PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1"
+    *_, last = run_example("\n".join(code), tmp_path, constants)
+    assert int(last) == int(0.6 * 2 * 16 * 16 + 0.5)
+
+
+def test_the_example_of_a_method_runs(tmp_path):
+    (code,) = (example for example in examples("docs/field.md") if example.startswith("import sys"))
+    constants = "import config\nconfig.PH2_NUM_EPOCHS = 1"
+    lines = run_example(shortened(code, "range(3)", "[0, 1]"), tmp_path, constants)
+    assert {"ERM", "LabelSmoothing"} <= {line.split()[0] for line in lines if line}

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from figure_cases import CLASSES, DOMAINS, FIGURES, TEN, bars_table, differences, history, points, random_layers, sweep
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_rgb
@@ -20,6 +19,18 @@ from PIL import Image
 from scipy import stats
 
 import visualization as v
+from tests.figure_cases import (
+    CLASSES,
+    DOMAINS,
+    FIGURES,
+    TEN,
+    bars_table,
+    differences,
+    history,
+    points,
+    random_layers,
+    sweep,
+)
 
 
 def drawn_texts(figure, monkeypatch) -> list[tuple[str, np.ndarray, Text]]:

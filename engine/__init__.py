@@ -1,0 +1,37 @@
+"""Thousands of small networks at once: data on a device, random streams, stacks of networks, and the one loop."""
+
+from engine.data import BalancedOrder, BatchOrder, SplitFeatures, accuracies, generator, random_start
+from engine.functional import Batch, FunctionalEngine, Validation
+from engine.loop import Engine, Trained, TrainingFailedError, classify, failure_reason, raise_failure, train
+from engine.machine import choose_device, default_workers, free_memory, prepare_machine, training_threads
+from engine.stack import MatmulEngine, Params, Rates
+from engine.workers import side_by_side, stacks_at_a_time
+
+__all__ = [
+    "BalancedOrder",
+    "Batch",
+    "BatchOrder",
+    "Engine",
+    "FunctionalEngine",
+    "MatmulEngine",
+    "Params",
+    "Rates",
+    "SplitFeatures",
+    "Trained",
+    "TrainingFailedError",
+    "Validation",
+    "accuracies",
+    "choose_device",
+    "classify",
+    "default_workers",
+    "failure_reason",
+    "free_memory",
+    "generator",
+    "prepare_machine",
+    "raise_failure",
+    "random_start",
+    "side_by_side",
+    "stacks_at_a_time",
+    "train",
+    "training_threads",
+]

@@ -1,0 +1,205 @@
+"""Features on a device with the in/out split of each seed; the random streams, starts and batch orders of a seed."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from config import Settings
+from dataset import split
+from engine.stack import Params
+from models import FeedforwardClassifier
+
+
+@dataclass(frozen=True, eq=False)
+class SplitFeatures:
+    """Features on a device, ready for training, with the in/out split of every seed.
+
+    Attributes:
+        features: float ``[N, D]``.
+        labels, domains: int64 ``[N]``, indices into `class_names` and `domain_names`.
+        files: unique name of each row; the split depends on it.
+        split_seed: a number for one split that all seeds share, or "seed" for a split per seed.
+        out_fraction: part of each domain and class that is `out`. The counts are the same for every split.
+    """
+
+    features: Tensor
+    labels: Tensor
+    domains: Tensor
+    files: tuple[str, ...]
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    split_seed: int | str
+    out_fraction: float
+    _splits: dict[int, Tensor] = field(default_factory=dict, repr=False)  # split seed -> bool [N], True = `in`
+
+    @classmethod
+    def from_features(cls, data, settings: Settings, device="cpu", dtype=torch.float32) -> "SplitFeatures":
+        """Make it from a `storage.FeatureSet`, with the split of the settings.
+
+        Raises:
+            InputError: a domain is too small to have any `out` images.
+        """
+        tensors = data.features.to(device, dtype), data.labels.to(device), data.domains.to(device)
+        names = tuple(data.files), tuple(data.class_names), tuple(data.domain_names)
+        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction)
+        made.inside([0])  # raises for a domain that is too small
+        return made
+
+    def network(self, hidden_sizes: Sequence[int]) -> FeedforwardClassifier:
+        """The classifier for these features and classes, as an outline without weights."""
+        return FeedforwardClassifier.outline(self.features.shape[1], len(self.class_names), hidden_sizes)
+
+    def inside(self, seeds: Sequence[int]) -> Tensor:
+        """Whether a row is in the `in` split of each seed: bool ``[S, N]``."""
+        for number in {self._split_of(seed) for seed in seeds} - self._splits.keys():
+            rows = self.files, self.labels.cpu(), self.domains.cpu(), self.domain_names, self.class_names
+            self._splits[number] = split(*rows, number, self.out_fraction).to(self.features.device)
+        return torch.stack([self._splits[self._split_of(seed)] for seed in seeds])
+
+    def _split_of(self, seed: int) -> int:
+        return seed if self.split_seed == "seed" else self.split_seed
+
+    def all_rows(self, domains: Sequence[str]) -> Tensor:
+        """Row numbers of the named domains: int64 ``[n]``."""
+        wanted = torch.tensor([self.domain_names.index(name) for name in domains], device=self.domains.device)
+        return torch.isin(self.domains, wanted).nonzero().squeeze(1)
+
+    def rows(self, domains: Sequence[str], part: str, seeds: Sequence[int]) -> Tensor:
+        """Row numbers of the named domains in part "in", "out" or "all" of each seed's split: int64 ``[S, n]``."""
+        rows = self.all_rows(domains)
+        if part == "all":
+            return rows.expand(len(seeds), -1)
+        inside = self.inside(seeds)[:, rows]
+        chosen = inside if part == "in" else ~inside
+        return rows.expand(len(seeds), -1)[chosen].view(len(seeds), -1)
+
+    def sources(self, holdouts: str | Sequence[str]) -> tuple[str, ...]:
+        """All domains but those held out, in order."""
+        left_out = {holdouts} if isinstance(holdouts, str) else set(holdouts)
+        return tuple(name for name in self.domain_names if name not in left_out)
+
+    def cells(self, seeds: Sequence[int]) -> Tensor:
+        """Cell of each row among domains × (in, out) × classes, as one number: int64 ``[S, N]``."""
+        part = (~self.inside(seeds)).long()
+        return (self.domains * 2 + part) * len(self.class_names) + self.labels
+
+    @property
+    def cell_shape(self) -> tuple[int, int, int]:
+        """(domains, 2, classes): the shape in which correct answers are counted."""
+        return len(self.domain_names), 2, len(self.class_names)
+
+    @property
+    def totals(self) -> Tensor:
+        """Number of images per cell, the same for every split: int64 ``[domains, 2, classes]``."""
+        size = math.prod(self.cell_shape)
+        return torch.bincount(self.cells([0])[0], minlength=size).view(self.cell_shape)
+
+
+def generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
+    """The CPU generator of a seed for one purpose ("start", "order", …) and one domain or holdout.
+
+    Different seeds, purposes and names give independent streams: the state is seeded with 63 bits of a SHA-256.
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def random_start(seeds: Sequence[int], purpose: str, network: FeedforwardClassifier) -> Params:
+    """`nn.Linear`'s own initialization, once per seed: name -> ``[S, *shape]`` (float32, CPU).
+
+    Args:
+        seeds: one network for each.
+        purpose: "start" (Phase 1) or "fresh_start" (Phase 2).
+        network: outline of the classifier, see `SplitFeatures.network`.
+    """
+    draws = [generator(seed, purpose) for seed in seeds]  # a seed's start does not depend on the seeds beside it
+    params = {}
+    for i, layer in enumerate(network.layers):
+        params[f"layers.{i}.weight"] = torch.empty(len(seeds), *layer.weight.shape)
+        params[f"layers.{i}.bias"] = torch.empty(len(seeds), *layer.bias.shape)
+        bound = 1 / math.sqrt(layer.in_features)
+        for s, draw in enumerate(draws):
+            nn.init.kaiming_uniform_(params[f"layers.{i}.weight"][s], a=math.sqrt(5), generator=draw)
+            nn.init.uniform_(params[f"layers.{i}.bias"][s], -bound, bound, generator=draw)
+    return params
+
+
+class BatchOrder:
+    """Batches of each seed's training images: a new permutation per epoch, drawn without replacement.
+
+    Args:
+        seeds: S seeds.
+        name: of the random streams.
+        rows: row numbers of each seed, int64 ``[S, n]``.
+        batch_size: rows per step; the short last batch is kept.
+    """
+
+    def __init__(self, seeds: Sequence[int], name: str, rows: Tensor, batch_size: int):
+        self.generators = [generator(seed, "order", name) for seed in seeds]
+        self.rows, self.batch_size = rows, batch_size
+
+    def next_epoch(self) -> tuple[Tensor, ...]:
+        """Row numbers of each step of an epoch: int64 ``[S, B]``."""
+        order = torch.stack([torch.randperm(self.rows.shape[1], generator=draw) for draw in self.generators])
+        return self.rows.gather(1, order.to(self.rows.device)).split(self.batch_size, dim=1)
+
+
+class BalancedOrder:
+    """Batches with as many rows of every domain; a domain that is used up starts again in a new order.
+
+    Args:
+        seeds: S seeds.
+        name: of the random streams.
+        rows: row numbers of each domain and seed, ``[S, n]`` per domain.
+        steps: updates in an epoch.
+        batch_size: rows per step and domain.
+    """
+
+    def __init__(self, seeds: Sequence[int], name: str, rows: Sequence[Tensor], steps: int, batch_size: int):
+        self.generators = [[generator(seed, "order", f"{name}/{d}") for d in range(len(rows))] for seed in seeds]
+        self.rows, self.steps, self.batch_size = rows, steps, batch_size
+        self.left = [[own.new_empty(0) for own in rows] for _ in seeds]  # of each domain's last shuffle
+
+    def next_epoch(self) -> tuple[Tensor, ...]:
+        """Row numbers of each step of an epoch, ordered by domain: int64 ``[S, domains · batch_size]``."""
+        epoch = [
+            torch.stack([self._take(s, d) for d in range(len(self.rows))], dim=1).flatten(1)
+            for s in range(len(self.generators))
+        ]
+        return torch.stack(epoch, dim=1).unbind()
+
+    def _take(self, s: int, d: int) -> Tensor:
+        """The next rows of one seed and domain: int64 ``[steps, batch_size]``."""
+        rows, wanted, parts = self.rows[d][s], self.steps * self.batch_size, [self.left[s][d]]
+        while sum(map(len, parts)) < wanted:
+            parts.append(rows[torch.randperm(len(rows), generator=self.generators[s][d]).to(rows.device)])
+        every = torch.cat(parts)
+        self.left[s][d] = every[wanted:]
+        return every[:wanted].view(self.steps, self.batch_size)
+
+
+def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[str, Tensor]:
+    """Accuracy per domain on `full`, `in` and `out`, from counts of right answers.
+
+    Args:
+        correct: ``[*, domains, 2, classes]``.
+        totals: ``[domains, 2, classes]``, the number of images in each cell.
+        balanced: mean over classes of the recall (classes without images left out) instead of the plain share.
+
+    Returns:
+        part -> float64 ``[*, domains]``.
+    """
+
+    def share(right: Tensor, of: Tensor) -> Tensor:
+        if balanced:
+            return (right / of).nanmean(-1)
+        return right.sum(-1) / of.sum(-1)
+
+    correct, totals = correct.double(), totals.double()
+    parts = {"full": (correct.sum(-2), totals.sum(-2))}
+    parts |= {name: (correct[..., i, :], totals[:, i, :]) for i, name in enumerate(("in", "out"))}
+    return {name: share(right, of) for name, (right, of) in parts.items()}

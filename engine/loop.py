@@ -1,0 +1,171 @@
+"""The one training loop, for any engine that computes many networks at once.
+
+An engine holds a stack of networks: parameters with leading axes ``[S, …]`` for S seeds, or ``[S, V, …]`` where V arms
+of a seed see the same batches, so that their differences are paired. Networks never mix: what one does is the same, up
+to float rounding, whatever is trained beside it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.data import BalancedOrder, BatchOrder, SplitFeatures
+from engine.machine import training_threads
+from engine.stack import MatmulEngine, Params, Rates
+
+
+class Engine(Protocol):
+    """What `train` needs of a stack of networks.
+
+    Attributes:
+        params: parameters as they are now, name -> ``[*stack, *shape]``.
+        shape: ``[*stack]``; its first axis is S.
+    """
+
+    params: Params
+    shape: torch.Size
+
+    def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on batches ``[S, B, D]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[*stack]``."""
+
+    def right(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[*stack, N]``."""
+
+    def piece(self, rows: int) -> int:
+        """How many of `rows` rows to classify at a time."""
+
+
+class TrainingFailedError(RuntimeError):
+    """A network cannot be used: its loss is not finite, or its importance is all equal."""
+
+
+@dataclass
+class Trained:
+    """A trained stack.
+
+    Attributes:
+        params: final parameters, name -> ``[*stack, *shape]``.
+        loss: mean cross-entropy (nats) over each epoch's batches, ``[*stack, E]``.
+        train_accuracy: accuracy over the epoch's own batches, as they were met, ``[*stack, E]``; NaN where the engine
+            does not count it.
+        correct: right answers after each epoch, int64 ``[*stack, E, domains, 2, classes]`` (2 = in, out).
+        failed: first epoch (from 1) whose loss or weights were not finite, 0 = none, ``[*stack]``.
+    """
+
+    params: Params
+    loss: Tensor
+    train_accuracy: Tensor
+    correct: Tensor
+    failed: Tensor
+
+
+def train(
+    data: SplitFeatures,
+    engine: Engine,
+    seeds: Sequence[int],
+    order: BatchOrder | BalancedOrder,
+    epochs: int,
+    *,
+    rates: Callable[[int], Rates] = lambda epoch: {},
+    threads: int = 1,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Train a stack of networks and count its right answers after every epoch.
+
+    Args:
+        data: features, labels and splits; networks train in its type and on its device.
+        engine: holds the networks and takes the steps.
+        seeds: S seeds; right answers are counted by the split of each.
+        order: each seed's batches.
+        epochs: passes over the batches.
+        rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[*stack, *shape]``}.
+        threads: CPU threads. The products are small: a second thread gains little, and on a busy machine, threads
+            that wait for one another can take thirty times as long.
+        on_epoch: called after each epoch (progress).
+    """
+    losses, shares, correct, buffers = [], [], [], {}
+    cells = data.cells(seeds)
+    if bool((cells == cells[:1]).all()):  # one split for all seeds: counted by one product
+        cells = cells[:1]
+    failed = torch.zeros(engine.shape, dtype=torch.long, device=data.features.device)
+    with training_threads(threads):
+        for epoch in range(epochs):
+            factors = rates(epoch)
+            loss_sum, right_sum = data.features.new_zeros(2, *engine.shape)
+            count = 0
+            for rows in order.next_epoch():  # [S, B]
+                features = gather(data.features, rows, buffers)
+                loss, right = engine.step(features, data.labels.take(rows), factors, data.domains.take(rows))
+                loss_sum += loss * rows.shape[1]
+                right_sum += right
+                count += rows.shape[1]
+            losses.append(loss_sum / count)
+            shares.append(right_sum / count)
+            finite = [value.isfinite().reshape(*engine.shape, -1).all(-1) for value in engine.params.values()]
+            fine = losses[-1].isfinite() & torch.stack(finite).all(0)
+            failed = torch.where(fine | (failed > 0), failed, epoch + 1)
+            correct.append(count_correct(engine, data, cells))
+            on_epoch()
+    axis = len(engine.shape)
+    params = {name: value.detach() for name, value in engine.params.items()}
+    return Trained(params, torch.stack(losses, axis), torch.stack(shares, axis), torch.stack(correct, axis), failed)
+
+
+def gather(features: Tensor, rows: Tensor, buffers: dict[int, Tensor]) -> Tensor:
+    """Rows of the features for each seed: ``[N, D]`` at ``[S, B]`` -> ``[S, B, D]``.
+
+    Args:
+        features: ``[N, D]``.
+        rows: ``[S, B]``.
+        buffers: batch size -> tensor, reused from batch to batch: kept by the caller, filled here. (New memory for
+            each batch takes twenty times as long.)
+    """
+    size = rows.shape[1]
+    if size not in buffers:
+        buffers[size] = features.new_empty(rows.numel(), features.shape[1])
+    torch.index_select(features, 0, rows.reshape(-1), out=buffers[size])
+    return buffers[size].view(*rows.shape, -1)
+
+
+def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
+    """Right answers of each network in each cell: int64 ``[*stack, domains, 2, classes]``.
+
+    Args:
+        engine: the networks.
+        data: all of its rows are classified.
+        cells: `SplitFeatures.cells` of each seed, ``[S, N]``, or ``[1, N]`` for all seeds.
+    """
+    size, total = engine.piece(len(data.labels)), math.prod(data.cell_shape)
+    pieces = zip(data.features.split(size), data.labels.split(size), cells.split(size, dim=1), strict=True)
+    counts = data.features.new_zeros(*engine.shape, total)  # a float holds counts up to 2**24 exactly
+    for features, labels, cell in pieces:
+        right = engine.right(features, labels).to(counts.dtype)
+        if len(cell) == 1:
+            counts += right @ nn.functional.one_hot(cell[0], total).to(counts.dtype)
+        else:
+            spread = cell.view(len(cell), *(1 for _ in engine.shape[1:]), -1).expand(right.shape)
+            counts.scatter_add_(-1, spread, right)
+    return counts.long().view(*engine.shape, *data.cell_shape)
+
+
+def classify(params: Params, features: Tensor) -> Tensor:
+    """Most probable class of the rows ``[N, D]`` for every classifier of a stack: int64 ``[*stack, N]``."""
+    engine = MatmulEngine({name: value.to(features) for name, value in params.items()})
+    parts = features.split(engine.piece(len(features)))
+    return torch.cat([engine.classify(part) for part in parts], dim=-1)
+
+
+def raise_failure(failed: Tensor, seeds: Sequence[int], what: str) -> None:
+    """Raise `TrainingFailedError` for the first failed network among `failed` ``[S]`` or ``[S, V]``, if any."""
+    for seed, codes in zip(seeds, failed.reshape(len(seeds), -1).tolist(), strict=True):
+        for code in filter(None, codes):
+            raise TrainingFailedError(f"{what}, seed {seed}: {failure_reason(code)}.")
+
+
+def failure_reason(code: int) -> str:
+    """A failure code in words: the epoch (from 1) whose loss was not finite, or -1."""
+    return f"the loss is no longer finite in epoch {code}" if code > 0 else "the importance is all equal or not finite"

@@ -1,0 +1,113 @@
+"""Units of work side by side, a core for each.
+
+They run in forked processes: the steps of small stacks are so short that threads would spend as long waiting for each
+other in the interpreter as computing. Processes are forked on Linux only; elsewhere the units run one after the other,
+with the same results.
+"""
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for_any
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from engine.machine import default_workers, free_memory
+
+Unit, Result = TypeVar("Unit"), TypeVar("Result")
+COPIES = 10  # of a network's numbers during training: start, weights, gradients, two moments, rates, masks, results
+SECONDS = 0.1  # between two updates of the progress bar
+
+
+class Bar(Protocol):
+    """A progress bar such as `tqdm`'s."""
+
+    n: int
+
+    def update(self, by: int = 1) -> object: ...
+
+
+class _Job(NamedTuple):
+    work: Callable
+    units: Sequence
+    stop: object  # an event: nobody waits for the results any more
+    ticks: object  # a shared counter
+
+
+_job: _Job | None = None  # forked processes inherit it, so that functions of a notebook need not be pickled
+
+
+def stacks_at_a_time(networks: int, floats: int) -> int:
+    """How many stacks may be trained at a time: one per core, within half of the available memory.
+
+    Args:
+        networks: in a stack.
+        floats: numbers in a network.
+    """
+    need = 4 * COPIES * networks * floats
+    return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
+
+
+def side_by_side(
+    work: Callable[[Unit, Callable[[], object]], Result],
+    units: Sequence[Unit],
+    at_a_time: int,
+    bar: Bar,
+) -> Iterator[Result]:
+    """Results of `work` for each unit, in the order of the units.
+
+    Args:
+        work: (unit, tick) -> a result that can be pickled. It calls `tick` regularly, which advances the bar, and
+            where the work can be stopped.
+        units: what to work on.
+        at_a_time: number of processes, each on one core. With 1, and on other systems than Linux, this process does
+            all the work.
+        bar: advanced by one for each tick.
+    """
+    if len(units) <= 1 or at_a_time == 1 or sys.platform != "linux":
+        yield from (work(unit, bar.update) for unit in units)
+        return
+    global _job
+    context = get_context("fork")
+    job = _job = _Job(work, units, context.Event(), context.Value("q", 0))
+    pool = ProcessPoolExecutor(at_a_time, context, _begin)
+    try:
+        futures = [pool.submit(_run, number) for number in range(len(units))]
+        for future in futures:
+            while not wait([future], SECONDS).done:
+                bar.update(job.ticks.value - bar.n)
+            bar.update(job.ticks.value - bar.n)
+            yield pickle.loads(future.result())
+    finally:
+        job.stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """Set up a new process: one core, Ctrl-C left to the parent, and no life after the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait_for_any([parent_process().sentinel])
+    os._exit(1)
+
+
+def _run(number: int) -> bytes:
+    job = _job
+
+    def tick() -> None:
+        with job.ticks.get_lock():
+            job.ticks.value += 1
+        if job.stop.is_set():
+            raise InterruptedError  # after an error or Ctrl-C in the main process: do not finish the unit
+
+    return pickle.dumps(job.work(job.units[number], tick))  # as bytes: tensors would travel through shared memory

@@ -1,0 +1,258 @@
+"""The numbers in README.md and docs/, written from the committed results.
+
+A page marks a place with ``<!-- table: NAME -->`` (or ``<!-- text: NAME -->``) and ``<!-- end -->`` on lines of their
+own. `write_pages` puts there what belongs under that name and keeps everything around it. The numbers come from
+``results/reference/`` and ``benchmarks/results/``, through the functions that print the same tables in the reports.
+"""
+
+import functools
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from config import InputError
+from evidence.report import interval, probe_sentence, summary
+from evidence.statistics import MARGIN
+from storage import Results, atomic_write
+from study import finding, levels, lodo_table, paired_differences, wide_table
+
+WIDTH = 120
+NO_DIFFERENCE = f"makes no difference larger than {100 * MARGIN:g} points"
+PAGES = ("README.md", "docs/*.md")
+PLACE = re.compile(r"(<!-- (?:table|text): ([\w-]+) -->\n).*?(^<!-- end -->$)", re.DOTALL | re.MULTILINE)
+CHOICES = {  # what else could have been the headline: words -> which records
+    "last epoch, all images, accuracy (the headline)": {},
+    "last epoch, `in` part, accuracy": {"part": "in"},
+    "last epoch, all images, balanced accuracy": {"metric": "balanced_accuracy"},
+    "epoch of best source validation, all images, accuracy": {"selection": "val"},
+}
+
+
+class Benchmark(NamedTuple):
+    """A table of docs/performance.md.
+
+    Attributes:
+        file: name in ``benchmarks/results/``, without ending.
+        rows: entry of the file that lists them; "" = the file is one row.
+        columns: heading -> entry of a row, "outer.inner" for an entry of an entry.
+        keep: whether a row is shown.
+    """
+
+    file: str
+    rows: str
+    columns: Mapping[str, str]
+    keep: Callable[[Mapping], bool] = lambda row: True
+
+
+BENCHMARKS = {
+    "stacks": Benchmark(
+        "training_cpu",
+        "results",
+        {
+            "D": "feature_size",
+            "contender": "contender",
+            "networks": "networks",
+            "per second": "networks_per_second",
+            "/ plain": "speedup.plain_loop",
+            "/ fused": "speedup.plain_loop_fused",
+            "/ processes": "speedup.two_processes_fused",
+            "/ scikit-learn": "speedup.scikit_learn",
+            "of the floor": "fraction_of_floor",
+        },
+        lambda row: row["contender"].startswith("matmul"),
+    ),
+    "whole": Benchmark("training_cpu", "study", {"seeds": "seeds", "arms": "variants", "seconds": "seconds"}),
+    "methods": Benchmark(
+        "methods_cpu",
+        "results",
+        {"method": "method", "batches": "batches", "seconds": "seconds", "/ ERM": "cost_relative_to_erm"},
+    ),
+    "extraction": Benchmark(
+        "extraction_cpu",
+        "",
+        {
+            "images": "images",
+            "bare forward pass": "images_per_second.bare_forward",
+            "decoding": "images_per_second.decoding_alone",
+            "extraction": "images_per_second.extraction",
+            "from the cache": "images_per_second.cache_hit",
+            "extraction / bare": "ratio_to_bare_forward_median",
+            "without a cache": "without_cache.speedup",
+        },
+    ),
+}
+
+
+def write_pages(root: str | Path, tables: Mapping[str, str]) -> list[Path]:
+    """Write the tables into the pages below `root`.
+
+    Args:
+        root: the repository.
+        tables: name -> Markdown, see `results_tables`, `benchmark_tables` and `field.docs.comparison_tables`.
+
+    Returns:
+        The pages that changed.
+
+    Raises:
+        InputError: a page marks a place for a table that is not among them.
+    """
+    changed = []
+    for path in sorted(path for pattern in PAGES for path in Path(root).glob(pattern)):
+        before = path.read_text("utf-8")
+        try:
+            after = fill(before, tables)
+        except KeyError as error:
+            raise InputError(f"'{path}' has a place for {error}; there are {', '.join(sorted(tables))}.") from None
+        if after != before:
+            with atomic_write(path) as temporary:
+                temporary.write_text(after, encoding="utf-8", newline="\n")
+            changed.append(path)
+    return changed
+
+
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """A page with its marked places filled; KeyError for one that has no table."""
+    return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]].strip()}\n{found[3]}", page)
+
+
+def results_tables(root: str | Path) -> dict[str, str]:
+    """What ``results/reference/`` says about the question: name -> Markdown."""
+    reference = Path(root) / "results" / "reference"
+    records = Results(reference).records()
+    study = _study_tables(reference / "study")
+    epochs = _epochs(reference / "study")
+    return {
+        "setting": paragraph(_setting(Results(reference).read_settings(), records, study)),
+        "finding": paragraph(" ".join(_finding(records, study, epochs))),
+        "accuracy": _accuracies(lodo_table(records)),
+        "choices": _choices(records),
+        "contrasts": _contrasts(study, epochs),
+        "study-findings": "\n".join(paragraph(text, "- ") for text in summary(study, epochs)),
+        "arms": _accuracies(study["accuracy"]),
+    }
+
+
+def benchmark_tables(root: str | Path) -> dict[str, str]:
+    """What ``benchmarks/results/`` says about speed: name -> Markdown. Of repeats, the median."""
+    folder, tables = Path(root) / "benchmarks" / "results", {}
+    for name, of in BENCHMARKS.items():
+        report = json.loads((folder / f"{of.file}.json").read_text("utf-8"))
+        rows = [row for row in (report[of.rows] if of.rows else [report]) if of.keep(row)]
+        cells = [[_number(_entry(row, path)) for path in of.columns.values()] for row in rows]
+        words = [isinstance(_entry(rows[0], path), str) for path in of.columns.values()]
+        tables[name] = markdown_table("".join("l" if word else "r" for word in words), list(of.columns), cells)
+    return tables
+
+
+def _entry(row: Mapping, path: str) -> object:
+    """An entry of a benchmark's row; of several repeats, the median."""
+    value = functools.reduce(lambda found, name: found[name], path.split("."), row)
+    return value["median"] if isinstance(value, Mapping) else value
+
+
+def _number(value: object) -> str:
+    """A cell: numbers with three digits, whole ones whole."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return "" if value is None else f"{value}"
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------
+
+
+def markdown_table(align: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; `align` has a letter per column, "l" or "r"."""
+    rules = ["---" if letter == "l" else "--:" for letter in align]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rules, *rows))
+
+
+def paragraph(text: str, bullet: str = "") -> str:
+    """Text on lines of the pages' width, after a bullet if there is one."""
+    lines = textwrap.wrap(
+        text, WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False
+    )
+    return "\n".join(lines)
+
+
+def minus(text: str) -> str:
+    """Negative numbers with a minus sign instead of a hyphen."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+
+
+# --- the question -------------------------------------------------------------------------------------------
+
+
+def _study_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    by_seed = ("seeds", "seeds_longer", "sources", "sources_longer")
+    found = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    return found | {name: found[name].set_index("seed") for name in by_seed}
+
+
+def _epochs(folder: Path) -> tuple[int, int]:
+    """Epochs of Phase 2 in the study and in its longer repetition."""
+    settings = [Results(path).read_settings()["settings"] for path in folder.glob("epochs_*")]
+    shorter, longer = sorted(of["PH2_NUM_EPOCHS"] for of in settings)
+    return shorter, longer
+
+
+def _setting(about: Mapping, records: Sequence[Mapping], study: Mapping[str, pd.DataFrame]) -> str:
+    """What the reference was measured on."""
+    facts, split = about["features"], about["settings"]["SPLIT_SEED"]
+    chance, largest = levels(facts["counts"])
+    images = sum(sum(classes.values()) for classes in facts["counts"].values())
+    shares = f"{100 * min(largest.values()):.1f} to {100 * max(largest.values()):.1f} %"
+    return (
+        f"Data set `{facts['dataset']}`, {images:,} images in {len(largest)} domains; model "
+        f"`{facts['model']['name']}`, {facts['feature_size']} numbers per image; "
+        f"{len({record['seed'] for record in records})} seeds in the run, "
+        f"{len(study['seeds'])} in the study; {'each seed its own split' if split == 'seed' else 'one split for all'}. "
+        f"Chance is {100 * chance:.1f} %; the largest class of a domain holds {shares} of it."
+    )
+
+
+def _finding(records: Sequence[Mapping], study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
+    """The README's three sentences: the run, the study's contrasts, and how far the features alone go."""
+    family = pd.concat([study["contrasts"], study["contrasts_longer"]])
+    verdicts = {"helps": "helps", "hurts": "hurts", "no difference": NO_DIFFERENCE, "undecided": "is undecided"}
+    counts = {words: family["verdict"].str.startswith(start).sum() for start, words in verdicts.items()}
+    *most, last = (f"{words} in {count}" for words, count in counts.items() if count or words == "helps")
+    return [
+        minus(finding(records)),
+        f"In the {len(family)} contrasts fixed in advance, with plain training and with random and permuted masks, "
+        f"from two starts, at {epochs[0]} and {epochs[1]} epochs, over {family['n'].max()} seeds, it {', '.join(most)} "
+        f"and {last} of them.",
+        probe_sentence(study["linear_probe"], {epochs[0]: study["accuracy"], epochs[1]: study["accuracy_longer"]}),
+    ]
+
+
+def _accuracies(table: pd.DataFrame) -> str:
+    """A `study.lodo_table` as Markdown."""
+    wide = wide_table(table)
+    rows = ([name, *cells] for name, cells in zip(wide.index, wide.to_numpy(), strict=True))
+    order = list(dict.fromkeys(table["algorithm"]))
+    return markdown_table(
+        "l" + "r" * wide.shape[1], ["arm", *wide.columns], sorted(rows, key=lambda row: order.index(row[0]))
+    )
+
+
+def _choices(records: Sequence[Mapping]) -> str:
+    """The paired difference under the headline's rule and under others."""
+    rows = []
+    for words, choice in CHOICES.items():
+        table = paired_differences(records, "importance", "erm", **choice)
+        rows.append([words, *(interval(row) for row in table.itertuples() if row.holdout.startswith("average"))])
+    return markdown_table("lrr", ["selection, part, metric", "average", "average without hardest"], rows)
+
+
+def _contrasts(study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> str:
+    rows = [
+        [row.contrast, count, interval(row), f"{row.p_holm:.2g}", row.verdict]
+        for count, name in zip(epochs, ("contrasts", "contrasts_longer"), strict=True)
+        for row in study[name].itertuples()
+    ]
+    return markdown_table("lrrrl", ["contrast", "epochs", "difference (points)", "p", "verdict"], rows)

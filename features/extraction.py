@@ -1,0 +1,303 @@
+"""Runs the frozen ViT over a data set once, and caches the result so that it can be trusted.
+
+The name of a cache file contains a hash of everything that determines the features: the model's weights and
+configuration, the preprocessing, the precision, and the path and content of every image. Nothing is looked up by name
+or date alone, so a file that is found is the right one. `storage.feature_file` describes its format.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import config
+from config import InputError
+from dataset import DECODING_VERSION, ImageDataset, find_dataset, load_image
+from engine import choose_device, default_workers
+from features.check import check_images
+from features.pretrained import load_extractor
+from models import ViTFeatureExtractor
+from storage import FORMAT_VERSION, FeatureSet, atomic_write, load_features, save_features
+
+log = getLogger(__name__)
+
+BUNDLED_FILE = Path(__file__).resolve().parents[1] / "data" / "pacs_vit_tiny_patch16_224.safetensors"
+SHARD_ROWS = 512  # rows written at once; batches do not cross shards, so a resumed run gives the same bytes
+# Entries of a model's configuration that do not affect what it computes, or that differ between equal runs.
+_CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "num_labels"}
+
+
+def bundled_features() -> FeatureSet:
+    """The features that come with the project: PACS images through ViT-Tiny/16, 9,991 × 192.
+
+    Raises:
+        InputError: the file is missing.
+    """
+    if not BUNDLED_FILE.is_file():
+        raise InputError(
+            f"The bundled features '{BUNDLED_FILE}' are missing: restore the file, or make it with "
+            f"'python experiment.py features --data-root DIR --vit-model DIR --output {BUNDLED_FILE}'."
+        )
+    return load_features(BUNDLED_FILE, "bundled file")
+
+
+def get_features(
+    data_root: str | os.PathLike | None = None,
+    features_file: str | os.PathLike | None = None,
+    vit_model: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> FeatureSet:
+    """The features to work with: of the images in `data_root`, else of `features_file`, else the bundled ones.
+
+    For images, what is None is read from `config`, also `EXTRACTION_BATCH_SIZE` and `EXTRACTION_WORKERS`.
+
+    Args:
+        data_root: folder of images, see `dataset.find_dataset`.
+        features_file: a feature file, see `storage.load_features`; not together with `data_root`.
+        vit_model: hub name or local directory, with `data_root`; default `config.VIT_MODEL`.
+        cache_dir: created if missing; default `config.CACHE_DIR`.
+        device: where the ViT runs; default `config.DEVICE`, or CUDA where there is one.
+        verify, progress: see `extract`.
+
+    Raises:
+        InputError: both are given, or the folder, the file or the model cannot be used. The bundled features never
+            take the place of others.
+    """
+    if data_root is not None and features_file is not None:
+        raise InputError("DATA_ROOT and FEATURES_FILE exclude each other: set one of them to None.")
+    if features_file is not None:
+        return load_features(os.path.expanduser(features_file))
+    if data_root is None:
+        return bundled_features()
+    dataset = find_dataset(data_root)
+    device = choose_device(config.DEVICE) if device is None else device
+    extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model).to(device)
+    cache_dir = config.CACHE_DIR if cache_dir is None else cache_dir
+    sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
+    return extract(dataset, extractor, cache_dir, *sizes, verify=verify, progress=progress)
+
+
+def extract(
+    dataset: ImageDataset,
+    extractor: ViTFeatureExtractor,
+    cache_dir: str | os.PathLike,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> FeatureSet:
+    """Features of all images: from the cache, else by one pass of the frozen ViT, and then cached.
+
+    An interrupted pass resumes where it stopped, to within 512 images. A second process that needs the same features
+    waits for the first. If the device runs out of memory, the batch size is halved until a batch fits.
+
+    Args:
+        dataset: images, from `dataset.find_dataset`.
+        extractor: the model, on the device to use.
+        cache_dir: created if missing.
+        batch_size: images per forward pass, at most 512; default 256 on CUDA, 8 on a CPU.
+        workers: decoding processes, 0 = threads of this process; default one per core (at most 16) on CUDA, 0 on a
+            CPU.
+        verify: read every image file again, even if its size and time have not changed.
+        progress: show progress bars.
+
+    Raises:
+        InputError: unreadable images (all are listed before the pass begins), an image that changes during the pass,
+            features that are not finite, too little memory for a single image, an unusable cache folder.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"EXTRACTION_BATCH_SIZE must be at least 1, not {batch_size}.")
+    if workers is not None and workers < 0:
+        raise InputError(f"EXTRACTION_WORKERS must be 0 or more, not {workers}.")
+    folder = Path(cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The cache folder '{folder}' cannot be created: {error.strerror}.") from error
+    contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
+    header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
+    header["preprocessing"] = extractor.preprocessing.describe()
+    header["pixels_sha256"] = hashlib.sha256("".join(pixels).encode()).hexdigest()
+    name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
+    path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
+    if not path.exists():
+        with _exclusive(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have written it while this one waited
+                parts = path.with_suffix(".parts")
+                features = _run(dataset, contents, extractor, parts, batch_size, workers, progress)
+                names = dataset.class_names, dataset.domain_names, dataset.files
+                save_features(path, features, dataset.labels, dataset.domains, *names, **header)
+                shutil.rmtree(parts)
+    return load_features(path, f"images in {dataset.name}")
+
+
+def _describe_model(extractor: ViTFeatureExtractor) -> dict[str, object]:
+    return {
+        "name": extractor.name,
+        "type": extractor.model.config.model_type,
+        "feature_size": extractor.feature_size,
+        "weights_sha256": extractor.weights_hash(),
+        "precision": extractor.precision,
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that can change a feature."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "torchvision", "transformers", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # torchvision is optional to transformers
+    return found
+
+
+def _key(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, header: dict) -> str:
+    """SHA-256 over everything that determines the features."""
+    parts = {
+        "versions": [FORMAT_VERSION, DECODING_VERSION],
+        "model": {key: value for key, value in header["model"].items() if key != "name"},
+        "config": {k: v for k, v in extractor.model.config.to_dict().items() if k not in _CONFIG_NOISE},
+        "preprocessing": header["preprocessing"],
+        "files": list(zip(dataset.files, contents, strict=True)),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes respect."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("Another process extracts these features; waiting for it (%s).", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    dataset: ImageDataset,
+    contents: list[str],
+    extractor: ViTFeatureExtractor,
+    parts: Path,
+    batch_size: int | None,
+    workers: int | None,
+    progress: bool,
+) -> Tensor:
+    """Features ``[N, D]`` of all images, float16: those in `parts` are loaded, the others computed and saved there."""
+    from safetensors.torch import load_file, save_file
+    from tqdm.auto import tqdm
+
+    limit = batch_size or (256 if extractor.device.type == "cuda" else 8)  # a CPU gains nothing from larger batches
+    parts.mkdir(exist_ok=True)
+    starts = range(0, len(dataset), SHARD_ROWS)
+    shards = {start: parts / f"{start:09d}.safetensors" for start in starts}
+    rows = {start: range(start, min(start + SHARD_ROWS, len(dataset))) for start in starts}
+    missing = [start for start in starts if not shards[start].exists()]
+    batches = [list(rows[s][i : i + limit]) for s in missing for i in range(0, len(rows[s]), limit)]
+    done = len(dataset) - sum(map(len, batches))
+    loaded = iter(_loader(dataset, contents, extractor, batches, workers))
+    quiet = {} if progress else {"disable": True}  # otherwise the environment's TQDM_DISABLE decides
+    with tqdm(total=len(dataset), initial=done, desc=extractor.name, unit="img", **quiet) as bar:
+        for start in missing:
+            buffer = []
+            while sum(map(len, buffer)) < len(rows[start]):
+                pixels, files, changed = next(loaded)
+                if changed:
+                    raise InputError(f"'{changed[0]}' has changed since it was checked; run again with verify=True.")
+                features, limit = _forward(extractor, pixels, limit, files)
+                buffer.append(features)
+                bar.update(len(features))
+            with atomic_write(shards[start]) as temporary:
+                save_file({"features": torch.cat(buffer)}, temporary)
+    return torch.cat([load_file(shards[start])["features"] for start in starts])
+
+
+class _Pixels(torch.utils.data.Dataset):
+    """Indexed by a list of rows: preprocessed images, uint8 ``[B, 3, H, W]``, their files, and the changed ones."""
+
+    def __init__(self, dataset: ImageDataset, contents: list[str], preprocessing, threads: int = 0):
+        self.root, self.files, self.contents, self.preprocessing = dataset.root, dataset.files, contents, preprocessing
+        self.map = ThreadPoolExecutor(threads).map if threads else map
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, list[str], list[str]]:
+        files, pixels = [self.files[row] for row in rows], list(self.map(self._read, rows))
+        # Returned, not raised: an exception in a worker process reaches the main process as a page of text.
+        changed = [file for file, image in zip(files, pixels, strict=True) if image is None]
+        return torch.empty(0) if changed else torch.stack(pixels), files, changed
+
+    def _read(self, row: int) -> Tensor | None:
+        try:
+            data = (self.root / self.files[row]).read_bytes()
+        except OSError:
+            return None  # gone since it was checked
+        if hashlib.sha256(data).hexdigest() != self.contents[row]:
+            return None  # the cache key was computed from other bytes
+        return self.preprocessing(load_image(io.BytesIO(data)))
+
+
+def _loader(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, batches: list, workers):
+    """Iterates over batches, decoded by processes beside a GPU, or by threads between the passes of a CPU.
+
+    On a CPU the forward pass already uses every core: decoding processes beside it make its threads wait for one
+    another, which costs more than decoding on all cores and then computing on all cores (benchmarks/extraction.py).
+    """
+    on_gpu = extractor.device.type == "cuda"
+    if workers is None:
+        workers = default_workers() if on_gpu else 0
+    return torch.utils.data.DataLoader(
+        _Pixels(dataset, contents, extractor.preprocessing, threads=0 if workers else default_workers()),
+        batch_size=None,  # `batches` are lists of rows already
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=on_gpu,
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends the workers
+
+
+def _forward(extractor: ViTFeatureExtractor, pixels: Tensor, limit: int, files: list[str]) -> tuple[Tensor, int]:
+    """Features of a batch, float16 ``[B, D]`` on the CPU, and the number of images at a time that fit in memory."""
+    while True:
+        try:
+            features = torch.cat([extractor(part).half().cpu() for part in pixels.split(limit)])
+            break
+        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
+            if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+                raise
+        # Outside the handler, whose traceback would keep the memory of the failed batch.
+        limit = min(limit, len(pixels)) // 2
+        if not limit:
+            raise InputError(f"{extractor.device} has too little memory for {extractor.name} on even one image.")
+        log.warning("Out of memory on %s; continuing with %d images at a time.", extractor.device, limit)
+        if extractor.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if not (finite := features.isfinite().all(1)).all():
+        file = files[int((~finite).nonzero()[0])]
+        raise InputError(f"The features of '{file}' are not finite in float16; {extractor.name} cannot be used on it.")
+    return features, limit

@@ -1,0 +1,193 @@
+"""Mixtures of experts on the features."""
+
+from math import log
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from field.algorithms.base import Algorithm, Hyperparameter, Params, choice, linear_start, log_uniform, uniform
+from field.algorithms.registry import register
+
+
+class MixtureOfExperts(Algorithm):
+    """Base class: the classifier plus a sparse mixture of E small networks on the same features.
+
+        logits(x) = classifier(x) + sum over the chosen experts e of gate_e(x) * expert_e(x)
+
+    In the original a mixture replaces the feedforward layer of a transformer block, beside a residual connection. Here
+    the backbone is frozen: the mixture stands beside the classifier, which is the path that all images share. As there,
+    an expert is a feedforward layer, D -> h -> classes, with h the width of the classifier's last hidden layer and with
+    ReLU, as in the classifier. A router scores the experts for x; the softmax of the scores gives probabilities, and
+    the `chosen` most probable experts are used. The objective is
+        cross-entropy + `balance_weight` * E² * mean over e of density_e * proxy_e
+    with density_e the fraction of the batch whose most probable expert is e, and proxy_e its mean probability, after
+    the noise (Lepikhin et al. 2021, ICLR, "GShard"): the sum is 1 if the load is uniform, E if one expert takes all.
+
+    In training only, `gate_noise` / E times standard normal noise is added to the scores. The capacity of an expert is
+    not limited: the original's limit is for experts on separate machines, and its batches hold image patches, not a few
+    images. All experts are computed; those not chosen get the weight 0 and hence no gradient.
+    """
+
+    routed = True
+
+    hyperparameters = {
+        "experts": Hyperparameter(4, "E, number of experts", choice(2, 4, 6, 8)),
+        "chosen": Hyperparameter(2, "experts used for an image (at most E)", choice(1, 2)),
+        "balance_weight": Hyperparameter(0.01, "weight of the load-balancing loss", log_uniform(-3, -1)),
+        "gate_noise": Hyperparameter(1.0, "standard deviation of the scores' noise, times E", uniform(0, 2)),
+    }
+
+    def extra_parameters(self, draw):
+        features, classes, hidden = self.setup.features, self.setup.classes, self.setup.hidden_sizes[-1]
+        return {
+            "experts.0.weight": linear_start((self.experts, hidden, features), features, draw),
+            "experts.0.bias": linear_start((self.experts, hidden), features, draw),
+            "experts.1.weight": linear_start((self.experts, classes, hidden), hidden, draw),
+            "experts.1.bias": linear_start((self.experts, classes), hidden, draw),
+            **self.router_parameters(draw),
+        }
+
+    def draw(self, draw, rows):
+        return {"gate": torch.randn(rows, self.experts, generator=draw)}
+
+    def router_parameters(self, draw: torch.Generator) -> Params:
+        """Initial parameters of the router."""
+        raise NotImplementedError
+
+    def scores(self, params: Params, features: Tensor) -> Tensor:
+        """Scores of the experts, before the softmax: ``[N, D]`` -> ``[N, E]``."""
+        raise NotImplementedError
+
+    def gates(self, probabilities: Tensor) -> Tensor:
+        """Weights of the experts, 0 for those not chosen: ``[N, E]`` -> ``[N, E]``."""
+        return keep_largest(probabilities, min(self.chosen, self.experts))
+
+    def loss(self, params, batch, state, noise):
+        scores = self.scores(params, batch.features) + self.gate_noise / self.experts * noise["gate"]
+        probabilities = scores.softmax(-1)
+        logits = self.mixed(params, batch.features, self.gates(probabilities))
+        return F.cross_entropy(logits, batch.labels) + self.balance_weight * load_balance(probabilities), {}
+
+    def forward(self, params, features):
+        """Classifier and mixture, without noise."""
+        return self.mixed(params, features, self.gates(self.scores(params, features).softmax(-1)))
+
+    def mixed(self, params: Params, features: Tensor, gates: Tensor) -> Tensor:
+        """Logits of the classifier plus those of the experts weighted by `gates` ``[N, E]``."""
+        experts = self.expert_logits(params, features)
+        return super().forward(params, features) + torch.einsum("ne,nec->nc", gates, experts)
+
+    def expert_logits(self, params: Params, features: Tensor) -> Tensor:
+        """Logits of each expert: ``[N, D]`` -> ``[N, E, classes]``."""
+        hidden = torch.einsum("nd,ehd->neh", features, params["experts.0.weight"]) + params["experts.0.bias"]
+        return torch.einsum("neh,ech->nec", hidden.relu(), params["experts.1.weight"]) + params["experts.1.bias"]
+
+    def routing(self, params, features):
+        """Share of each expert in the prediction of each image: ``[N, D]`` -> ``[N, E]``, rows sum to one.
+
+        These are the gates divided by their sum; 0 for experts not chosen.
+        """
+        gates = self.gates(self.scores(params, features).softmax(-1))
+        return gates / gates.sum(-1, keepdim=True)
+
+
+@register
+class SFMoE(MixtureOfExperts):
+    """Sparse mixture of experts with a linear router (Li et al. 2023, "Sparse Mixture-of-Experts are Domain
+    Generalizable Learners", ICLR; its first version of 2022, there called SF-MoE).
+
+    See `MixtureOfExperts` for the objective and how the mixture was ported. The scores are W x; the two most probable
+    of four experts are used, with the gates g_e / (sum of the chosen g + 1e-9), g being the probabilities.
+
+    Differences from the authors' code: there the second expert is dropped at random (kept with probability gate / 0.2),
+    even in prediction, which would make a prediction depend on chance; here it is always used. There W starts with
+    standard normal numbers, which on D features of size one makes the gates 0 or 1 from the start; here it starts like
+    a linear layer. With `chosen` = 1 all gates would be 1 and the router would learn from the auxiliary loss alone, so
+    `chosen` is not searched.
+    """
+
+    hyperparameters = {
+        "chosen": Hyperparameter(2, "experts used for an image (at most E)"),
+        "gate_noise": Hyperparameter(0.0, "standard deviation of the scores' noise, times E", choice(0.0, 1.0)),
+    }
+
+    def router_parameters(self, draw):
+        return {"router.weight": linear_start((self.experts, self.setup.features), self.setup.features, draw)}
+
+    def scores(self, params, features):
+        return features @ params["router.weight"].T
+
+    def gates(self, probabilities):
+        kept = super().gates(probabilities)
+        return kept / (kept.sum(-1, keepdim=True) + 1e-9)
+
+
+@register
+class GMoE(MixtureOfExperts):
+    """Sparse mixture of experts with a cosine router (Li et al. 2023, "Sparse Mixture-of-Experts are Domain
+    Generalizable Learners", ICLR).
+
+    See `MixtureOfExperts` for the objective and how the mixture was ported. The score of expert e is
+    cos(W x + b, v_e) / tau with W, b, v_e and tau >= 0.01 learned (tau starts at 0.5); the most probable of six experts
+    is used, and its gate is its probability: this is how the cross-entropy reaches the router when one expert is
+    chosen. If several are chosen, the gates are divided by their sum, as in the original's library.
+
+    Differences from the authors' code: W maps to `router_width` = 32 numbers, not 256, with which the router would have
+    more weights than all experts together; v_e starts like a linear layer's weights; the experts have no dropout; both
+    methods use the auxiliary loss of `MixtureOfExperts`, whatever the original's library uses.
+    """
+
+    hyperparameters = {
+        "experts": Hyperparameter(6, "E, number of experts", choice(2, 4, 6, 8)),
+        "chosen": Hyperparameter(1, "experts used for an image (at most E)", choice(1, 2)),
+        "router_width": Hyperparameter(32, "length of the vectors that the router compares", choice(16, 32, 64)),
+    }
+
+    def router_parameters(self, draw):
+        features, width = self.setup.features, self.router_width
+        return {
+            "router.weight": linear_start((width, features), features, draw),
+            "router.bias": linear_start((width,), features, draw),
+            "router.experts": linear_start((self.experts, width), width, draw),
+            "router.sharpness": torch.full((), log(1 / 0.5)),  # log of 1/tau
+        }
+
+    def gates(self, probabilities):
+        gates = super().gates(probabilities)
+        return gates if min(self.chosen, self.experts) == 1 else gates / gates.sum(-1, keepdim=True)
+
+    def scores(self, params, features):
+        here = F.normalize(F.linear(features, params["router.weight"], params["router.bias"]), dim=-1)
+        there = F.normalize(params["router.experts"], dim=-1)
+        return here @ there.T * params["router.sharpness"].clamp(max=log(1 / 0.01)).exp()
+
+
+def keep_largest(probabilities: Tensor, k: int) -> Tensor:
+    """The `k` largest of each row of ``[N, E]``; the others 0."""
+    places = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    chosen = probabilities.topk(k, dim=-1).indices
+    return probabilities * (chosen.unsqueeze(-1) == places).any(-2).to(probabilities)
+
+
+def load_balance(probabilities: Tensor) -> Tensor:
+    """E² * mean over experts of (fraction of rows in which it is the most probable) * (mean probability), a scalar.
+
+    Args:
+        probabilities: ``[N, E]``; the gradient reaches them through the mean probability alone.
+    """
+    count = probabilities.shape[-1]
+    first = probabilities.argmax(-1, keepdim=True) == torch.arange(count, device=probabilities.device)
+    return count**2 * (first.to(probabilities).mean(0) * probabilities.mean(0)).mean()
+
+
+def expert_use(routing: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Mean routing of each group of images, for heat maps: ``[count, E]``, NaN for a group without images.
+
+    Args:
+        routing: see `Algorithm.routing`, ``[N, E]``.
+        groups: number of each image's group, int64 ``[N]`` (its domain, its class, or domain * classes + class).
+        count: number of groups.
+    """
+    member = (groups.unsqueeze(0) == torch.arange(count, device=groups.device).unsqueeze(1)).to(routing)
+    return member @ routing / member.sum(1, keepdim=True)

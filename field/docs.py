@@ -1,0 +1,44 @@
+"""The tables of docs/field.md, written from the committed comparisons; see `evidence.docs`."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from evidence import markdown_table, paragraph
+from field.algorithms import ALGORITHMS, Algorithm
+from field.selection import HEADLINE, signed
+
+
+def comparison_tables(root: str | Path) -> dict[str, str]:
+    """What ``results/reference/compare`` and ``search`` say about the methods: name -> Markdown."""
+    reference = Path(root) / "results" / "reference"
+    known = [cls for _, cls in sorted(ALGORITHMS.items()) if cls.__module__.startswith(f"{__package__}.")]
+    found = {"algorithms": "\n".join(_entry(cls) for cls in known)}
+    for name in ("compare", "search"):
+        table = pd.read_csv(reference / name / f"comparison_{HEADLINE}.csv", index_col="algorithm")
+        found[name] = comparison_markdown(table)
+        found[f"{name}-finding"] = paragraph(_finding(reference / name / "comparison.txt"))
+    return found
+
+
+def comparison_markdown(table: pd.DataFrame) -> str:
+    """A table of `field.selection.comparison_table` as Markdown, best method first: per cent, and points."""
+    names = [column.removesuffix("_mean") for column in table.columns if column.endswith("_mean")]
+    rows = []
+    for method, row in table.sort_values("rank", kind="stable").iterrows():
+        cells = [f"{100 * row[f'{name}_mean']:.1f} ± {100 * row[f'{name}_error']:.1f}" for name in names]
+        batches = ALGORITHMS[method].batches if method in ALGORITHMS else "–"
+        rows.append([method, batches, *cells, "" if pd.isna(row["difference"]) else signed(row)])
+    return markdown_table("ll" + "r" * (len(names) + 1), ["method", "batches", *names, "minus ERM (points)"], rows)
+
+
+def _entry(method: type[Algorithm]) -> str:
+    """A method in a list: what it is, with its paper, by the first paragraph of its docstring."""
+    first = re.split(r"\n\s*\n", method.__doc__.strip())[0]
+    return paragraph(f"**{method.__name__}**: {' '.join(first.split())}", "- ")
+
+
+def _finding(report: Path) -> str:
+    """What a report of `compare` finds: its paragraph between the description and the tables."""
+    return " ".join(report.read_text("utf-8").split("\n\n")[2].split())

@@ -1,0 +1,301 @@
+"""Results on disk: one directory, one set of settings.
+
+`records.jsonl` holds one JSON line per result and is only ever appended to; a line torn by a crash is cut off by the
+next run. `weights/`, `histories/` and `importance/` hold one file per domain or holdout with a leading seed axis,
+written whole. `settings.json` says what made them. Nothing here holds a clock time or a path: equal runs, equal bytes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import InputError, Settings
+from storage.atomic import atomic_write
+
+log = logging.getLogger(__name__)
+
+RULES = ("training-domain", "leave-one-domain-out", "oracle", "last")  # of selection; each has a table
+OUTPUTS = ("weights", "histories", "importance", "plots", "records.jsonl", "summary_report.txt", "comparison.txt")
+OUTPUTS += (*(f"comparison_{rule}.csv" for rule in RULES), "comparison_seeds.csv", "linear_probe.csv")
+OUTPUTS += ("settings.json",)
+PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn")
+
+
+def record_key(record: Mapping) -> str:
+    """Identity of a result: 16 hex digits over features, algorithm, settings, holdout, seed and selection.
+
+    Of a record of `compare` also over trial and hyperparameters.
+    """
+    names = ["features", "algorithm", "settings", "holdout", "seed", "selection"]
+    names += [name for name in ("trial", "hyperparameters") if name in record]
+    return hashlib.sha256(json.dumps([record[name] for name in names]).encode()).hexdigest()[:16]
+
+
+def environment(device: str, threads: int) -> dict[str, object]:
+    """What a result may depend on beside its settings: versions, device, threads, commit."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    versions = {package: version(package) for package in PACKAGES}
+    return {"versions": versions, "device": name, "threads": threads, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Commit of this project's own checkout; None where it has none, even inside the checkout of something else."""
+    folder = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            return None
+        return git("describe", "--always", "--dirty", "--exclude", "*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Results:
+    """A results directory. Write inside ``with results:``, which locks it against a second writer.
+
+    Args:
+        directory: where; made when something is written.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(os.path.expanduser(directory))
+        self._lock = FileLock(self.directory / ".lock")  # counts its holders: `with` may be nested
+        self._parsed: tuple[tuple[int, int], list[dict]] | None = None  # state of records.jsonl, and its records
+
+    def __enter__(self) -> "Results":
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"Another run is writing to '{self.directory}': wait for it or give another RESULTS_DIR."
+            ) from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def claim(self, settings: Settings, features: Mapping, environment: Mapping | None = None) -> None:
+        """Make this directory that of one set of settings and features, or check that it already is.
+
+        A torn last record is cut off.
+
+        Args:
+            settings: of the run.
+            features: facts about the features, with "fingerprint".
+            environment: what trains (see `environment`), added to those noted; None = nothing is trained.
+
+        Raises:
+            InputError: it holds results of others; the differing settings are named.
+        """
+        stored = self._refuse_others(settings, features)
+        self._cut_torn_line()
+        known = [] if stored is None else stored["environments"]
+        if stored is not None and (environment is None or environment in known):
+            return
+        content = {"hash": settings.hash, "settings": settings.as_dict(), "features": dict(features)}
+        content["environments"] = [*known, *([] if environment is None else [dict(environment)])]
+        self.write_text("settings.json", json.dumps(content, indent=1) + "\n")
+
+    def check(self, settings: Settings, overwrite: bool = False) -> None:
+        """Refuse what `claim` would refuse, as far as it can be known before there are features.
+
+        Args:
+            settings: of the run.
+            overwrite: the run is going to `clear` the directory first.
+
+        Raises:
+            InputError: it holds results of other settings, files of somebody else, or another run writes to it.
+        """
+        with self:
+            if overwrite:
+                self._refuse_uncleared()
+            else:
+                self._refuse_others(settings)
+
+    def _refuse_others(self, settings: Settings, features: Mapping | None = None) -> dict | None:
+        """The content of settings.json, if it is that of these settings and, where known, features."""
+        stored = self.read_settings()
+        if stored is None:
+            self._refuse_strangers()
+            return None
+        expected, found = settings.as_dict(), dict(stored["settings"])
+        if features is not None:
+            expected["features"], found["features"] = features["fingerprint"], stored["features"]["fingerprint"]
+        differ = [f"{n} = {found.get(n)!r}, not {value!r}" for n, value in expected.items() if found.get(n) != value]
+        if differ:
+            raise InputError(
+                f"'{self.directory}' holds results with {'; '.join(differ)}: give another RESULTS_DIR (--results-dir), "
+                "or delete them with OVERWRITE (--overwrite)."
+            )
+        return stored
+
+    def read_settings(self) -> dict | None:
+        """The content of settings.json, or None where there is none."""
+        path = self.directory / "settings.json"
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            if not {"hash", "settings", "features", "environments"} <= stored.keys():
+                raise ValueError("it lacks entries")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"'{path}' is not this project's ({error}): give another RESULTS_DIR.") from error
+        return stored
+
+    def clear(self) -> None:
+        """Delete what a run writes, and nothing else.
+
+        Raises:
+            InputError: files of these names are there, but no settings.json of this project.
+        """
+        with self:
+            self._refuse_uncleared()
+            for name in OUTPUTS:
+                path = self.directory / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _refuse_uncleared(self) -> None:
+        if self.read_settings() is None:
+            self._refuse_strangers()
+
+    def _refuse_strangers(self) -> None:
+        if left := [name for name in OUTPUTS if (self.directory / name).exists()]:
+            raise InputError(f"'{self.directory}' has {left[0]} but no settings.json: give another RESULTS_DIR.")
+
+    @property
+    def _records_path(self) -> Path:
+        return self.directory / "records.jsonl"
+
+    def records(self) -> list[dict]:
+        """All complete records, in the order written; a torn last line is passed over. Parsed once per change.
+
+        Raises:
+            InputError: a line that is not the last is no record.
+        """
+        if not self._records_path.is_file():
+            return []
+        stat = self._records_path.stat()
+        if self._parsed is None or self._parsed[0] != (stat.st_size, stat.st_mtime_ns):
+            self._parsed = (stat.st_size, stat.st_mtime_ns), self._parse()
+        return list(self._parsed[1])
+
+    def _parse(self) -> list[dict]:
+        *lines, torn = self._records_path.read_bytes().split(b"\n")
+        if torn:
+            log.warning("The last line of %s is torn and passed over.", self._records_path)
+        try:
+            records = [json.loads(line) for line in lines]
+            for number, record in enumerate(records, start=1):
+                if not (isinstance(record, dict) and "key" in record):
+                    raise ValueError(f"line {number} is no record")
+        except ValueError as error:
+            raise InputError(f"'{self._records_path}' is damaged ({error}); restore it or use --overwrite.") from error
+        return records
+
+    def _cut_torn_line(self) -> None:
+        if not self._records_path.is_file():
+            return
+        with self._records_path.open("rb+") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def append(self, records: Iterable[Mapping]) -> None:
+        """Append those records whose key is not there yet; a torn last line is cut off first."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._cut_torn_line()
+        old = self.records()
+        known = {record["key"] for record in old}
+        new = [json.dumps(r) for r in records if r["key"] not in known and not known.add(r["key"])]
+        with self._records_path.open("ab") as file:
+            file.write("".join(f"{line}\n" for line in new).encode())
+        stat = self._records_path.stat()
+        self._parsed = (stat.st_size, stat.st_mtime_ns), [*old, *map(json.loads, new)]
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.directory / kind / f"{name}.{'safetensors' if kind == 'weights' else 'npz'}"
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is such a file."""
+        return self._path(kind, name).is_file()
+
+    def save(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
+        """Write arrays with a leading seed axis, merged with the seeds that are already there.
+
+        Args:
+            kind: "weights" (safetensors), "histories" or "importance" (npz).
+            name: file name without ending.
+            seeds: S seeds.
+            arrays: name -> ``[S, …]``.
+            header: what the file is, as JSON.
+        """
+        new = {"seeds": torch.tensor(list(seeds)), **arrays}
+        if self.has(kind, name):
+            old, _ = self.load(kind, name)
+            keep = ~torch.isin(old["seeds"], new["seeds"])
+            new = {key: torch.cat([old[key][keep], value]) for key, value in new.items() if key in old}
+        order = new["seeds"].argsort()
+        new = {key: value[order].contiguous() for key, value in new.items()}
+        text = json.dumps(header, sort_keys=True)
+        with atomic_write(self._path(kind, name)) as path:
+            if kind == "weights":
+                save_file(new, path, metadata={"header": text})
+            else:
+                np.savez_compressed(path, header=np.array(text), **{k: v.numpy() for k, v in new.items()})
+
+    def load(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
+        """What `save` wrote: arrays (with "seeds"), and the header.
+
+        Raises:
+            InputError: there is no such file, or it cannot be read.
+        """
+        return load_arrays(self._path(kind, name))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a UTF-8 text file whole."""
+        with atomic_write(self.directory / name) as path:
+            path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def load_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Arrays with a leading seed axis and the header, from a file that `Results.save` wrote.
+
+    Raises:
+        InputError: the file is missing or is not of that format.
+    """
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
+        raise InputError(f"There is no file '{path}'.")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "header"}
+                return arrays, json.loads(str(file["header"]))
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["header"])  # noqa: SIM118
+    except Exception as error:  # whatever the libraries raise on a foreign file
+        raise InputError(f"'{path}' is not a file of this project's results ({error}).") from error

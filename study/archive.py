@@ -1,0 +1,248 @@
+"""The files of a run: what they are called and what is in them. Nothing else spells a name of a file or a key.
+
+=============================================  ================================================================
+file                                           arrays, each with a leading seed axis; "seeds" in all of them
+=============================================  ================================================================
+``weights/phase1_<domain>``                    ``start.<parameter>``, ``final.<parameter>``, ``failed``
+``weights/phase2_<holdout>_<arm>``             the same
+``histories/phase1_<domain>``                  ``loss``, ``train_accuracy``, ``validation_accuracy``, ``failed``
+``histories/phase2_<holdout>_<arm>``           the same, and ``correct``
+``importance/phase1_<domain>``                 ``initial_<l>``, ``final_<l>``, ``importance_<l>``,
+                                               ``normalized_<l>``, ``mask_<l>`` of tracked layer l, from 1
+``importance/holdout_<holdout>``               ``importance_<l>``, ``normalized_<l>``, ``mask_<l>``; with the arm
+                                               `importance` also ``initial_<l>`` and ``final_<l>`` of Phase 2
+``histories/compare_<method>_<trial>_<held>``  ``loss``, ``validation_accuracy``, ``correct``, ``failed``, and what
+                                               the method records; <held> joins two holdouts by "+"
+``weights/compare_<method>_<trial>_<held>``    ``final.<parameter>``, ``failed``
+=============================================  ================================================================
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from config import InputError
+from engine import Params
+from importance import normalize, top_k_mask
+from models import FeedforwardClassifier
+from storage import Results, load_arrays
+from trainer_phase1 import DomainNetworks
+from trainer_phase2 import HoldoutMasks, HoldoutNetworks
+
+KINDS = ("importance", "histories", "weights")
+CURVES = ("loss", "train_accuracy", "validation_accuracy")
+LAYER_KINDS = ("initial", "final", "importance", "normalized", "mask")
+
+
+class SavedNetworks:
+    """Networks on disk, of one domain, or of one holdout and arm or method: S seeds. Files are read when asked for.
+
+    Attributes:
+        seeds: S seeds, those that were asked for and are there.
+    """
+
+    def __init__(self, archive: "Archive", name: str, seeds: Sequence[int] | None = None):
+        self._archive, self.name = archive, name
+        self._wanted = archive.seeds if seeds is None else tuple(seeds)
+
+    def _arrays(self, kind: str) -> dict[str, Tensor]:
+        """The arrays of one file, rows of the wanted seeds only."""
+        arrays, _ = self._archive.read(kind, self.name)
+        rows = torch.isin(arrays["seeds"], torch.tensor(self._wanted))
+        return {name: value[rows] for name, value in arrays.items()}
+
+    @property
+    def header(self) -> dict:
+        """What the files say of themselves."""
+        kind = next((kind for kind in KINDS if self._archive.stored_seeds(kind, self.name)), "histories")
+        return self._archive.read(kind, self.name)[1]
+
+    @cached_property
+    def history(self) -> dict[str, Tensor]:
+        """Per epoch: "loss", "train_accuracy", "validation_accuracy" ``[S, E]``, "correct"
+        ``[S, E, domains, 2, classes]`` (where kept), "failed" ``[S]``, and what a method records.
+        """
+        return self._arrays("histories")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        kind = next((kind for kind in KINDS if self._archive.stored_seeds(kind, self.name)), "histories")
+        return tuple(self._arrays(kind)["seeds"].tolist())
+
+    @property
+    def failed(self) -> Tensor:
+        """Codes ``[S]``, 0 = none, see `engine.failure_reason`."""
+        return self.history["failed"]
+
+    @property
+    def ok(self) -> Tensor:
+        """Networks that did not fail: bool ``[S]``."""
+        return self.failed == 0
+
+    @property
+    def curves(self) -> dict[str, Tensor]:
+        """Loss and accuracies per epoch, float64 ``[E, S]``; NaN for failed networks."""
+        return {k: self.history[k].double().masked_fill(~self.ok[:, None], torch.nan).T for k in CURVES}
+
+    def layers(self, kind: str) -> list[Tensor]:
+        """Tracked layers, L × ``[S, out, in]``: "initial", "final", "importance", "normalized" or "mask"."""
+        arrays, number = self._arrays("importance"), 1
+        found = []
+        while f"{kind}_{number}" in arrays:
+            found.append(arrays[f"{kind}_{number}"])
+            number += 1
+        return found
+
+    def params(self, when: str = "final") -> Params:
+        """Parameters at the "start" or at the end ("final"): name -> ``[S, *shape]``."""
+        return params_of(self._arrays("weights"), when)
+
+
+class Archive:
+    """Reads and writes the arrays of a run. A file is opened once; what was read is kept.
+
+    Args:
+        results: the directory.
+        seeds: of the run; what is read is of these seeds alone.
+        network: outline of the classifier.
+        header: what every file says.
+    """
+
+    def __init__(self, results: Results, seeds: Sequence[int], network: FeedforwardClassifier, header: Mapping):
+        self.results, self.seeds, self.network, self.header = results, tuple(seeds), network, dict(header)
+        self._files: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
+
+    def phase1(self, domain: str, seeds: Sequence[int] | None = None) -> SavedNetworks:
+        """Phase 1 of a domain; of other seeds than the run's where `seeds` says so."""
+        return SavedNetworks(self, f"phase1_{domain}", seeds)
+
+    def phase2(self, holdout: str, arm: str) -> SavedNetworks:
+        """Phase 2 of a holdout and an arm, by the arm's name."""
+        return SavedNetworks(self, f"phase2_{holdout}_{arm}")
+
+    def masks(self, holdout: str) -> SavedNetworks:
+        """Aggregated importance and mask of a holdout, and the tracked weights of its arm `importance`."""
+        return SavedNetworks(self, f"holdout_{holdout}")
+
+    def method(self, method: str, trial: int, holdouts: Sequence[str]) -> SavedNetworks:
+        """A method of the field: one trial, one or two held-out domains."""
+        return SavedNetworks(self, _method_name(method, trial, holdouts))
+
+    def phase1_seeds(self, domain: str) -> set[int]:
+        """Seeds whose Phase 1 of a domain is complete."""
+        return set.intersection(*(self.stored_seeds(kind, f"phase1_{domain}") for kind in KINDS))
+
+    def phase2_seeds(self, holdout: str, arms: Iterable[str], weights: bool) -> set[int]:
+        """Seeds whose Phase 2 of a holdout is complete for all arms, with their weights where asked for."""
+        kinds = ("histories", "weights") if weights else ("histories",)
+        stored = [self.stored_seeds(kind, f"phase2_{holdout}_{arm}") for kind in kinds for arm in arms]
+        return set.intersection(*stored, self.stored_seeds("importance", f"holdout_{holdout}"))
+
+    def method_seeds(self, method: str, trial: int, holdouts: Sequence[str], weights: bool) -> set[int]:
+        """Seeds whose training by a method is complete, with weights where asked for."""
+        kinds = ("histories", "weights") if weights else ("histories",)
+        return set.intersection(*(self.stored_seeds(kind, _method_name(method, trial, holdouts)) for kind in kinds))
+
+    def stored_seeds(self, kind: str, name: str) -> set[int]:
+        """Seeds that a file holds; none if it does not exist."""
+        return set(self.read(kind, name)[0]["seeds"].tolist()) if self.results.has(kind, name) else set()
+
+    def read(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
+        """Arrays and header of a file, all of its seeds.
+
+        Raises:
+            InputError: there is no such file, or it is not of this project.
+        """
+        if (kind, name) not in self._files:
+            self._files[kind, name] = self.results.load(kind, name)
+        return self._files[kind, name]
+
+    def save_domain(self, networks: DomainNetworks, percent: float) -> None:
+        """Write Phase 1 of a domain, with the mask that it alone would give at `percent` per cent."""
+        name, header = f"phase1_{networks.domain}", self.header | {"phase": 1, "domain": networks.domain}
+        layers = {
+            "initial": self.network.tracked(networks.start),
+            "final": self.network.tracked(networks.final),
+            "importance": networks.importance,
+            "normalized": normalize(networks.importance),
+            "mask": top_k_mask(networks.importance, percent),
+        }
+        history = {key: getattr(networks, key) for key in (*CURVES, "failed")}
+        self._write("importance", name, networks.seeds, _numbered(layers), header)
+        self._write("histories", name, networks.seeds, history, header)
+        self._write("weights", name, networks.seeds, _weights(networks.failed, networks.final, networks.start), header)
+
+    def save_holdout(self, networks: HoldoutNetworks, arms: Sequence[str], masks: HoldoutMasks, weights: bool) -> None:
+        """Write Phase 2 of a holdout: a file per arm, and the holdout's masks.
+
+        Args:
+            networks: S seeds × V arms.
+            arms: names of the arms, in the order of `networks`.
+            masks: of the holdout, at the run's settings.
+            weights: keep the weights.
+        """
+        seeds, about = networks.seeds, self.header | {"phase": 2, "holdout": networks.holdout}
+        layers = {"importance": masks.scores, "normalized": masks.normalized, "mask": masks.mask}
+        for v, arm in enumerate(arms):
+            name, header = f"phase2_{networks.holdout}_{arm}", about | {"algorithm": arm}
+            start, final = ({k: value[:, v] for k, value in p.items()} for p in (networks.start, networks.final))
+            history = {key: getattr(networks, key)[:, v] for key in (*CURVES, "correct", "failed")}
+            self._write("histories", name, seeds, history, header)
+            if weights:
+                self._write("weights", name, seeds, _weights(history["failed"], final, start), header)
+            if arm == "importance":
+                layers = {"initial": self.network.tracked(start), "final": self.network.tracked(final)} | layers
+        self._write("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), about)
+
+    def save_method(
+        self, about: Mapping, seeds: Sequence[int], history: Mapping[str, Tensor], params: Params | None
+    ) -> None:
+        """Write what a method trained.
+
+        Args:
+            about: for the header: "algorithm", "trial", "holdouts" and what else is to be kept.
+            seeds: S seeds.
+            history: name -> ``[S, …]``.
+            params: final parameters, name -> ``[S, *shape]``; None = do not keep them.
+        """
+        name = _method_name(about["algorithm"], about["trial"], about["holdouts"])
+        self._write("histories", name, seeds, history, self.header | about)
+        if params is not None:
+            self._write("weights", name, seeds, _weights(history["failed"], params), self.header | about)
+
+    def _write(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
+        self._files.pop((kind, name), None)
+        self.results.save(kind, name, seeds, arrays, header)
+
+
+def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
+    """Seeds, final parameters ``[S, *shape]``, failure codes ``[S]`` and header of a file of ``weights/``.
+
+    Raises:
+        InputError: the file is missing or holds no networks.
+    """
+    arrays, header = load_arrays(path)
+    if not any(name.startswith("final.") for name in arrays):
+        raise InputError(f"'{path}' holds no networks: give a file of results/weights/.")
+    seeds = arrays["seeds"]
+    return tuple(seeds.tolist()), params_of(arrays), arrays.get("failed", torch.zeros_like(seeds)), header
+
+
+def params_of(arrays: Mapping[str, Tensor], when: str = "final") -> Params:
+    """Parameters among the arrays of a weights file: name -> ``[S, *shape]``."""
+    return {name.removeprefix(f"{when}."): v for name, v in arrays.items() if name.startswith(f"{when}.")}
+
+
+def _method_name(method: str, trial: int, holdouts: Sequence[str]) -> str:
+    return f"compare_{method}_{trial}_{'+'.join(holdouts)}"
+
+
+def _numbered(layers: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {f"{kind}_{i}": layer for kind, stack in layers.items() for i, layer in enumerate(stack, start=1)}
+
+
+def _weights(failed: Tensor, final: Params, start: Params | None = None) -> dict[str, Tensor]:
+    named = {f"start.{name}": value for name, value in (start or {}).items()}
+    return {**named, **{f"final.{name}": value for name, value in final.items()}, "failed": failed}

@@ -1,0 +1,212 @@
+"""The arms of a study: importance masking, plain training, and the controls that each break one thing.
+
+All masks of a study have the same density. `erm` (every weight at the full rate) and `importance` are the question.
+`random` and `random_layer` forget the importance, `inverted` reverses it, `permuted` keeps the structure of the mask
+but not its place, and `other_seed` takes the mask of another start. `frozen` and `prune` change what happens to the
+unmarked weights. Each can begin from a fresh start, where a position in the mask means nothing yet, or from Phase 1's
+start, where it does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import InputError, Settings
+from engine import generator
+from importance import Layers, mask_size, top_k_mask, unflatten
+from trainer_phase2 import HoldoutMasks, Masking
+
+STARTS = ("fresh", "phase1")
+SWEPT = ("IMPORTANCE_THRESHOLD_PERCENTILE", "IMPORTANCE_AGGREGATION", "PH2_FREEZE_EPOCH")
+
+
+class MaskSource(NamedTuple):
+    """What the masks of a holdout are made from.
+
+    Attributes:
+        holdout: names the random streams.
+        seeds: S seeds.
+        own: settings -> masks of these seeds.
+        next_seed: settings -> masks of each next seed (s + 1).
+    """
+
+    holdout: str
+    seeds: tuple[int, ...]
+    own: Callable[[Settings], HoldoutMasks]
+    next_seed: Callable[[Settings], HoldoutMasks]
+
+    def per_seed(self, draw: Callable[[int, list[Tensor]], list[Tensor]], masks: HoldoutMasks) -> list[Tensor]:
+        """A mask for each seed from its importance mask, (seed, L × ``[out, in]``) -> L × bool, stacked over seeds."""
+        drawn = [draw(seed, [layer[s] for layer in masks.mask]) for s, seed in enumerate(self.seeds)]
+        return [torch.stack(layers) for layers in zip(*drawn, strict=True)]
+
+
+Made = tuple[Layers, Tensor | None]  # mask L × bool [S, out, in]; codes [S] of the seeds whose mask cannot be used
+
+
+def random_mask(seed: int, holdout: str, like: Layers, percent: float) -> list[Tensor]:
+    """`percent` per cent of all weights, uniformly without replacement: L × bool ``[out, in]``."""
+    n = sum(layer.numel() for layer in like)
+    flat = torch.zeros(n, dtype=torch.bool)
+    flat[torch.randperm(n, generator=generator(seed, "random_mask", holdout))[: mask_size(n, percent)]] = True
+    return unflatten(flat, like)
+
+
+def random_layer_mask(seed: int, holdout: str, mask: Layers) -> list[Tensor]:
+    """Random positions, but in each layer as many as `mask` marks there."""
+    draw = generator(seed, "random_layer_mask", holdout)
+    shuffled = [layer.flatten()[torch.randperm(layer.numel(), generator=draw)] for layer in mask]
+    return [values.view_as(layer) for values, layer in zip(shuffled, mask, strict=True)]
+
+
+def permuted_mask(seed: int, holdout: str, mask: Layers) -> list[Tensor]:
+    """The mask with the hidden units permuted at random, consistently from layer to layer.
+
+    Row and column counts, densities and paths through the layers stay; which unit they belong to does not.
+    """
+    draw = generator(seed, "permuted_mask", holdout)
+    widths = [mask[0].shape[1], *(layer.shape[0] for layer in mask)]
+    orders = [torch.randperm(width, generator=draw) for width in widths]
+    return [layer[orders[i + 1]][:, orders[i]] for i, layer in enumerate(mask)]
+
+
+def _every(source: MaskSource, settings: Settings) -> Made:
+    return [torch.ones_like(layer) for layer in source.own(settings).mask], None
+
+
+def _importance(source: MaskSource, settings: Settings) -> Made:
+    masks = source.own(settings)
+    return masks.mask, masks.failed
+
+
+def _random(source: MaskSource, settings: Settings) -> Made:
+    percent = settings.importance_threshold_percentile
+    draw = lambda seed, mask: random_mask(seed, source.holdout, mask, percent)  # noqa: E731
+    return source.per_seed(draw, source.own(settings)), None
+
+
+def _random_layer(source: MaskSource, settings: Settings) -> Made:
+    masks = source.own(settings)
+    return source.per_seed(lambda seed, mask: random_layer_mask(seed, source.holdout, mask), masks), masks.failed
+
+
+def _permuted(source: MaskSource, settings: Settings) -> Made:
+    masks = source.own(settings)
+    return source.per_seed(lambda seed, mask: permuted_mask(seed, source.holdout, mask), masks), masks.failed
+
+
+def _inverted(source: MaskSource, settings: Settings) -> Made:
+    masks = source.own(settings)
+    return top_k_mask([-layer for layer in masks.scores], settings.importance_threshold_percentile), masks.failed
+
+
+def _other_seed(source: MaskSource, settings: Settings) -> Made:
+    masks = source.next_seed(settings)
+    return masks.mask, masks.failed
+
+
+@dataclass(frozen=True)
+class Control:
+    """One way to choose the weights that learn at the full rate, and what happens to the others.
+
+    Attributes:
+        mask: makes the mask.
+        meaning: one line on what it keeps and what it breaks.
+        frozen: the unmarked weights keep their start.
+        prune: the unmarked weights are zero from the start and stay so.
+        next_seed: the mask comes from Phase 1 of the next seed, which must be trained too.
+        saw_validation: with `PH1_DATA = "all"` the mask depends on the sources' validation images.
+    """
+
+    mask: Callable[[MaskSource, Settings], Made]
+    meaning: str
+    frozen: bool = False
+    prune: bool = False
+    next_seed: bool = False
+    saw_validation: bool = True
+
+
+CONTROLS: Mapping[str, Control] = {
+    "erm": Control(_every, "every weight at the full rate", saw_validation=False),
+    "importance": Control(_importance, "the weights that moved most"),
+    "random": Control(_random, "random positions", saw_validation=False),
+    "random_layer": Control(_random_layer, "random positions, with the importance mask's count in each layer"),
+    "inverted": Control(_inverted, "as many of the least important weights"),
+    "permuted": Control(_permuted, "the importance mask with its hidden units permuted: structure kept, place broken"),
+    "other_seed": Control(_other_seed, "the importance mask of the next seed, from another start", next_seed=True),
+    "prune": Control(_importance, "the importance mask; the other weights are zero", prune=True),
+    "frozen": Control(_importance, "the importance mask; the other weights keep their start", frozen=True),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One condition of a study: a control, where it starts, and which settings differ from the study's.
+
+    Attributes:
+        control: a name of `CONTROLS`.
+        start: "fresh" or "phase1"; None = as `PH2_INIT` says.
+        changes: settings of masks or schedule that differ, as (name, value) pairs; a mapping is accepted.
+
+    Raises:
+        InputError: an unknown control or start, or a setting that arms of the same batches cannot differ in.
+    """
+
+    control: str = "importance"
+    start: str | None = None
+    changes: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self) -> None:
+        changes = self.changes.items() if isinstance(self.changes, Mapping) else self.changes
+        object.__setattr__(self, "changes", tuple((name.upper(), value) for name, value in changes))
+        if self.control not in CONTROLS:
+            raise InputError(f"There is no control '{self.control}'; there are {', '.join(CONTROLS)}.")
+        if self.start not in (None, *STARTS):
+            raise InputError(f"An arm starts 'fresh' or 'phase1', not '{self.start}'.")
+        for name, _ in self.changes:
+            if name not in SWEPT:
+                raise InputError(f"The arms of a study cannot differ in {name}; they can in {', '.join(SWEPT)}.")
+
+    @property
+    def name(self) -> str:
+        """How tables, records and files call it: ``control[NAME=VALUE]@start``, as far as given."""
+        changes = ",".join(f"{name}={value}" for name, value in self.changes)
+        return self.control + (f"[{changes}]" if changes else "") + (f"@{self.start}" if self.start else "")
+
+    def settings(self, settings: Settings) -> Settings:
+        """The settings that this arm is trained with."""
+        own = {name.lower(): value for name, value in self.changes}
+        if self.start:
+            own["ph2_init"] = self.start
+        if CONTROLS[self.control].frozen:
+            own["ph2_freeze_epoch"] = 0
+        return replace(settings, **own)
+
+    def masking(self, source: MaskSource, settings: Settings) -> Masking:
+        """Mask and schedule of this arm for the seeds of one holdout."""
+        control, own = CONTROLS[self.control], self.settings(settings)
+        mask, failed = control.mask(source, own)
+        return Masking(mask, own, control.prune, failed)
+
+    @property
+    def needs_next_seed(self) -> bool:
+        """Whether the mask comes from Phase 1 of each next seed, which must be trained too."""
+        return CONTROLS[self.control].next_seed
+
+    def saw_validation(self, settings: Settings) -> bool:
+        """Whether the mask depends on images that the networks are validated on."""
+        return CONTROLS[self.control].saw_validation and settings.ph1_data == "all"
+
+
+ERM, IMPORTANCE = Arm("erm"), Arm("importance")
+BOTH_STARTS = tuple(Arm(control, start) for start in (None, "phase1") for control in CONTROLS)
+
+
+def check_arms(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """Arms, each once; an `InputError` for anything else."""
+    if wrong := [arm for arm in arms if not isinstance(arm, Arm)]:
+        raise InputError(f"An arm of a study is a study.Arm, not {wrong[0]!r}.")
+    return tuple(dict.fromkeys(arms))

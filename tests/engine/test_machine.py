@@ -1,0 +1,54 @@
+"""The machine: which device, how many threads, and what is refused by name."""
+
+import pytest
+import torch
+
+from config import InputError
+from engine import choose_device, default_workers, prepare_machine, training_threads
+
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Put the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_device_is_the_one_asked_for_or_cuda_where_there_is_one():
+    assert choose_device("cpu") == prepare_machine("cpu") == "cpu"
+    assert choose_device() == prepare_machine() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:0", "", pytest.param("cuda", marks=WITHOUT_CUDA)])
+def test_another_device_is_refused(device):
+    for function in (choose_device, prepare_machine):
+        with pytest.raises(InputError, match="DEVICE"):
+            function(device)
+
+
+def test_threads_are_set_where_they_are_given():
+    prepare_machine("cpu", 2)
+    assert torch.get_num_threads() == 2
+    prepare_machine("cpu")
+    assert torch.get_num_threads() == 2
+    with pytest.raises(InputError, match="THREADS"):
+        prepare_machine("cpu", 0)
+
+
+def test_training_threads_last_for_the_block():
+    def fail():
+        with training_threads(1):
+            assert torch.get_num_threads() == 1
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(2)
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert torch.get_num_threads() == 2
+
+
+def test_there_is_a_worker_for_each_core():
+    assert 1 <= default_workers() <= 16

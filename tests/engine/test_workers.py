@@ -1,0 +1,134 @@
+"""Work side by side: order, errors, interruptions, and no process that outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm.auto import tqdm
+
+from engine import side_by_side, stacks_at_a_time
+
+ROOT = Path(__file__).resolve().parents[2]
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+SYSTEMS = [pytest.param("linux", marks=LINUX), "darwin"]
+
+
+def run(work, units, at_a_time=2):
+    with tqdm(total=100, disable=True) as bar:
+        return list(side_by_side(work, units, at_a_time, bar))
+
+
+def wait_until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited in vain")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_results_come_in_order_from_functions_that_cannot_be_pickled(system, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    here = os.getpid()
+
+    def work(unit, tick):
+        time.sleep(0.3 if unit == 0 else 0)
+        return unit, torch.full((2,), unit), torch.get_num_threads(), os.getpid() == here
+
+    found = run(work, range(5))
+    assert [unit for unit, *_ in found] == list(range(5))
+    assert all(torch.equal(values, torch.full((2,), unit)) for unit, values, *_ in found)
+    assert {mine for *_, mine in found} == {system != "linux"}
+    if system == "linux":
+        assert {threads for *_, threads, _ in found} == {1}
+
+
+@pytest.mark.parametrize(("units", "at_a_time"), [(range(3), 1), (range(1), 2), ((), 2)])
+def test_one_at_a_time_stays_in_this_process(units, at_a_time):
+    assert run(lambda unit, tick: os.getpid(), units, at_a_time) == [os.getpid()] * len(units)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_bar_counts_ticks(system, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+
+    class Bar:
+        n = 0
+
+        def update(self, by=1):
+            self.n += by
+
+    def work(unit, tick):
+        for _ in range(4):
+            tick()
+
+    bar = Bar()
+    list(side_by_side(work, range(3), 2, bar))
+    assert bar.n == 12
+
+
+@LINUX
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_or_ctrl_c_stops_the_others(error, tmp_path):
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores them
+
+    def work(unit, tick):
+        if unit == 0:
+            if error is ValueError:
+                raise ValueError("unit 0")
+            os.kill(os.getppid(), signal.SIGINT)
+        for _ in range(1200):
+            time.sleep(0.05)
+            tick()
+        (tmp_path / "finished").touch()
+
+    with pytest.raises(error):
+        run(work, range(2))
+    signal.signal(signal.SIGINT, interrupts)
+    assert not (tmp_path / "finished").exists()
+
+
+@LINUX
+def test_a_process_that_dies_is_an_error():
+    with pytest.raises(BrokenProcessPool):
+        run(lambda unit, tick: os.kill(os.getpid(), signal.SIGKILL), range(2))
+
+
+SLEEPERS = """
+import os, sys, time
+from pathlib import Path
+from tqdm.auto import tqdm
+from engine import side_by_side
+def work(unit, tick):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(600)
+list(side_by_side(work, range(3), 3, tqdm(disable=True)))
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_their_parent(end, tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", SLEEPERS, str(tmp_path)], cwd=ROOT)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 3)
+    parent.send_signal(end)
+    parent.wait()
+    wait_until(lambda: not any(running(int(child.name)) for child in tmp_path.iterdir()))
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_stacks_at_a_time_are_at_least_one_and_at_most_one_per_core():
+    assert stacks_at_a_time(10**9, 10**9) == 1
+    assert 1 <= stacks_at_a_time(1, 1) <= 16

@@ -1,0 +1,171 @@
+"""The documentation: its tables are those of the committed results, and its code runs as printed."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+from config import InputError
+from evidence import benchmark_tables, results_tables, write_pages
+from field.docs import comparison_tables
+from storage import Results, load_arrays
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = "import config\nconfig.PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1\n"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return results_tables(ROOT) | benchmark_tables(ROOT) | comparison_tables(ROOT)
+
+
+def examples(page):
+    """Blocks of Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def run_code(tmp_path, monkeypatch, capsys):
+    """Runs code in an empty folder, with settings and paths put back afterwards, and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in config.names():
+        monkeypatch.setattr(config, name, getattr(config, name))
+
+    def run(code):
+        with torch.random.fork_rng():
+            exec(code.replace("path/to/this/folder", str(ROOT)), {"__name__": "example"})
+        return capsys.readouterr().out
+
+    return run
+
+
+def shortened(code, **changes):
+    for long, short in changes.values():
+        assert long in code
+        code = code.replace(long, short)
+    return code
+
+
+def test_writing_the_tables_again_changes_nothing(tables, tmp_path):
+    for path in PAGES:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text("utf-8"), "utf-8")
+    assert write_pages(tmp_path, tables) == []
+
+
+def test_every_table_has_a_place(tables):
+    places = re.findall(r"^<!-- (?:table|text): ([\w-]+) -->$", "\n".join(p.read_text("utf-8") for p in PAGES), re.M)
+    assert set(places) == set(tables)
+
+
+def test_marked_places_are_filled_and_the_rest_is_kept(tmp_path):
+    page = "# A page\n\n<!-- table: one -->\n| old |\n<!-- end -->\n\nProse.\n\n<!-- text: two -->\n<!-- end -->\n"
+    (tmp_path / "README.md").write_text("Nothing is marked here.\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text(page)
+    assert write_pages(tmp_path, {"one": "| new |", "two": "A finding: \\1.", "three": "unused"}) == [
+        tmp_path / "docs" / "a.md"
+    ]
+    filled = page.replace("| old |", "| new |").replace("two -->\n", "two -->\nA finding: \\1.\n")
+    assert (tmp_path / "docs" / "a.md").read_text() == filled
+    with pytest.raises(InputError, match="two"):
+        write_pages(tmp_path, {"one": "| new |"})
+
+
+def test_sentences_are_those_of_the_reports(tables):
+    for name, report in {
+        "study-findings": "study/report.txt",
+        "compare-finding": "compare/comparison.txt",
+        "search-finding": "search/comparison.txt",
+    }.items():
+        printed = " ".join((ROOT / "results" / "reference" / report).read_text("utf-8").split())
+        for sentence in re.split(r"^- ", tables[name], flags=re.MULTILINE):
+            assert " ".join(sentence.split()) in printed
+
+
+def test_pages_are_short_enough_to_read():
+    assert len((ROOT / "README.md").read_bytes()) < 8192
+    for path in PAGES:
+        long = [line for line in path.read_text("utf-8").splitlines() if len(line) > 120]
+        assert all(line.startswith("python3 -m venv") for line in long), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
+
+
+def test_every_setting_is_listed_with_its_default():
+    text = (ROOT / "docs" / "use.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([A-Z0-9_]+)` \| `(.*?)` \|", text, re.MULTILINE)
+    defaults = {name: eval(default, {"__builtins__": {}}) for name, default in rows}
+    assert {name for name, _ in rows} == set(config.names())
+    code = ast.parse(Path(config.__file__).read_text("utf-8"))  # as written: tests may have changed the values
+    written = {node.target.id: ast.unparse(node.value) for node in code.body if isinstance(node, ast.AnnAssign)}
+    assert defaults == {name: eval(written[name], {"__builtins__": {}}) for name in defaults}
+
+
+def test_the_method_runs_as_the_readme_shows_it(run_code):
+    (code,) = examples("README.md")
+    code = shortened(code, epochs=("epochs=10", "epochs=2"))
+    printed = run_code(f"{code}\nprint(int(sum(layer.sum() for layer in mask)))").splitlines()
+    assert re.fullmatch(r"Accuracy on art_painting, never seen in training: \d+\.\d %", printed[0])
+    assert printed[1] == "240"
+
+
+def test_the_method_runs_on_another_model(run_code):
+    (code,) = (code for code in examples("docs/use.md") if "step_with_rates" in code)
+    printed = run_code(f"{code}\nprint(int(sum(layer.sum() for layer in mask)))")
+    assert printed.strip() == str(int(0.6 * 2 * 16 * 16 + 0.5))
+
+
+def test_a_study_runs_as_shown_and_writes_what_is_documented(run_code, tmp_path):
+    train, arms, read = (code for code in examples("docs/use.md") if "from study" in code)
+    train = shortened(train, seeds=("range(20)", "range(2)"))
+    arms = shortened(arms, seeds=("range(5)", "range(2)"))
+    printed = run_code(f"{SHORT}{train}{arms}{read}\nprint(saved.seeds, saved.ok.tolist(), share)")
+    assert "(0, 1) [True, True] tensor([0.6000, 0.6000])" in printed
+    documented = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "use.md").read_text("utf-8")))
+    assert written_names(tmp_path / "results" / "phase1_start") <= documented
+
+
+def written_names(directory):
+    """Names of entries and arrays that a results directory holds."""
+    results, names = Results(directory), set(Results(directory).read_settings())
+    names |= {name for record in results.records() for name in record}
+    for path in [*directory.glob("*/*.npz"), *directory.glob("*/*.safetensors")]:
+        arrays, header = load_arrays(path)
+        names |= {re.sub(r"_\d+$", "_<l>", re.sub(r"^(start|final)\..*", r"\1.<parameter>", name)) for name in arrays}
+        names |= set(header) | {f"{path.parent.name}/"}
+    return names
+
+
+def test_a_method_of_your_own_runs_as_shown(tmp_path):
+    (code,) = examples("docs/field.md")
+    code = SHORT + shortened(code, seeds=("range(3)", "range(2), holdouts='photo'")).replace(
+        "path/to/this/folder", str(ROOT)
+    )
+    # In a process of its own: a method stays registered in the one that defines it.
+    environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"ERM", "LabelSmoothing"}

@@ -1,0 +1,101 @@
+"""Every image is read once before an extraction; what was read is remembered, and what cannot be read is listed."""
+
+import os
+import time
+
+import pytest
+
+from config import InputError
+from dataset import find_dataset, load_image
+from features import check_images
+from tests.conftest import OLD, write_image
+
+
+def test_unchanged_files_are_not_read_again(image_root, tmp_path, monkeypatch):
+    found = find_dataset(image_root)
+    first = check_images(found, tmp_path)
+    monkeypatch.setattr("features.check.load_image", lambda file: pytest.fail("read again"))
+    assert check_images(found, tmp_path) == first
+
+
+def test_another_time_or_size_is_read_again(image_root, tmp_path):
+    found = find_dataset(image_root)
+    contents, pixels = check_images(found, tmp_path)
+    write_image(image_root / found.files[0], seed=99, time=OLD + 1)
+    again = check_images(found, tmp_path)
+    assert again[0][0] != contents[0]
+    assert again[1][0] != pixels[0]
+    assert again[0][1:] == contents[1:]
+
+
+def test_verify_finds_a_change_that_keeps_size_and_time(image_root, tmp_path):
+    path = image_root / "art/dog/000.bmp"  # a format without compression: the size stays
+    write_image(path, seed=1)
+    found = find_dataset(image_root)
+    first = check_images(found, tmp_path)
+    write_image(path, seed=2)
+    assert check_images(found, tmp_path) == first
+    assert check_images(found, tmp_path, verify=True) != first
+    assert check_images(found, tmp_path) != first  # and it is remembered
+
+
+def test_files_written_a_moment_ago_are_not_remembered(image_root, tmp_path):
+    path = image_root / "art/dog/000.bmp"
+    now = time.time()
+    write_image(path, seed=1, time=now)
+    found = find_dataset(image_root)
+    first = check_images(found, tmp_path)
+    write_image(path, seed=2, time=now)
+    assert check_images(found, tmp_path) != first
+
+
+def test_all_unreadable_images_are_listed(image_root, tmp_path):
+    whole = (image_root / "art/dog/000.png").read_bytes()
+    (image_root / "art/dog/000.png").write_bytes(whole[: len(whole) // 2])
+    (image_root / "photo/horse/002.png").write_bytes(b"no image")
+    (image_root / "photo/dog/001.png").write_bytes(b"")
+    with pytest.raises(InputError, match="3 of 12") as caught:
+        check_images(find_dataset(image_root), tmp_path, progress=False)
+    for name in ("art/dog/000.png", "photo/horse/002.png", "photo/dog/001.png"):
+        assert name in str(caught.value)
+
+
+def test_broken_links_are_listed_with_the_unreadable(image_root, tmp_path):
+    lost, circle = image_root / "art/dog/lost.png", image_root / "photo/dog/circle.png"
+    lost.symlink_to(tmp_path / "nothing.png")
+    circle.symlink_to(circle)
+    (image_root / "photo/horse/002.png").write_bytes(b"no image")
+    good = image_root / "art/dog/linked.png"
+    good.symlink_to(image_root / "art/dog/000.png")
+    with pytest.raises(InputError, match="3 of 15") as caught:
+        check_images(find_dataset(image_root), tmp_path, progress=False)
+    for name in ("art/dog/lost.png", "photo/dog/circle.png", "photo/horse/002.png"):
+        assert name in str(caught.value)
+    assert "linked.png" not in str(caught.value)
+
+
+def test_a_damaged_memory_is_replaced(image_root, tmp_path, caplog):
+    found = find_dataset(image_root)
+    first = check_images(found, tmp_path)
+    (memory,) = tmp_path.glob("images_*.json")
+    memory.write_text("{")
+    assert check_images(found, tmp_path) == first
+    assert "damaged" in caplog.text
+    assert set(os.listdir(tmp_path)) == {"toy", memory.name}
+
+
+def test_what_was_read_before_an_interruption_is_remembered(image_root, tmp_path, monkeypatch):
+    found, calls = find_dataset(image_root), []
+
+    def interrupted(file):
+        calls.append(file)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return load_image(file)
+
+    monkeypatch.setattr("features.check.load_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_images(found, tmp_path, workers=1, progress=False)
+    before = len(calls)
+    check_images(found, tmp_path, workers=1, progress=False)
+    assert len(calls) - before == 12 - 7

@@ -1,0 +1,406 @@
+"""The frozen pass and its cache: right features, never stale ones, whatever interrupts the pass."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+from config import InputError
+from dataset import find_dataset, load_image
+from features import bundled_features, check_images, copy_features, extract, get_features, load_extractor, load_features
+from models import ViTFeatureExtractor
+from tests.conftest import OLD, make_images, make_vit, write_image
+from tests.factories import ROOT
+
+
+class Counting(ViTFeatureExtractor):
+    """Counts images, and can be told to misbehave."""
+
+    seen, fail_after, fits, spoil = 0, None, None, False
+
+    def forward(self, pixels):
+        if self.fits is not None and len(pixels) > self.fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        if self.fail_after is not None and self.seen >= self.fail_after:
+            raise KeyboardInterrupt
+        self.seen += len(pixels)
+        result = super().forward(pixels)
+        if self.spoil:
+            result = result.clone()
+            result[-1, 0] = 1e5  # finite, but not in float16
+        return result
+
+
+@pytest.fixture
+def extractor(tiny_vit):
+    plain = load_extractor(tiny_vit)
+    return Counting(plain.model, plain.preprocessing, plain.name)
+
+
+@pytest.fixture
+def toy(image_root):
+    return find_dataset(image_root)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(toy, extractor, cache):
+    """Extract in this process and without a bar; keyword arguments replace the usual ones."""
+
+    def run(**settings):
+        return extract(
+            **{"dataset": toy, "extractor": extractor, "cache_dir": cache, "workers": 0, "progress": False} | settings
+        )
+
+    return run
+
+
+# The features
+
+
+def test_equals_a_reference_written_by_hand(tmp_path, tiny_vit, cache):
+    from transformers import ViTModel
+
+    root = make_images(tmp_path / "exact", size=(32, 32))  # the model's own size: nothing to resize
+    result = get_features(root, vit_model=tiny_vit, cache_dir=cache, device="cpu", progress=False)
+    model = ViTModel.from_pretrained(tiny_vit).eval()
+    for row in (0, 5, 11):
+        pixels = np.asarray(Image.open(root / result.files[row])).astype(np.float32) / 255
+        pixels = torch.from_numpy((pixels - 0.5) / 0.5).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            expected = model(pixel_values=pixels).last_hidden_state[0, 0]
+        torch.testing.assert_close(result.features[row].float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_equals_the_models_own_processor(run, toy, tiny_vit):
+    from transformers import AutoImageProcessor, ViTModel
+
+    processor, model = AutoImageProcessor.from_pretrained(tiny_vit), ViTModel.from_pretrained(tiny_vit).eval()
+    result = run()
+    pictures = [load_image(toy.root / file) for file in toy.files]
+    with torch.no_grad():
+        expected = model(**processor(pictures, return_tensors="pt")).last_hidden_state[:, 0]
+    torch.testing.assert_close(result.features.float(), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_what_the_result_says(run, toy, tiny_vit):
+    result = run()
+    assert (len(result), result.feature_size, result.num_domains, result.num_classes) == (12, 24, 2, 2)
+    assert result.features.dtype == torch.float16
+    assert result.describe() == "toy features: 12 × 24-d, tiny-vit, 2 domains, 2 classes (images in toy)"
+    assert (result.files, result.class_names, result.domain_names) == (toy.files, toy.class_names, toy.domain_names)
+    assert (result.labels == toy.labels).all()
+    assert (result.domains == toy.domains).all()
+    header = result.header
+    assert header["counts"] == {"art": {"dog": 3, "horse": 3}, "photo": {"dog": 3, "horse": 3}}
+    assert header["model"]["type"] == "vit"
+    assert header["model"]["precision"] == "float32"
+    assert header["preprocessing"]["size"] == {"height": 32, "width": 32}
+    assert set(header["versions"]) == {"torch", "torchvision", "transformers", "pillow"}
+    digests = ""
+    for file in toy.files:
+        picture = load_image(toy.root / file)
+        digests += hashlib.sha256(f"{picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()
+    assert header["pixels_sha256"] == hashlib.sha256(digests.encode()).hexdigest()
+    assert str(toy.root) not in json.dumps(header)
+
+
+def test_batch_size_and_workers_change_nothing_but_rounding(run, tmp_path):
+    one = run(batch_size=1)
+    for number, settings in enumerate(({"batch_size": 5}, {"batch_size": 600}, {"workers": 2})):
+        other = run(cache_dir=tmp_path / str(number), **settings)
+        torch.testing.assert_close(one.features, other.features, rtol=2e-3, atol=2e-3)
+
+
+def test_model_without_preprocessor_uses_defaults(run, tmp_path):
+    extractor = load_extractor(str(make_vit(tmp_path / "plain", hidden=10, processor=False)))
+    result = run(extractor=extractor)
+    assert result.feature_size == 10
+    assert result.header["preprocessing"]["size"] == {"height": 224, "width": 224}
+    assert result.header["preprocessing"]["mean"] == [0.5] * 3
+
+
+def test_model_without_cls_token_is_refused(tmp_path, image_root, cache):
+    from transformers import ConvNextConfig, ConvNextModel
+
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])).save_pretrained(tmp_path / "conv")
+    with pytest.raises(InputError, match="no CLS token"):
+        get_features(image_root, vit_model=tmp_path / "conv", cache_dir=cache)
+
+
+def test_feature_that_is_not_finite_names_the_image(run, extractor, toy):
+    extractor.spoil = True
+    with pytest.raises(InputError, match=toy.files[4]):
+        run(batch_size=5)
+
+
+# The cache
+
+
+def test_second_time_is_a_hit(run, extractor, cache):
+    first, again = run(), run()
+    assert extractor.seen == 12
+    assert first.fingerprint == again.fingerprint
+    assert {path.suffix for path in cache.iterdir()} <= {".json", ".safetensors", ".lock"}
+
+
+def test_same_bytes_elsewhere(run, tmp_path, cache):
+    first, again = run(), run(cache_dir=tmp_path / "other")
+    (one,), (two,) = cache.glob("*.safetensors"), (tmp_path / "other").glob("*.safetensors")
+    assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
+    assert copy_features(first, tmp_path / "copy.safetensors").read_bytes() == one.read_bytes()
+    assert again.fingerprint == load_features(tmp_path / "copy.safetensors").fingerprint
+
+
+def test_changed_image_is_another_key(run, extractor, toy, cache):
+    first = run()
+    write_image(toy.root / toy.files[3], seed=99, time=OLD + 5)
+    again = run()
+    assert extractor.seen == 24
+    assert (first.features[3] != again.features[3]).any()
+    assert first.header["pixels_sha256"] != again.header["pixels_sha256"]
+
+
+def test_verify_finds_what_size_and_time_hide(run, toy, image_root, extractor):
+    path = image_root / "art/dog/000.bmp"
+    write_image(path, seed=1)
+    toy = find_dataset(image_root)
+    first = run(dataset=toy)
+    write_image(path, seed=2)
+    assert run(dataset=toy).fingerprint == first.fingerprint  # what `verify` is there for
+    assert run(dataset=toy, verify=True).fingerprint != first.fingerprint
+
+
+def test_pass_does_not_take_changed_content_for_the_old(run, toy, image_root, cache):
+    path = image_root / "art/dog/000.bmp"
+    write_image(path, seed=1)
+    toy = find_dataset(image_root)
+    check_images(toy, cache.parent)  # remembered …
+    cache.mkdir()
+    (memory,) = cache.parent.glob("images_*.json")
+    shutil.copy(memory, cache)
+    write_image(path, seed=2)  # … and changed behind its back
+    with pytest.raises(InputError, match=r"'art/dog/000\.bmp'.*verify"):
+        run(dataset=toy)
+    assert not list(cache.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"image_mean": [0.1] * 3}, {"resample": 0}])
+def test_other_weights_or_preprocessing_are_another_key(run, tmp_path, tiny_vit, change):
+    first = run()
+    other = load_extractor(str(make_vit(tmp_path / tiny_vit.name, **change)))
+    again = run(extractor=other)
+    assert first.model_name == again.model_name
+    assert first.fingerprint != again.fingerprint
+
+
+def test_renamed_image_is_another_key(run, image_root, extractor):
+    run()
+    (image_root / "art/dog/000.png").rename(image_root / "art/dog/zzz.png")
+    again = run(dataset=find_dataset(image_root))
+    assert extractor.seen == 24
+    assert "art/dog/zzz.png" in again.files
+
+
+# Interruptions
+
+
+def test_resumes_after_an_interruption(run, extractor, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("features.extraction.SHARD_ROWS", 4)
+    extractor.fail_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        run(batch_size=2)
+    (parts,) = cache.glob("*.parts")
+    assert [part.name for part in parts.iterdir()] == ["000000000.safetensors"]  # whole ones only
+    extractor.seen, extractor.fail_after = 0, None
+    resumed = run(batch_size=2)
+    assert extractor.seen == 8
+    assert not list(cache.glob("*.parts"))
+    assert resumed.fingerprint == run(batch_size=2, cache_dir=tmp_path / "at-once").fingerprint
+
+
+def test_unreadable_images_are_told_before_the_pass(run, toy, extractor):
+    (toy.root / toy.files[2]).write_bytes(b"?")
+    (toy.root / toy.files[9]).write_bytes(b"??")
+    with pytest.raises(InputError, match=f"2 of 12.*{toy.files[2]}.*{toy.files[9]}"):
+        run()
+    assert extractor.seen == 0
+
+
+def test_out_of_memory_halves_the_batch(run, extractor, caplog, tmp_path):
+    extractor.fits = 3
+    small = run(batch_size=12)
+    assert extractor.seen == 12
+    assert [record.args[1] for record in caplog.records if "Out of memory" in record.msg] == [6, 3]
+    extractor.fits = None
+    torch.testing.assert_close(small.features, run(cache_dir=tmp_path / "big").features, rtol=2e-3, atol=2e-3)
+
+
+def test_not_even_one_image_fits(run, extractor):
+    extractor.fits = 0
+    with pytest.raises(InputError, match=extractor.name):
+        run()
+
+
+def test_other_runtime_errors_are_not_taken_for_memory(run, extractor, monkeypatch):
+    def broken(pixels):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(extractor, "forward", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run()
+
+
+SCRIPT = """
+import logging, os, sys, time
+from dataset import find_dataset
+from features import extract, extraction, load_extractor
+from models import ViTFeatureExtractor
+logging.basicConfig(level="WARNING")
+folder, name, extraction.SHARD_ROWS, workers = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+class Slow(ViTFeatureExtractor):
+    seen = 0
+    def forward(self, pixels):
+        time.sleep(0.3)
+        self.seen += len(pixels)
+        return super().forward(pixels)
+plain = load_extractor(folder + "/vit")
+extractor = Slow(plain.model, plain.preprocessing, plain.name)
+toy = find_dataset(folder + "/toy")
+open(f"{folder}/{name}.ready", "w").close()
+while not os.path.exists(folder + "/go"):
+    time.sleep(0.01)
+result = extract(toy, extractor, folder + "/cache", batch_size=2, workers=workers, progress=False)
+print(extractor.seen, result.fingerprint)
+"""
+
+
+@pytest.fixture
+def process(image_root, tmp_path, tiny_vit):
+    """Start an extraction in another process; it waits for the file `go`."""
+    shutil.copytree(tiny_vit, tmp_path / "vit")
+    started = []
+
+    def start(name, shard=512, workers=0):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), name, str(shard), str(workers)]
+        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+        settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, cwd=ROOT, **settings))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+def wait_for(condition):
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail("waited in vain")
+
+
+def test_two_processes_extract_once(process, tmp_path):
+    both = [process("one"), process("two")]
+    wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+    (tmp_path / "go").touch()
+    (out1, err1), (out2, err2) = [one.communicate(timeout=120) for one in both]
+    (seen1, print1), (seen2, print2) = out1.split(), out2.split()
+    assert {seen1, seen2} == {"0", "12"}
+    assert print1 == print2
+    assert (err1 + err2).count(".lock") == 1  # the one that waits says so
+
+
+def test_control_c_leaves_complete_shards_and_one_traceback(process, tmp_path):
+    one = process("one", shard=4, workers=2)
+    (tmp_path / "go").touch()
+    wait_for(lambda: list(tmp_path.glob("cache/*.parts/0*")))
+    os.killpg(one.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+    _, err = one.communicate(timeout=120)
+    assert err.count("Traceback") == 1
+    assert "KeyboardInterrupt" in err
+    (parts,) = tmp_path.glob("cache/*.parts")
+    assert all(part.name in ("000000000.safetensors", "000000004.safetensors") for part in parts.iterdir())
+
+
+# Get_features
+
+
+def test_both_sources_are_refused(image_root):
+    with pytest.raises(InputError, match="DATA_ROOT and FEATURES_FILE"):
+        get_features(image_root, features_file="x.safetensors")
+
+
+def test_missing_root_or_model_is_no_return_to_the_bundle(tmp_path, image_root, cache):
+    with pytest.raises(InputError, match="nowhere"):
+        get_features(tmp_path / "nowhere", cache_dir=cache)
+    with pytest.raises(InputError, match="nothing"):
+        get_features(image_root, vit_model=str(tmp_path / "nothing"), cache_dir=cache)
+
+
+def test_missing_bundle_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("features.extraction.BUNDLED_FILE", tmp_path / "gone.safetensors")
+    with pytest.raises(InputError, match=r"gone.safetensors.*experiment.py features"):
+        get_features()
+
+
+def test_defaults_come_from_config(image_root, tiny_vit, cache, monkeypatch):
+    monkeypatch.setattr(config, "VIT_MODEL", str(tiny_vit))
+    monkeypatch.setattr(config, "CACHE_DIR", str(cache))
+    monkeypatch.setattr(config, "EXTRACTION_WORKERS", 0)
+    monkeypatch.setattr(config, "DEVICE", "cpu")
+    result = get_features(image_root, progress=False)
+    assert result.source == "images in toy"
+    assert list(cache.glob("toy_tiny-vit_*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"batch_size": 0}, "EXTRACTION_BATCH_SIZE"), ({"workers": -1}, "EXTRACTION_WORKERS")]
+)
+def test_settings_out_of_range(run, settings, name):
+    with pytest.raises(InputError, match=name):
+        run(**settings)
+
+
+def test_a_cache_folder_that_cannot_be_created(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cache folder"):
+        run(cache_dir=tmp_path / "file" / "cache")
+
+
+# The bundled file
+
+
+def test_bundled_file_is_pacs():
+    bundle = bundled_features()
+    assert bundle.describe() == (
+        "pacs features: 9991 × 192-d, vit-tiny-patch16-224, 4 domains, 7 classes (bundled file)"
+    )
+    assert torch.bincount(bundle.domains).tolist() == [2048, 2344, 1670, 3929]
+    assert bundle.domain_names == ("art_painting", "cartoon", "photo", "sketch")
+
+
+def test_bundled_rows_are_those_of_the_images(shared_pacs, shared_vit):
+    bundle, extractor = bundled_features(), load_extractor(str(shared_vit))
+    assert bundle.header["model"]["weights_sha256"] == extractor.weights_hash()
+    rows = range(0, len(bundle), 640)
+    pixels = [extractor.preprocessing(load_image(shared_pacs / bundle.files[row])) for row in rows]
+    got, expected = extractor(torch.stack(pixels)), bundle.features[list(rows)].float()
+    assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2e-3

@@ -1,0 +1,119 @@
+"""What the tests of single methods share: small trainings, step by step or through the one loop."""
+
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config import Settings
+from engine import Batch, FunctionalEngine, Validation, generator, random_start
+from field.algorithms import ALGORITHMS, Algorithm, Setup
+from field.train import MethodNetworks, train_method
+from models import FeedforwardClassifier
+from tests.factories import split_blobs
+
+SEEDS = (3, 4, 5)
+
+
+def setup(**changes) -> Setup:
+    """Two sources, 8 features, 3 classes, 6 rows per step (and domain), 2 epochs of 5 steps."""
+    sizes = {"features": 8, "classes": 3, "domains": 2, "hidden_sizes": (6, 5, 4)}
+    return Setup(**{**sizes, "batch_size": 6, "steps_per_epoch": 5, "epochs": 2, **changes})
+
+
+def make(name: str, of: Setup | None = None, **values) -> Algorithm:
+    """A method by name, with its defaults except for `values`."""
+    return ALGORITHMS[name](of or setup(), **values)
+
+
+def start(seeds=SEEDS, of: Setup | None = None):
+    """Initial parameters: name -> float64 ``[S, *shape]``."""
+    of = of or setup()
+    outline = FeedforwardClassifier.outline(of.features, of.classes, of.hidden_sizes)
+    return {name: value.double() for name, value in random_start(seeds, "fresh_start", outline).items()}
+
+
+def batches(steps: int, of: Setup | None = None, seeds=SEEDS, balanced=True, dtype=torch.float64):
+    """`steps` batches as `FunctionalEngine.step` takes them: features ``[S, B, D]``, labels and domains ``[S, B]``."""
+    of = of or setup()
+    rows = of.batch_size * (of.domains if balanced else 1)
+    found = []
+    for step in range(steps):
+        per_seed = []
+        for seed in seeds:
+            draw = generator(seed, "test", str(step))
+            x = torch.randn(rows, of.features, generator=draw).to(dtype)
+            labels = torch.randint(of.classes, (rows,), generator=draw)
+            spread = torch.arange(of.domains).repeat_interleave(of.batch_size)
+            domains = spread if balanced else torch.randint(of.domains, (rows,), generator=draw)
+            per_seed.append((x + domains.unsqueeze(1) + labels.unsqueeze(1), labels, domains))
+        found.append(tuple(torch.stack(values) for values in zip(*per_seed, strict=True)))
+    return found
+
+
+def random_masks(seeds=SEEDS, hidden_sizes=(6, 5, 4)):
+    """Masks of random positions, 60 per cent of each tracked matrix: name -> bool ``[S, out, in]``."""
+    masks = {}
+    for i, (fan_in, fan_out) in enumerate(pairwise(hidden_sizes), start=1):
+        each = [torch.rand(fan_out, fan_in, generator=generator(seed, "test_mask", str(i))) < 0.6 for seed in seeds]
+        masks[f"layers.{i}.weight"] = torch.stack(each)
+    return masks
+
+
+def validation(seeds=SEEDS, of: Setup | None = None) -> Validation:
+    """Nine rows; each seed is validated on a different six of them."""
+    rows = [torch.randperm(9, generator=generator(seed, "test_split"))[:6] for seed in seeds]
+    x = torch.randn(9, (of or setup()).features, generator=generator(0, "test")).double()
+    return Validation(x, torch.arange(9) % 3, torch.stack(rows))
+
+
+def engine(method: Algorithm, seeds=SEEDS, first=None) -> FunctionalEngine:
+    """A stack before its first step, from `start` or other parameters."""
+    of, draws = method.setup, [generator(seed, "noise", "test") for seed in seeds]
+    given = {"mask": random_masks(seeds, of.hidden_sizes)} if method.control else None
+    return FunctionalEngine(method, first or start(seeds, of), draws, range(of.domains), validation(seeds, of), given)
+
+
+def run(name: str, steps=10, seeds=SEEDS, of: Setup | None = None, balanced=None, **values) -> FunctionalEngine:
+    """A stack after `steps` steps on `batches`; float64.
+
+    Args:
+        balanced: whether the batches are; default as the method asks.
+    """
+    method = make(name, of, **values)
+    stack = engine(method, seeds)
+    balanced = method.batches == "balanced" if balanced is None else balanced
+    for features, labels, domains in batches(steps, of, seeds, balanced):
+        stack.step(features, labels, {}, domains)
+    return stack
+
+
+def same(a: FunctionalEngine, b: FunctionalEngine, tolerance=1e-9) -> bool:
+    """Whether the classifiers of two stacks are equal: the same names, up to rounding."""
+    names = [name for name in a.params if name.startswith("layers.")]
+    return all(torch.allclose(a.params[n], b.params[n], rtol=0, atol=tolerance) for n in names)
+
+
+def one_batch(of: Setup | None = None, seed=3, balanced=True) -> Batch:
+    """A batch of a single network."""
+    return Batch(*(values[0] for values in batches(1, of, (seed,), balanced)[0]))
+
+
+def one_network(of: Setup | None = None, seed=3):
+    """Parameters of a single network: name -> tensor, float64."""
+    return {name: value[0] for name, value in start((seed,), of).items()}
+
+
+def trained(name: str, seeds=(0, 1), epochs=2, dtype=torch.float64, **values) -> MethodNetworks:
+    """A method without a mask through the one training loop, on `split_blobs` without "sketch"."""
+    settings = Settings.current(ph2_num_epochs=epochs, hidden_sizes=(6, 5, 4), batch_size=16)
+    return train_method(split_blobs(dtype, settings), ("sketch",), seeds, partial(ALGORITHMS[name], **values), settings)
+
+
+@pytest.fixture(scope="session")
+def methods() -> SimpleNamespace:
+    """The makers above."""
+    makers = (setup, make, start, batches, engine, run, same, one_batch, one_network, trained)
+    return SimpleNamespace(seeds=SEEDS, **{maker.__name__: maker for maker in makers})

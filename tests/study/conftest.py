@@ -1,0 +1,27 @@
+"""A small study that is done, for tests that read it."""
+
+import os
+
+import pytest
+
+from study import Study
+from tests.factories import LEARNING, make_run, save_blobs
+
+
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch):
+    """The machine has one core: small studies take longer to be spread over processes than to be trained."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return save_blobs(tmp_path_factory.mktemp("features") / "blobs.safetensors", per_cell=30)
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    """Plain training and importance masking, four seeds, three holdouts. Read it, don't write to it."""
+    study = Study(make_run(data, tmp_path_factory.mktemp("finished"), settings=LEARNING))
+    study.train()
+    return study

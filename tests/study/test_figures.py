@@ -1,0 +1,167 @@
+"""The figures of a run: from which numbers they are drawn, and of runs that give little to draw."""
+
+import logging
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix
+
+from models import FeedforwardClassifier
+from storage import Results, load_features, save_features
+from study import Study, figures
+from tests.factories import LEARNING, blobs, make_run
+
+
+def words(figure):
+    return " ".join(text.get_text() for text in figure.texts)
+
+
+def small_run(folder, scale=1.0, settings=LEARNING, **kinds):
+    """One holdout and two seeds, on features that may be all equal."""
+    d = blobs(per_cell=10, **kinds)
+    names = d.class_names, d.domain_names, d.files
+    save_features(folder / "blobs.safetensors", scale * d.features, d.labels, d.domains, *names)
+    return make_run(load_features(folder / "blobs.safetensors"), folder / "r", 2, settings, "photo")
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [({"size": 1}, "two dimensions or more"), ({"scale": 0.0}, "features that are not all equal")]
+)
+def test_features_without_a_projection_are_told(tmp_path, kind, why):
+    assert why in words(figures.projection_figure(small_run(tmp_path, **kind)))
+
+
+def test_all_figures_of_networks_that_learn_nothing_are_drawn(tmp_path, caplog):
+    study = Study(small_run(tmp_path, scale=0.0))
+    study.train()
+    with caplog.at_level(logging.WARNING):
+        paths = figures.save_all(study)
+    assert caplog.text == ""
+    assert {path.stem for path in paths} == {name for name, _ in figures.all_figures(study)}
+    assert set(paths) == set((tmp_path / "r" / "plots").glob("*.png"))
+
+
+def test_masks_that_mark_nothing_have_a_sentence_in_place_of_their_overlap(finished, tmp_path):
+    study = Study(small_run(tmp_path, settings=replace(LEARNING, importance_threshold_percentile=0.0)))
+    study.phase1()
+    figure = figures.overlap_figure(study.run)
+    assert "No mask marks a weight (0 % are kept)" in words(figure)
+    assert not figure.axes
+    assert figures.overlap_figure(finished.run).axes
+
+
+@pytest.fixture
+def _undrawn(monkeypatch):
+    """Figures take a second each to draw: what they are made from is looked up, and a file is written."""
+    kinds = ("weight_grids", "training_curves", "overlap_matrix", "accuracy_bars", "difference_plot")
+    for name in (*kinds, "confusion_matrices", "feature_projection"):
+        monkeypatch.setattr(f"visualization.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("visualization.save", lambda figure, path: path.write_text("drawn"))
+
+
+@pytest.fixture
+def copied(finished, data, tmp_path):
+    """A copy of the finished study, to write to."""
+    shutil.copytree(finished.run.results.directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "plots").mkdir(exist_ok=True)
+    return Study(make_run(data, tmp_path, settings=LEARNING))
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_a_figure_that_fails_is_named_and_the_others_are_drawn(copied, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise np.linalg.LinAlgError("two\nlines")
+
+    monkeypatch.setattr(figures, "overlap_figure", fail)
+    lost = tmp_path / "plots" / "mask_overlap.png"
+    lost.write_text("of an earlier run")
+    with caplog.at_level(logging.WARNING):
+        paths = figures.save_all(copied)
+    assert [path.stem for path in paths] == [n for n, _ in figures.all_figures(copied) if n != "mask_overlap"]
+    assert all(path.read_text() == "drawn" for path in paths)
+    assert not lost.exists()
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "'mask_overlap'" in message
+    assert "(two lines)" in message
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_report_and_figures_open_each_file_once(copied, monkeypatch):
+    opened, load = [], Results.load
+
+    def noted(self, kind, name):
+        opened.append((kind, name))
+        return load(self, kind, name)
+
+    monkeypatch.setattr(Results, "load", noted)
+    copied.report()
+    assert len(figures.save_all(copied)) == len(list(figures.all_figures(copied)))
+    assert len(opened) == len(set(opened)) > 10
+
+
+def test_the_names_of_all_figures(finished, tmp_path):
+    names = [name for name, _ in figures.all_figures(finished)]
+    domains = finished.run.domains
+    assert len(names) == len(set(names))
+    assert set(names) == {
+        "features", "phase1_curves", "mask_overlap", "accuracy", "difference", "confusion_erm", "confusion_importance",
+        *(f"phase1_{domain}_{kind}" for domain in domains for kind in ("initial", "final", "normalized", "mask")),
+        *(f"holdout_{domain}_{kind}" for domain in domains for kind in ("importance", "normalized", "mask")),
+        *(f"phase2_curves_{domain}" for domain in domains),
+    }  # fmt: skip
+    assert next(iter(figures.all_figures(finished, tmp_path)))[0] == "samples"
+
+
+@pytest.mark.parametrize(("seed", "said"), [(None, "seed 0"), (2, "seed 2"), (-1, "mean over 4 seeds")])
+def test_grids_are_of_one_seed_or_of_the_mean(finished, monkeypatch, seed, said):
+    drawn = []
+    monkeypatch.setattr("visualization.weight_grids", lambda layers, title, *_: drawn.append((layers, title)))
+    figures.domain_grids(finished.run, "art", "final", seed)
+    figures.holdout_grids(finished.run, "art", "mask", seed)
+    (final, title), (mask, other) = drawn
+    assert "art" in title
+    assert said in title
+    assert said in other
+    for found, stack in (
+        (final, finished.run.archive.phase1("art").layers("final")),
+        (mask, finished.run.archive.masks("art").layers("mask")),
+    ):
+        for layer, every in zip(found, stack, strict=True):
+            torch.testing.assert_close(layer.float(), every.float().mean(0) if seed == -1 else every[seed or 0].float())
+
+
+def answers(run, holdout, arm, seed):
+    """What an ordinary module with the weights on disk says about the images of the held-out domain; and the truth."""
+    network = FeedforwardClassifier(8, 3, run.settings.hidden_sizes)
+    network.load_state_dict({n: v[seed] for n, v in run.archive.phase2(holdout, arm).params().items()})
+    rows = run.features.domains == run.features.domain_names.index(holdout)
+    return network(run.features.features[rows].float()).argmax(1), run.features.labels[rows]
+
+
+def summed(run, holdout, arm, seeds):
+    matrices = []
+    for seed in seeds:
+        said, true = answers(run, holdout, arm, seed)
+        matrices.append(confusion_matrix(true, said, labels=[0, 1, 2]))
+    return sum(matrices)
+
+
+@pytest.mark.parametrize("holdout", ["art", "photo"])
+def test_confusion_is_summed_over_seeds_and_all_images_of_the_domain(finished, holdout):
+    found = figures.confusion(finished.run, holdout, "erm")
+    assert (found == summed(finished.run, holdout, "erm", range(4))).all()
+    assert found.sum() == 4 * 90
+    assert (found != found.T).any()  # else rows and columns could be swapped unseen
+
+
+@pytest.mark.parametrize("failed", [[0, 2, 0, -1], [1, 1, 1, 1]])
+def test_confusion_leaves_out_networks_that_failed(finished, copied, failed):
+    arrays, header = copied.run.results.load("histories", "phase2_art_erm")
+    seeds = arrays.pop("seeds").tolist()
+    copied.run.results.save("histories", "phase2_art_erm", seeds, arrays | {"failed": torch.tensor(failed)}, header)
+    found = figures.confusion(copied.run, "art", "erm")
+    ok = [seed for seed in range(4) if not failed[seed]]
+    assert (found == (summed(finished.run, "art", "erm", ok) if ok else np.zeros((3, 3)))).all()
