@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.special import stdtrit
 
-from storage.atomic import atomic_write
+from storage import atomic_write
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p")  # 11 × 7 colours: 77 series before one repeats
@@ -66,7 +66,7 @@ BANDS = {"t95": "95 % t interval of the mean", "std": "± one standard deviation
 def save(figure: Figure, path: str | Path) -> None:
     """Write `figure` to `path` as PNG at 120 dpi: whole or not at all, and the same figure as the same bytes.
 
-    There is nothing to close: no registry holds a figure of this module, and it can still be shown after saving.
+    The figure need not be closed: pyplot does not know it. It can still be shown after saving.
     """
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
@@ -79,18 +79,19 @@ def weight_grids(layers: Sequence, title: str, kind: str = "weights", limits: tu
     Args:
         layers: matrices `[out, in]`, first layer first; column = unit the weight comes from, row = unit it goes to.
             Weights that are not finite leave a gap; matrices of more than 20 units go without numbers.
+        title: of the figure, like in all functions here.
         kind: "weights" (colours symmetric around 0), "importance" (0 … 1) or "mask" (1 = important).
         limits: `(low, high)` ends of the colour scale instead, e.g. for importance summed over domains.
     """
     arrays = [as_array(layer) for layer in layers]
     norm, cmap = _weight_colours(arrays, kind, limits)
     biggest = max(max(array.shape) for array in arrays)
-    cell = 0.4 if biggest <= MAX_NUMBERED else 8 / biggest  # inches, as all lengths here
+    cell = 0.4 if biggest <= MAX_NUMBERED else 8 / biggest  # inches, like all lengths here
     text = None if biggest > MAX_NUMBERED else "{:.0f}".format if kind == "mask" else short
     left, gap, right, bottom = 0.65, 0.75, 0.85, 0.6
-    room = [max(array.shape[1] * cell, 0.95) + gap for array in arrays]  # a grid, the title above it, the gap after it
+    widths = [max(array.shape[1] * cell, 0.95) + gap for array in arrays]  # of a grid or its title, and the gap
     tall = max(2.0, *(len(array) * cell for array in arrays))
-    width = max(5.0, left + sum(room) + right)
+    width = max(5.0, left + sum(widths) + right)
     figure = new_figure(width, 1.0, title, layout="none")
     height = bottom + tall + 0.65 + 0.2 * len(figure.get_suptitle().splitlines())
     figure.set_figheight(height)
@@ -101,7 +102,7 @@ def weight_grids(layers: Sequence, title: str, kind: str = "weights", limits: tu
         position = (x / width, (bottom + tall - rows * cell) / height, columns * cell / width, rows * cell / height)
         circles = draw_circles(figure.add_axes(position), array, norm, cmap, text)
         circles.axes.set_title(f"hidden {index} → hidden {index + 1}")
-        x += room[index - 1]
+        x += widths[index - 1]
     cax = figure.add_axes(((x - gap + 0.3) / width, bottom / height, 0.2 / width, tall / height))
     if kind == "mask":
         bar = figure.colorbar(circles, cax=cax, ticks=[0, 1])
@@ -134,9 +135,9 @@ def training_curves(
 
     Args:
         histories: label -> any of "loss", "train_accuracy", "validation_accuracy", each `[E, S]` (fractions). A seed
-            with a value that is not finite anywhere is a failed network: it is left out, and the legend says so.
-        freeze_epoch: epochs done when a learning rate became 0; a line between that epoch and the next.
-        bands: "t95" (95 % t interval of the mean), "std" or "range", over seeds; none where there is one seed.
+            with any value that is not finite is a failed network: it is left out, and the legend says so.
+        freeze_epoch: number of epochs after which a learning rate is 0, drawn as a line after that epoch.
+        bands: "t95" (95 % t interval of the mean), "std" or "range", over seeds; there is none for a single seed.
     """
     keys = [key for key in PANELS if any(key in history for history in histories.values())]
     if not keys or bands not in BANDS:
@@ -145,7 +146,7 @@ def training_curves(
     axes = dict(zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True))
     handles, epochs, several = [], 1, False
     for index, (label, history) in enumerate(histories.items()):
-        arrays, note = _sound_networks({key: history[key] for key in keys if key in history})
+        arrays, note = _finite_networks({key: history[key] for key in keys if key in history})
         for key, array in arrays.items():
             epochs, several = max(epochs, len(array)), several or array.shape[1] > 1
             if array.size:
@@ -166,12 +167,12 @@ def training_curves(
     return settled(figure)
 
 
-def _sound_networks(history: Mapping) -> tuple[dict[str, np.ndarray], str]:
+def _finite_networks(history: Mapping) -> tuple[dict[str, np.ndarray], str]:
     """Arrays `[E, S]` without the seeds that have a value that is not finite, and a note on how many are left."""
     arrays = {key: as_array(values) for key, values in history.items()}
-    sound = np.logical_and.reduce([np.isfinite(array).all(axis=0) for array in arrays.values()])
-    note = "" if sound.all() else f" ({sound.sum()} of {sound.size} seeds)"
-    return {key: array[:, sound] for key, array in arrays.items()}, note
+    finite = np.logical_and.reduce([np.isfinite(array).all(axis=0) for array in arrays.values()])
+    note = "" if finite.all() else f" ({finite.sum()} of {finite.size} seeds)"
+    return {key: array[:, finite] for key, array in arrays.items()}, note
 
 
 @styled
@@ -179,9 +180,9 @@ def accuracy_bars(table, title: str, chance: float | None = None, majority: Mapp
     """Held-out accuracy as bars with intervals, grouped by holdout.
 
     Args:
-        table: rows of algorithm, holdout, mean, low, high (fractions); the holdout "average" becomes the last group.
-        chance: accuracy of guessing, a dashed line.
-        majority: holdout -> share of its largest class, short marks across its group.
+        table: columns algorithm, holdout, mean, low, high (fractions); the holdout "average" becomes the last group.
+        chance: accuracy of guessing, drawn as a dashed line.
+        majority: holdout -> share of its largest class, drawn as a short line across its group.
     """
     algorithms = list(dict.fromkeys(table["algorithm"]))
     holdouts = sorted(dict.fromkeys(table["holdout"]), key=lambda name: name == "average")
@@ -215,7 +216,7 @@ def accuracy_bars(table, title: str, chance: float | None = None, majority: Mapp
 
 
 def _bar_references(ax, holdouts: list[str], step: int, chance: float | None, majority: Mapping) -> list[Line2D]:
-    """Draw what a bar is to be compared with; returns the entries for the legend."""
+    """Draw the reference lines that bars are compared with; returns the entries for the legend."""
     handles = []
     if chance is not None:
         style = {"color": "black", "linestyle": "--", "linewidth": 1.2}
@@ -232,11 +233,11 @@ def _bar_references(ax, holdouts: list[str], step: int, chance: float | None, ma
 
 @styled
 def confusion_matrices(matrices: Mapping, class_names: Sequence[str], title: str) -> Figure:
-    """Per cent of each true class (row) that was given each label (column), a panel per holdout.
+    """Per cent of each true class (row) that was classified as each class (column), a panel per holdout.
 
     Args:
-        matrices: holdout -> counts `[C, C]`, rows true. A class without images is left blank.
-        class_names: C names. Above 20 classes no numbers are written.
+        matrices: holdout -> counts `[C, C]`, rows are true classes. The row of a class without images is left blank.
+        class_names: C names. With more than 20 classes no numbers are written.
     """
     classes, count = len(class_names), len(matrices)
     columns = count if count <= 3 else int(np.ceil(np.sqrt(count)))
@@ -259,10 +260,10 @@ def confusion_matrices(matrices: Mapping, class_names: Sequence[str], title: str
 
 @styled
 def difference_plot(table, title: str, xlabel: str = "difference in accuracy (percentage points)") -> Figure:
-    """Forest plot: a row per difference, its interval as a line and as numbers at the right, and a line at 0.
+    """Forest plot: a row per difference, its interval as a line and as numbers on the right, and a line at 0.
 
     Args:
-        table: rows of label, mean, low, high (fractions, drawn times 100) and optionally group (colour and marker).
+        table: columns label, mean, low, high (fractions, drawn times 100) and optionally group (colour and marker).
     """
     groups = list(table["group"]) if "group" in table else [None] * len(table)
     kinds = list(dict.fromkeys(groups))
@@ -300,13 +301,16 @@ def feature_projection(
     max_points: int = 1500,
     seed: int = 0,
 ) -> Figure:
-    """One 2-D projection of the features twice: coloured by domain and by class.
+    """One 2-D projection of the features, drawn twice: coloured by domain and by class.
 
     Args:
         features: `[N, D]`; of more than `max_points` rows every k-th is taken, in order of domain and class.
         labels, domains: `[N]` indices into `class_names` and `domain_names`.
-        method: "tsne" (van der Maaten and Hinton, 2008; starts from PCA) or "pca".
-        seed: of t-SNE. Same input, same figure.
+        method: "tsne" (van der Maaten & Hinton 2008; starts from PCA) or "pca".
+        seed: of t-SNE. The same input gives the same figure.
+
+    Raises:
+        ValueError: an unknown method, fewer than two dimensions, or no two points that differ.
     """
     labels, domains = as_array(labels).astype(int), as_array(domains).astype(int)
     order = np.lexsort((labels, domains))
@@ -328,8 +332,8 @@ def feature_projection(
 
 
 def _project(features: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str]]:
-    """`[N, D]` -> `[N, 2]` and what its two axes are called."""
-    if min(features.shape) < 2 or not np.ptp(features, axis=0).any():  # equal points even crash t-SNE
+    """`[N, D]` -> `[N, 2]` and the names of its two axes."""
+    if min(features.shape) < 2 or not np.ptp(features, axis=0).any():  # equal points crash scikit-learn's t-SNE
         raise ValueError("A projection needs two dimensions, and two points that differ.")
     if method == "pca":
         from sklearn.decomposition import PCA
@@ -344,7 +348,7 @@ def _project(features: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, 
     from threadpoolctl import threadpool_limits
 
     perplexity = max(1.0, min(30.0, (len(features) - 1) / 3))
-    with threadpool_limits(1):  # hardly slower, and many times faster where another process shares the cores
+    with threadpool_limits(1):  # hardly slower, and many times faster where other processes share the cores
         points = TSNE(init="pca", random_state=seed, perplexity=perplexity).fit_transform(features)
     return points, ("t-SNE 1", "t-SNE 2")
 
@@ -354,7 +358,7 @@ def sample_sheet(images: Mapping[str, Mapping], title: str) -> Figure:
     """One image per domain (row) and class (column).
 
     Args:
-        images: domain -> class -> `PIL.Image` or array `[H, W, 3]`. A class that a domain lacks is left empty.
+        images: domain -> class -> `PIL.Image` or array `[H, W, 3]`. A class that a domain lacks leaves a cell empty.
     """
     classes = list(dict.fromkeys(name for row in images.values() for name in row))
     cell = min(1.3, 24 / len(classes))
@@ -380,8 +384,8 @@ def overlap_matrix(values, names: Sequence[str], title: str, chance: float | Non
 
     Args:
         values: `[M, M]` in 0 … 1.
-        names: M names of the masks, or of the domains they were found on.
-        chance: value to be expected of unrelated masks, marked on the colour bar and named in the title.
+        names: M names, of the masks or of their domains.
+        chance: expected value for unrelated masks, marked on the colour bar and named in the title.
     """
     named = "" if chance is None else f"\n(chance {chance:.2f})"
     side = max(2.4, len(names) * (0.5 if len(names) <= MAX_NUMBERED else 0.15)) + 1.4
@@ -402,9 +406,10 @@ def accuracy_curves_by_setting(
     """Accuracy against a setting, a line with a band per algorithm.
 
     Args:
-        table: rows of algorithm, mean, low, high (fractions) and the column `x`, numbers or names.
-        baselines: label -> `(mean, low, high)` of what does not depend on the setting, a level line with a band.
-        default: value of `x` used elsewhere, a dotted vertical line.
+        table: columns algorithm, mean, low, high (fractions) and `x`, numbers or names.
+        x: the column of the setting.
+        baselines: label -> `(mean, low, high)` of what does not depend on the setting: a horizontal line with a band.
+        default: default value of the setting, drawn as a dotted vertical line.
     """
     figure = new_figure(6.4, 4.2, title)
     ax, handles = figure.subplots(), []
@@ -434,15 +439,15 @@ def accuracy_curves_by_setting(
     return settled(figure)
 
 
-# --- the house style: what every figure is made of ---
+# The house style: what every figure is made of
 
 
 class NotebookFigure(Figure):
-    """A figure that notebooks show as PNG although pyplot does not know it."""
+    """A figure that notebooks show as PNG, although pyplot does not know it."""
 
     @styled
     def _repr_png_(self) -> bytes:
-        """PNG of 80 dpi and 256 colours: a sixth of the bytes, so that a notebook of all figures opens on the web."""
+        """PNG of 80 dpi and 256 colours: a sixth of the bytes, so that a notebook with all figures opens on the web."""
         full, small = io.BytesIO(), io.BytesIO()
         self.savefig(full, format="png", dpi=80)
         with Image.open(full) as image:
@@ -451,7 +456,7 @@ class NotebookFigure(Figure):
 
 
 def new_figure(width: float, height: float, title: str, layout: str = "constrained") -> NotebookFigure:
-    """An empty figure, sizes in inches, its title broken into lines that fit."""
+    """An empty figure, sizes in inches, with its title broken into lines that fit."""
     figure = NotebookFigure(figsize=(width, height), layout=layout)
     figure.suptitle("\n".join(wrap(line, int(9.5 * width)) for line in title.splitlines()))
     if layout == "constrained":
@@ -460,8 +465,12 @@ def new_figure(width: float, height: float, title: str, layout: str = "constrain
 
 
 def settled(figure: Figure) -> Figure:
-    """`figure` with its layout worked out and fixed: left alone, it would still move from one drawing to the next."""
-    for _ in range(4):
+    """`figure` with its layout computed and fixed; otherwise it would change a little with every drawing."""
+    places = None
+    for _ in range(4):  # at most: figures of several square panels settle slowly
+        before, places = places, [ax.get_position().bounds for ax in figure.axes]
+        if before is not None and np.allclose(before, places, rtol=0, atol=1e-4):
+            break
         figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     return figure
@@ -495,13 +504,13 @@ def bar_style(index: int) -> dict:
 
 
 def wrap(text: str, width: int) -> str:
-    """`text` in lines of at most `width` characters, broken at spaces, else after underscores, else anywhere."""
+    """`text` in lines of at most `width` characters, broken at spaces or else after underscores or else anywhere."""
     there, back = str.maketrans("_-", "-\u2010"), str.maketrans("-\u2010", "_-")  # textwrap breaks after hyphens
     return "\n".join(textwrap.wrap(str(text).translate(there), max(4, width))).translate(back)
 
 
 def as_array(values) -> np.ndarray:
-    """Tensor (any device, any type) or array-like -> a float64 array of its own."""
+    """Tensor (any device, any type) or array-like -> a new float64 array."""
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
     return np.array(values, dtype=np.float64)
@@ -531,7 +540,7 @@ def draw_curve(ax, x, mean, low, high, index: int) -> None:
 
 
 def share_percent(axes: list) -> None:
-    """Give panels of accuracies one scale, no wider than 0 … 100 % plus a margin."""
+    """Give panels of accuracies the same scale, no wider than 0 … 100 % plus a margin."""
     limits = [ax.get_ylim() for ax in axes]
     for ax in axes:
         ax.set_ylim(max(-2, min(low for low, _ in limits)), min(102, max(high for _, high in limits)))
@@ -571,13 +580,13 @@ def draw_circles(ax, array: np.ndarray, norm: Normalize, cmap, text: Callable | 
 
 
 def write_numbers(ax, x, y, values: np.ndarray, mappable: ScalarMappable, text: Callable, size: float) -> None:
-    """Write each finite value where it belongs, black or white, whichever stands out from its colour."""
+    """Write each finite value at its place, in black or white, whichever stands out from its colour."""
     style = {"fontproperties": FontProperties(size=size), "ha": "center", "va": "center_baseline"}
     colors = mappable.to_rgba(values.ravel())
     for place, height, value, color in zip(x.flat, y.flat, values.flat, colors, strict=True):
         if np.isfinite(value):
             number = ax.text(place, height, text(value), color=ink(color), **style)
-            number.set_in_layout(False)  # they lie inside the axes, and measuring hundreds is slow
+            number.set_in_layout(False)  # it lies inside the axes, and measuring hundreds of them is slow
 
 
 def ink(color: Sequence[float]) -> str:
@@ -588,7 +597,7 @@ def ink(color: Sequence[float]) -> str:
 
 
 def short(value: float) -> str:
-    """A number in four characters where that is possible: 0.12, -.12, -1.2, 12.3."""
+    """A number in four characters if possible: 0.12, -.12, -1.2, 12.3."""
     for digits in (2, 1, 0):
         text = f"{value:.{digits}f}".replace("-0.", "-.")
         text = text if float(text) else f"{0:.{digits}f}"  # never "-.00"

@@ -34,8 +34,7 @@ from measuring import Measured, in_turn, new_parser, positive, ratio, run, secon
 from config import Settings
 from dataset import ImageDataset, find_dataset, load_image
 from engine import choose_device
-from features import extract
-from features.pretrained import load_extractor
+from features import extract, load_extractor
 from models import FeedforwardClassifier, ViTFeatureExtractor
 
 

@@ -26,8 +26,7 @@ from measuring import Measured, in_turn, new_parser, positive, ratio, run, secon
 from config import Settings
 from engine import SplitFeatures
 from features import bundled_features
-from field import ALGORITHMS, PARTNERS, Algorithm, find
-from field.train import train_method
+from field import ALGORITHMS, PARTNERS, Algorithm, find, train_method
 
 
 def train_epoch(data: SplitFeatures, holdout: str, seeds: range, settings: Settings, method: type[Algorithm]) -> None:

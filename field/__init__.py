@@ -7,9 +7,11 @@ from field.algorithms import ALGORITHMS, Algorithm, Batch, Hyperparameter, Setup
 from field.algorithms.base import choice, log_uniform, uniform
 from field.compare import PARTNERS, Comparison
 from field.curves import curves_of
+from field.docs import comparison_tables
 from field.domainbed import domainbed_tables, export_domainbed, export_runs, import_runs
 from field.report import ensemble, failed, write
 from field.selection import HEADLINE, RULES, as_text, comparison_table, select, tables_by_rule
+from field.train import train_method
 
 __all__ = [
     "ALGORITHMS",
@@ -24,6 +26,7 @@ __all__ = [
     "as_text",
     "choice",
     "comparison_table",
+    "comparison_tables",
     "curves_of",
     "domainbed_tables",
     "ensemble",
@@ -36,6 +39,7 @@ __all__ = [
     "register",
     "select",
     "tables_by_rule",
+    "train_method",
     "uniform",
     "write",
 ]

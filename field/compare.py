@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.func import grad, vmap
 
 from config import InputError, Settings
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
@@ -143,6 +145,7 @@ class Comparison:
         def train(unit: Unit, tick: Callable[[], None]) -> Trained:
             return train_unit(run, unit, self.values(unit.method, unit.trial), tick)
 
+        vmap(grad(torch.sum))(torch.ones(1, 1))  # torch.func loads 900 modules: here once, not in every process
         with run.writing(units):
             floats, epochs = CLASSIFIERS * run.network.size, run.settings.ph2_num_epochs
             for unit, trained in zip(units, run.side_by_side("Methods", units, train, epochs, floats), strict=True):
