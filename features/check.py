@@ -39,7 +39,7 @@ def check_images(
         dataset: the images.
         cache_dir: an existing folder.
         workers: threads (Pillow decodes without holding Python's lock); default one per core, at most 16.
-        verify: read all files again, whatever is remembered.
+        verify: read all files again, even those that are remembered.
         progress: show a progress bar while reading.
 
     Returns:

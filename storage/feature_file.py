@@ -135,8 +135,9 @@ def save_features(
     tensors = {name: torch.as_tensor(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"dataset": path.stem, **header, "format_version": FORMAT_VERSION}
     header.update(class_names=list(class_names), domain_names=list(domain_names))
-    header["files"] = _row_names(len(tensors["features"])) if files is None else list(files)
-    _check(f"'{path}'", tensors, header)
+    if files is not None:
+        header["files"] = list(files)
+    _complete(f"'{path}'", tensors, header)
     tensors["labels"], tensors["domains"] = tensors["labels"].long(), tensors["domains"].long()
     header["counts"] = _counts(tensors["labels"], tensors["domains"], header["class_names"], header["domain_names"])
     try:
@@ -173,14 +174,11 @@ def load_features(path: str | os.PathLike, source: str | None = None) -> Feature
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"'{path}' is not a whole safetensors file: {error}.") from error
+        raise InputError(f"'{path}' is not a complete safetensors file: {error}.") from error
     header = _read_header(f"'{path}'", metadata)
     header = {key: value for key, value in header.items() if value is not None}
     header.setdefault("dataset", path.stem)
-    _check_tensors(f"'{path}'", tensors)
-    if "files" not in header:
-        header["files"] = _row_names(len(tensors["features"]))
-    _check(f"'{path}'", tensors, header)
+    _complete(f"'{path}'", tensors, header)
     return FeatureSet(
         features=tensors["features"],
         labels=tensors["labels"].long(),
@@ -206,10 +204,11 @@ def _read_header(where: str, metadata: dict[str, str]) -> dict:
     return header
 
 
-def _check(where: str, tensors: dict[str, Tensor], header: dict) -> None:
-    """Raise an `InputError` for the first fault in the parts of a feature file."""
+def _complete(where: str, tensors: dict[str, Tensor], header: dict) -> None:
+    """Name the rows in the header if it does not; raise an `InputError` for the first fault in a feature file."""
     _check_tensors(where, tensors)
     rows = len(tensors["features"])
+    header.setdefault("files", [f"row{row:06d}" for row in range(rows)])
     for key in ("class_names", "domain_names", "files"):
         names = header.get(key)
         if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
@@ -255,10 +254,6 @@ def _check_tensors(where: str, tensors: dict[str, Tensor]) -> None:
             raise InputError(f"{where} has {name} of shape {shape} for {len(features)} rows of features.")
     if not (finite := features.float().isfinite().all(1)).all():  # training uses float32
         raise InputError(f"{where} has features that are not finite, first in row {int((~finite).nonzero()[0])}.")
-
-
-def _row_names(count: int) -> list[str]:
-    return [f"row{row:06d}" for row in range(count)]
 
 
 def _counts(labels: Tensor, domains: Tensor, class_names: list, domain_names: list) -> dict[str, dict[str, int]]:

@@ -219,6 +219,12 @@ def test_apply_sets_constants_and_checks_their_types():
     assert config.BATCH_SIZE == 5
 
 
+def test_reset_gives_every_setting_the_value_in_the_file(constants):
+    config.apply({"BATCH_SIZE": 5, "DATA_ROOT": "x", "HIDDEN_SIZES": [4, 4]})
+    config.reset()
+    assert {name: getattr(config, name) for name in config.names()} == {n: constants[n] for n in config.names()}
+
+
 # Settings
 
 

@@ -50,8 +50,8 @@ def test_files_written_a_moment_ago_are_not_remembered(image_root, tmp_path):
 
 
 def test_all_unreadable_images_are_listed(image_root, tmp_path):
-    whole = (image_root / "art/dog/000.png").read_bytes()
-    (image_root / "art/dog/000.png").write_bytes(whole[: len(whole) // 2])
+    content = (image_root / "art/dog/000.png").read_bytes()
+    (image_root / "art/dog/000.png").write_bytes(content[: len(content) // 2])
     (image_root / "photo/horse/002.png").write_bytes(b"no image")
     (image_root / "photo/dog/001.png").write_bytes(b"")
     with pytest.raises(InputError, match="3 of 12") as caught:

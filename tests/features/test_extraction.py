@@ -225,7 +225,7 @@ def test_resumes_after_an_interruption(run, extractor, cache, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run(batch_size=2)
     (parts,) = cache.glob("*.parts")
-    assert [part.name for part in parts.iterdir()] == ["000000000.safetensors"]  # whole ones only
+    assert [part.name for part in parts.iterdir()] == ["000000000.safetensors"]  # complete ones only
     extractor.seen, extractor.fail_after = 0, None
     resumed = run(batch_size=2)
     assert extractor.seen == 8
