@@ -137,7 +137,8 @@ def load_image(file: str | os.PathLike | io.BytesIO) -> Image.Image:
     are scaled instead: 16-bit grey by 1/257; floating point by 255 if it lies in [0, 1], else [0, 255] is expected.
 
     Raises:
-        ValueError: 32-bit or floating-point values in another range. Pillow's own errors: a damaged or incomplete image.
+        ValueError: 32-bit or floating-point values in another range.
+        Exception: Pillow's own errors, for a damaged or incomplete image.
     """
     with Image.open(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
