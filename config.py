@@ -123,7 +123,7 @@ def apply(assignments: dict[str, object]) -> None:
 
 def reset() -> None:
     """Give every setting the value that it has in this file, whatever was set since it was read."""
-    globals().update(_AS_WRITTEN)
+    globals().update(_as_written)
 
 
 def _check(condition: bool, sentence: str) -> None:
@@ -200,4 +200,4 @@ class Settings:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-_AS_WRITTEN = {name: globals()[name] for name in names()}
+_as_written = {name: globals()[name] for name in names()}
