@@ -14,6 +14,14 @@ def _one_core(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_commit():
+    """The project lies in no checkout: a commit while tests run would show in what they compare."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("GIT_DIR", os.devnull)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return save_blobs(tmp_path_factory.mktemp("features") / "blobs.safetensors", per_cell=30)
@@ -23,5 +31,7 @@ def data(tmp_path_factory):
 def finished(data, tmp_path_factory):
     """Plain training and importance masking, four seeds, three holdouts. Read it, don't write to it."""
     study = Study(make_run(data, tmp_path_factory.mktemp("finished"), settings=LEARNING))
-    study.train()
+    with pytest.MonkeyPatch.context() as patched:  # set up before what is of a module
+        patched.setenv("GIT_DIR", os.devnull)
+        study.train()
     return study
