@@ -100,13 +100,17 @@ sys.argv[0], sys.path[0] = path, os.path.dirname(path)
 from storage import Results
 original = getattr(Results, where)
 
+class Again:  # in place of standard error
+    def write(self, text):
+        os.killpg(0, signal.SIGINT)
+        return sys.__stderr__.write(text)
+    def flush(self):
+        sys.__stderr__.flush()
+
 def interrupted(self, *arguments):
     original(self, *arguments)
-    try:
-        os.killpg(0, signal.SIGINT)  # as from the keyboard: workers get it as well
-    finally:
-        for _ in range(5):  # and again while everything is put in order
-            os.killpg(0, signal.SIGINT)
+    sys.stderr = Again()
+    os.killpg(0, signal.SIGINT)  # as from the keyboard: workers get it as well
 
 setattr(Results, where, interrupted)
 runpy.run_path(path, run_name="__main__")
@@ -114,7 +118,7 @@ runpy.run_path(path, run_name="__main__")
 
 
 def interrupted(where, *arguments, cwd):
-    """A command that gets Ctrl-C, again and again, after the first call of a method of `Results`."""
+    """A command that gets Ctrl-C after the first call of a method of `Results`, and whenever it writes something then."""
     arguments = [sys.executable, "-c", INTERRUPTED, where, str(ROOT / "experiment.py"), *map(str, arguments)]
     options = {"env": os.environ | {"TQDM_DISABLE": "1"}, "start_new_session": True, "timeout": 300}
     return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, **options)

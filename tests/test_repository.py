@@ -126,6 +126,7 @@ def test_every_package_has_a_face(package):
 
 
 def test_the_method_needs_torch_alone():
+    """So that it imports beside somebody's own `config` and `models`."""
     needed = {part_of(module) for module, _ in imported(ROOT / "importance.py")}
     assert needed - sys.stdlib_module_names == {"torch"}
 
@@ -156,14 +157,6 @@ for module in {names}:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_method_imports_beside_files_of_the_same_names(tmp_path):
-    for name in ("models.py", "config.py"):
-        (tmp_path / name).write_text("mine = True\n")
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from importance import step_with_rates"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def defined(path: Path) -> set[str]:
     """Names that a file gives to something: functions, classes, arguments, variables and attributes of objects."""
     found = set()
@@ -177,16 +170,20 @@ def defined(path: Path) -> set[str]:
     return found
 
 
+@cache
+def private_names() -> set[str]:
+    """Names with one underscore before them in the project's own code; not those of a protocol, as `_repr_png_`."""
+    return {name for module in MODULES for name in defined(module) if re.fullmatch(r"_[^_].*[^_]", name)}
+
+
 @pytest.mark.parametrize("path", TESTS, ids=short)
 def test_tests_go_through_the_door(path):
     """No test imports another, or uses a private name of the project, or the inside of a function."""
     for module, names in imported(path):
         assert not any(part.startswith("test_") for part in (*module.split("."), *names)), module
-    private = {name for module in MODULES for name in defined(module) if re.fullmatch(r"_[^_].*[^_]", name)}
-    private -= defined(path)
     used = set(re.findall(r"\b_\w+", path.read_text("utf-8")))
     inside = {f"__{name}__" for name in ("globals", "code", "closure", "defaults", "wrapped")}
-    assert not used & (private | inside)
+    assert not used & (private_names() - defined(path) | inside)
 
 
 def test_tests_mirror_the_tree():
@@ -255,24 +252,18 @@ def test_the_method_in_the_readme_runs(tmp_path):
     assert re.fullmatch(r".*art_painting.* \d+\.\d %", printed)
 
 
-@pytest.fixture
-def small(tmp_path):
-    """Constants for little work: small features, one epoch."""
+def test_the_examples_of_the_documentation_run(tmp_path):
+    """A study, one with other arms, what is on disk, the method on another model, and a method of the field.
+
+    One after the other, on small features, one epoch long.
+    """
     save_blobs(tmp_path / "small.safetensors", domains=("art_painting", "cartoon", "photo", "sketch"))
-    return "FEATURES_FILE = 'small.safetensors'", "PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1"
-
-
-def test_the_examples_of_the_documentation_run(tmp_path, small):
-    """A study, one with other arms, what is on disk, and the method on another model; one after the other."""
     notebook, arms, disk, model = examples("docs/use.md")
+    (method,) = (example for example in examples("docs/field.md") if example.startswith("import sys"))
     code = [shortened(notebook, "range(20)", "range(2)"), shortened(arms, "range(5)", "range(2)")]
     code += ["config.RESULTS_DIR = 'results/arms'", shortened(disk, "range(5)", "range(2)")]
-    code += [model, "print(int(sum(m.sum() for m in mask)))"]
-    *_, last = run_example("\n".join(code), tmp_path, *small)
-    assert int(last) == int(0.6 * 2 * 16 * 16 + 0.5)
-
-
-def test_the_example_of_a_method_runs(tmp_path, small):
-    (code,) = (example for example in examples("docs/field.md") if example.startswith("import sys"))
-    lines = run_example(code, tmp_path, *small)
+    code += [model, "print('marked', int(sum(m.sum() for m in mask)))", "config.PH2_INIT = 'fresh'", method]
+    constants = "FEATURES_FILE = 'small.safetensors'", "PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1"
+    lines = run_example("\n".join(code), tmp_path, *constants)
+    assert f"marked {int(0.6 * 2 * 16 * 16 + 0.5)}" in lines
     assert {"ERM", "LabelSmoothing"} <= {line.split()[0] for line in lines if line}

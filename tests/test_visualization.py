@@ -88,6 +88,7 @@ def test_every_text_is_inside_and_readable_and_a_colour_bar_covers_nothing(name,
         assert not any(bar.get_tightbbox().overlaps(ax.get_tightbbox()) for bar in bars)
         for shown in [*ax.images, *(c for c in ax.collections if isinstance(c, EllipseCollection))]:
             numbers = [text for text in ax.texts if text.get_text()]
+            assert not numbers or name not in ("confusion 25", "weights wide")  # more than 20 rows
             if numbers:
                 colors = shown.to_rgba(np.ma.filled(shown.get_array().astype(float), np.nan)).reshape(-1, 4)
                 assert len(numbers) == len(colors)
@@ -232,7 +233,6 @@ def test_confusion_is_per_cent_of_the_true_class():
     row = {(0, 0): "80", (1, 0): "20", (2, 0): "0", (0, 2): "25", (1, 2): "25", (2, 2): "50"}
     assert numbers == row  # (column, row); nothing in the empty row
     assert first.images[0].get_clim() == (0, 100)
-    assert not any(ax.texts for ax in grids(FIGURES["confusion 25"]()))
     for count, shape in ((3, (1, 3)), (4, (2, 2)), (5, (2, 3))):
         panels = v.confusion_matrices({str(i): matrix for i in range(count)}, ["a", "b", "c"], "C")
         assert panels.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
