@@ -118,7 +118,7 @@ runpy.run_path(path, run_name="__main__")
 
 
 def interrupted(where, *arguments, cwd):
-    """A command that gets Ctrl-C after the first call of a method of `Results`, and whenever it writes something then."""
+    """A command that gets Ctrl-C after the first call of a method of `Results`, and in every later write."""
     arguments = [sys.executable, "-c", INTERRUPTED, where, str(ROOT / "experiment.py"), *map(str, arguments)]
     options = {"env": os.environ | {"TQDM_DISABLE": "1"}, "start_new_session": True, "timeout": 300}
     return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, **options)
