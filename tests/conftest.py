@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, a core for each; read when torch is loaded
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]  # of the preprocessor of `vit`
 VIT = {  # a tiny ViT

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.factories import ROOT, save_blobs
+from tests.factories import ROOT
 
 TOP = ("config", "dataset", "models", "importance", "trainer_phase1", "trainer_phase2", "visualization", "experiment")
 PACKAGES = ("storage", "features", "engine", "study", "evidence", "field")
@@ -224,47 +223,3 @@ def test_ci_runs_the_command_of_the_readme():
     assert "nbconvert" in run
     assert "pytest" in test
     assert test.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
-
-
-def examples(name: str) -> list[str]:
-    """The blocks of Python code on a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
-
-
-def shortened(code: str, long: str, short: str) -> str:
-    """An example that takes less time."""
-    assert long in code
-    return code.replace(long, short)
-
-
-def run_example(code: str, folder: Path, *constants: str) -> list[str]:
-    """Lines that an example prints, with other constants of `config`."""
-    environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    code = "\n".join(["import config", *(f"config.{line}" for line in constants), code])
-    command = [sys.executable, "-c", code.replace("path/to/this/folder", str(ROOT))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
-
-
-def test_the_method_in_the_readme_runs(tmp_path):
-    (code,) = examples("README.md")
-    (printed,) = run_example(shortened(code, "epochs=10", "epochs=1"), tmp_path)
-    assert re.fullmatch(r".*art_painting.* \d+\.\d %", printed)
-
-
-def test_the_examples_of_the_documentation_run(tmp_path):
-    """A study, one with other arms, what is on disk, the method on another model, and a method of the field.
-
-    One after the other, on small features, one epoch long.
-    """
-    save_blobs(tmp_path / "small.safetensors", domains=("art_painting", "cartoon", "photo", "sketch"))
-    notebook, arms, disk, model = examples("docs/use.md")
-    (method,) = (example for example in examples("docs/field.md") if example.startswith("import sys"))
-    code = [shortened(notebook, "range(20)", "range(2)"), shortened(arms, "range(5)", "range(2)")]
-    code += ["config.RESULTS_DIR = 'results/arms'", shortened(disk, "range(5)", "range(2)")]
-    code += [model, "print('marked', int(sum(m.sum() for m in mask)))", "config.PH2_INIT = 'fresh'", method]
-    constants = "FEATURES_FILE = 'small.safetensors'", "PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1"
-    lines = run_example("\n".join(code), tmp_path, *constants)
-    assert f"marked {int(0.6 * 2 * 16 * 16 + 0.5)}" in lines
-    assert {"ERM", "LabelSmoothing"} <= {line.split()[0] for line in lines if line}

@@ -93,26 +93,6 @@ def test_sentences_are_those_of_the_reports(tables):
             assert " ".join(sentence.split()) in printed
 
 
-def test_pages_are_short_enough_to_read():
-    assert len((ROOT / "README.md").read_bytes()) < 8192
-    for path in PAGES:
-        long = [line for line in path.read_text("utf-8").splitlines() if len(line) > 120]
-        assert all(line.startswith("python3 -m venv") for line in long), path
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
-        if target.startswith("https://"):
-            continue
-        path, _, anchor = target.partition("#")
-        linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
-
-
 def test_every_setting_is_listed_with_its_default():
     text = (ROOT / "docs" / "use.md").read_text("utf-8")
     rows = re.findall(r"^\| `([A-Z0-9_]+)` \| `(.*?)` \|", text, re.MULTILINE)
