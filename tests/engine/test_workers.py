@@ -12,7 +12,7 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from engine import side_by_side, stacks_at_a_time
+from engine import side_by_side, stacks_at_a_time, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -132,3 +132,11 @@ def running(pid):
 def test_stacks_at_a_time_are_at_least_one_and_at_most_one_per_core():
     assert stacks_at_a_time(10**9, 10**9) == 1
     assert 1 <= stacks_at_a_time(1, 1) <= 16
+
+
+def test_half_of_the_free_memory_decides_how_many_stacks_are_trained_at_a_time(monkeypatch):
+    monkeypatch.setattr(workers, "default_workers", lambda: 8)
+    three = 3 * 2 * 4 * workers.COPIES * 100 * 50  # bytes: stacks, twice, of float32
+    for free, expected in ((float("inf"), 8), (three, 3), (three - 1, 2), (1e3, 1)):
+        monkeypatch.setattr(workers, "free_memory", lambda free=free: free)
+        assert stacks_at_a_time(100, 50) == expected

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from engine import Batch
+from field.algorithms import ALGORITHMS
 from field.algorithms.penalties import irm_penalty, quantile_weights
 
 NORMAL = NormalDist()
@@ -243,3 +244,24 @@ def test_a_long_training_does_not_lose_a_domain(methods):
     for _ in range(3):
         changes = algorithm.loss(params, batch, {**state, **changes}, {})[1]
     assert changes["log_q"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameter", "steps"),
+    [
+        ("IRM", "irm_anneal", 500),
+        ("VREx", "anneal", 500),
+        ("IB_ERM", "ib_anneal", 500),
+        ("IB_IRM", "ib_anneal", 500),
+        ("IB_IRM", "irm_anneal", 500),
+        ("Fishr", "anneal", 1500),
+        ("EQRM", "burn_in", 2500),
+        ("WeightAverage", "start", 100),
+    ],
+)
+def test_annealing_is_the_fraction_that_domainbeds_steps_are_of_5001(name, hyperparameter, steps):
+    assert ALGORITHMS[name].known_hyperparameters()[hyperparameter].default == pytest.approx(steps / 5001)
+
+
+def test_iga_anneals_nothing():
+    assert not [name for name in ALGORITHMS["IGA"].known_hyperparameters() if "anneal" in name]
