@@ -6,7 +6,8 @@ drawn in per cent.
 
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,8 @@ from PIL import Image
 from scipy.special import stdtrit
 
 from storage import atomic_write
+
+log = getLogger(__name__)
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p")  # 11 × 7 colours: 77 series before one repeats
@@ -70,6 +73,29 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def save_each(figures: Iterable[tuple[str, Callable[[], Figure]]], folder: str | Path) -> list[Path]:
+    """Draw figures into a folder as PNG; the paths written.
+
+    A figure that cannot be drawn is named in a warning, and the others are drawn all the same.
+
+    Args:
+        figures: name of the file and function that draws it, of each figure.
+        folder: where; made if missing.
+    """
+    paths = []
+    for name, make in figures:
+        path = Path(folder) / f"{name}.png"
+        try:
+            save(make(), path)
+        except Exception as error:  # never lose the remaining figures to one failure
+            why = " ".join(str(error).split()) or type(error).__name__
+            path.unlink(missing_ok=True)  # or one of an earlier run would be taken for this one's
+            log.warning("The figure '%s' cannot be drawn (%s); the others are.", name, why)
+        else:
+            paths.append(path)
+    return paths
 
 
 @styled

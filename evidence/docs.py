@@ -162,9 +162,6 @@ def _number(value: object) -> str:
     return "" if value is None else f"{value}"
 
 
-# --- Markdown -----------------------------------------------------------------------------------------------
-
-
 def markdown_table(align: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; `align` has a letter per column, "l" or "r"."""
     rules = ["---" if letter == "l" else "--:" for letter in align]
@@ -182,9 +179,6 @@ def paragraph(text: str, bullet: str = "") -> str:
 def minus(text: str) -> str:
     """Negative numbers with a minus sign instead of a hyphen."""
     return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-
-
-# --- the question -------------------------------------------------------------------------------------------
 
 
 def _study_tables(folder: Path) -> dict[str, pd.DataFrame]:

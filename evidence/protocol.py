@@ -38,6 +38,7 @@ from study import (
     Study,
     check_before_extraction,
     check_seeds,
+    clear_results,
     current_execution,
     lodo_table,
 )
@@ -142,8 +143,7 @@ class Protocol:
         execution = current_execution(strict)
         features = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=execution.device, verify=verify)
         if overwrite:
-            for results in wanted:
-                results.clear()
+            clear_results(wanted, features, settings)
         run = Run(features, settings, next(iter(wanted)), seeds, execution=execution)
         return cls(run, directory, sweep_seeds)
 

@@ -8,6 +8,7 @@ trial, holdouts, chunk of seeds), as `study.Study` does. `selection` chooses amo
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class Comparison:
             options: of `study.Run.from_config`.
         """
         methods = check_methods(sorted(ALGORITHMS) if methods is None else methods, trials, Settings.current())
-        return cls(Run.from_config(**options), methods, trials, leave_one_out)
+        check = partial(_check_pairs, leave_one_out)
+        return cls(Run.from_config(**options, check=check), methods, trials, leave_one_out)
 
     @classmethod
     def of(cls, results: Results | str | Path, features: Callable[[], FeatureSet]) -> "Comparison":
@@ -99,8 +101,6 @@ class Comparison:
         run = Run(data, settings, results, sorted({r["seed"] for r in records}), single, Execution(progress=False))
         trials = 1 + max(record["trial"] for record in records)
         return cls(run, sorted({r["algorithm"] for r in records}), trials, any("+" in name for name in held_out))
-
-    # --- what is compared ----------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,8 +130,6 @@ class Comparison:
     def saw_validation(self, method: type[Algorithm]) -> bool:
         """Whether a method's masks depend on images that its networks are validated on."""
         return method.control is not None and Arm(method.control).saw_validation(self.run.settings)
-
-    # --- training ------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Train what is missing, with Phase 1 for methods with masks."""
@@ -201,8 +199,6 @@ class Comparison:
         peeked = self.saw_validation(method)
         self.run.results.append(make_records(self.run, name, holdouts, counted, more, peeked))
 
-    # --- reading -------------------------------------------------------------------------------------------
-
     def curves(self) -> pd.DataFrame:
         """Accuracies after each epoch of these methods, trials, holdouts and seeds, see `field.curves`.
 
@@ -263,12 +259,19 @@ def _checked(method: type[Algorithm]) -> type[Algorithm]:
 
 def _choices_of_holdouts(run: Run, leave_one_out: bool) -> tuple[tuple[str, ...], ...]:
     """The run's holdouts one at a time, and if asked for all pairs of domains with one of them."""
+    _check_pairs(leave_one_out, run.features)
     domains = run.features.domain_names
     single = [(name,) for name in domains if name in run.holdouts]
+    pairs = combinations(domains, 2) if leave_one_out else ()
+    return (*single, *(pair for pair in pairs if {*pair} & {*run.holdouts}))
+
+
+def _check_pairs(leave_one_out: bool, features: FeatureSet) -> None:
+    """An `InputError` for domains that cannot be left out in pairs, if they are to be."""
     if not leave_one_out:
-        return tuple(single)
+        return
+    domains = features.domain_names
     if len(domains) < 4:
         raise InputError("--leave-one-out leaves out two domains and trains on two or more: four are needed.")
     if any("+" in name for name in domains):
         raise InputError("--leave-one-out joins names of domains by '+', which one of them contains: rename it.")
-    return (*single, *(pair for pair in combinations(domains, 2) if {*pair} & {*run.holdouts}))

@@ -67,9 +67,6 @@ def dataset_name(dataset: str, domain_names: Sequence[str]) -> str:
     return name
 
 
-# --- export -------------------------------------------------------------------------------------------------
-
-
 def export_domainbed(results: Results | str | Path, directory: str | Path, features: Callable[[], FeatureSet]) -> int:
     """Write the comparison that a results directory holds as DomainBed's runs; returns how many were written.
 
@@ -226,9 +223,6 @@ def _write_run(
     except OSError as error:
         raise InputError(f"'{folder}' cannot be written to: {error.strerror}.") from None
     return True
-
-
-# --- import -------------------------------------------------------------------------------------------------
 
 
 def domainbed_tables(directory: str | Path, dataset: str | None = None) -> str:

@@ -1,7 +1,6 @@
 """Figures of a comparison."""
 
 from collections.abc import Callable, Iterator
-from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,7 @@ from matplotlib.figure import Figure
 
 from field.compare import PARTNERS, Comparison
 from field.selection import HEADLINE
-from visualization import difference_plot, ink, new_figure, save, settled, styled
-
-log = getLogger(__name__)
+from visualization import difference_plot, ink, new_figure, save_each, settled, styled
 
 
 def all_figures(comparison: Comparison) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -29,22 +26,8 @@ def all_figures(comparison: Comparison) -> Iterator[tuple[str, Callable[[], Figu
 
 
 def save_all(comparison: Comparison) -> list[Path]:
-    """Draw every figure into ``plots/`` of the results directory; the paths written.
-
-    A figure that cannot be drawn is reported in a warning, and the others are drawn all the same.
-    """
-    paths = []
-    for name, make in all_figures(comparison):
-        path = comparison.run.results.directory / "plots" / f"{name}.png"
-        try:
-            save(make(), path)
-        except Exception as error:  # never lose the remaining figures to one failure
-            why = " ".join(str(error).split()) or type(error).__name__
-            path.unlink(missing_ok=True)  # or one of an earlier comparison would be taken for this one's
-            log.warning("The figure '%s' cannot be drawn (%s); the others are.", name, why)
-        else:
-            paths.append(path)
-    return paths
+    """Draw every figure into ``plots/`` of the results directory, see `visualization.save_each`."""
+    return save_each(all_figures(comparison), comparison.run.results.directory / "plots")
 
 
 def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:

@@ -61,6 +61,7 @@ def train_method(
     settings: Settings,
     *,
     mask: Params | None = None,
+    threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> MethodNetworks:
     """Train one network per seed on the `in` split of all domains but `holdouts`.
@@ -73,7 +74,7 @@ def train_method(
             hyperparameters.
         settings: `BATCH_SIZE`, `HIDDEN_SIZES` and `PH2_NUM_EPOCHS` are used.
         mask: the mask of a method with a `control`, name of the tracked matrix -> bool ``[S, out, in]``.
-        on_epoch: called after each epoch.
+        threads, on_epoch: see `engine.train`.
 
     Raises:
         InputError: an unknown hyperparameter.
@@ -96,7 +97,7 @@ def train_method(
         given=None if made.control is None else {"mask": {n: m.to(data.features.device) for n, m in mask.items()}},
     )
     order = _order(data, holdouts, seeds, made)
-    trained = train(data, engine, seeds, order, settings.ph2_num_epochs, on_epoch=on_epoch)
+    trained = train(data, engine, seeds, order, settings.ph2_num_epochs, threads=threads, on_epoch=on_epoch)
     validation = accuracies(trained.correct, data.totals)["out"][..., numbers].mean(-1)
     params = {name: value.cpu() for name, value in trained.params.items()}
     found = (value.cpu() for value in (trained.loss, validation, trained.correct, trained.failed))

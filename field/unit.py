@@ -64,7 +64,8 @@ def train_unit(run: Run, unit: Unit, values: Mapping, tick: Callable[[], None]) 
     masking = masking_of(run, unit, values)
     mask = None if masking is None else dict(zip(run.network.tracked_names, masking.mask, strict=True))
     method = partial(unit.method, **values)
-    networks = train_method(run.data, unit.holdouts, unit.seeds, method, run.settings, mask=mask, on_epoch=tick)
+    options = {"mask": mask, "threads": run.execution.threads, "on_epoch": tick}
+    networks = train_method(run.data, unit.holdouts, unit.seeds, method, run.settings, **options)
     failed = networks.failed
     if masking is not None and masking.failed is not None:
         failed = torch.where(failed == 0, masking.failed, failed)

@@ -9,7 +9,15 @@ from study.masks import densities, expected_overlap, layer_statistics, overlap, 
 from study.predict import predict_images
 from study.records import SELECTIONS, Counted, make_records
 from study.report import finding
-from study.run import Execution, Run, check_before_extraction, check_holdouts, check_seeds, current_execution
+from study.run import (
+    Execution,
+    Run,
+    check_before_extraction,
+    check_holdouts,
+    check_seeds,
+    clear_results,
+    current_execution,
+)
 from study.study import Study, mask_source
 from study.tables import (
     AVERAGE,
@@ -42,6 +50,7 @@ __all__ = [
     "check_before_extraction",
     "check_holdouts",
     "check_seeds",
+    "clear_results",
     "current_execution",
     "densities",
     "expected_overlap",

@@ -1,7 +1,6 @@
 """Every figure of a run, drawn from its results directory; the notebook and the command line show the same ones."""
 
 from collections.abc import Callable, Iterator
-from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ from study.masks import overlap_table
 from study.run import Run
 from study.study import Study
 from study.tables import AVERAGE, levels, lodo_table, paired_differences
-
-log = getLogger(__name__)
 
 MIN_POINTS = 4  # fewer are no picture
 
@@ -196,19 +193,5 @@ def all_figures(study: Study, data_root: str | Path | None = None) -> Iterator[t
 
 
 def save_all(study: Study, data_root: str | Path | None = None) -> list[Path]:
-    """Draw every figure into ``plots/`` of the results directory; the paths written.
-
-    A figure that cannot be drawn is told in a warning, and the others are drawn all the same.
-    """
-    paths = []
-    for name, make in all_figures(study, data_root):
-        path = study.run.results.directory / "plots" / f"{name}.png"
-        try:
-            draw.save(make(), path)
-        except Exception as error:  # never lose the remaining figures to one failure
-            why = " ".join(str(error).split()) or type(error).__name__
-            path.unlink(missing_ok=True)  # or one of an earlier run would be taken for this one's
-            log.warning("The figure '%s' cannot be drawn (%s); the others are.", name, why)
-        else:
-            paths.append(path)
-    return paths
+    """Draw every figure into ``plots/`` of the results directory, see `visualization.save_each`."""
+    return draw.save_each(all_figures(study, data_root), study.run.results.directory / "plots")

@@ -21,12 +21,14 @@ def finding(records: Sequence[Mapping], algorithm: str = "importance", baseline:
     """The headline in one sentence, computed: last epoch, all images of the domain, mean over the holdouts."""
     differences = paired_differences(records, algorithm, baseline).set_index("holdout").loc[AVERAGE]
     if differences["n"] == 0:
-        return "No seed has sound networks on all held-out domains: there is no answer."
+        return "No seed has a usable network on every held-out domain: there is no answer."
     if not np.isfinite(differences["low"]):
         failed = {r["seed"] for r in records if r["failed"] and r["algorithm"] in (algorithm, baseline)}
         if not failed:
             return "One seed gives no interval: use more seeds for an answer."
-        return f"One sound seed is left, networks of {len(failed)} others failed: that gives no interval and no answer."
+        return (
+            f"One usable seed is left, networks of {len(failed)} others failed: that gives no interval and no answer."
+        )
     n, mean, low, high = (differences[name] * (1 if name == "n" else 100) for name in INTERVAL)
     interval = f"{mean:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, {n:.0f} seeds)"
     holdouts = {record["holdout"] for record in records}
@@ -78,7 +80,7 @@ def report(records: Sequence[Mapping], about: Mapping, failures: Sequence[str] =
 
 def _difference(row) -> str:
     if row.n == 0:
-        return "no seed whose networks are sound"
+        return "no seed with usable networks"
     bounds = f" [{100 * row.low:+.2f}, {100 * row.high:+.2f}]" if np.isfinite(row.low) else ""
     return f"{100 * row.mean:+.2f}{bounds}, {row.n} {'seed' if row.n == 1 else 'seeds'}"
 

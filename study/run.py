@@ -1,6 +1,6 @@
 """What a study and a comparison share: features, settings, seeds, holdouts, a results directory, and the machine."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +93,7 @@ class Run:
         overwrite: bool = False,
         verify: bool = False,
         strict: bool = False,
+        check: Callable[[FeatureSet], object] = lambda features: None,
     ) -> "Run":
         """The run that the constants of `config` describe.
 
@@ -103,14 +104,16 @@ class Run:
             overwrite: delete what an earlier run wrote to the results directory.
             verify: read all image files again, see `features.extract`.
             strict: see `Execution`.
+            check: raises an InputError for features that cannot be used; called before anything is deleted.
         """
         settings, execution = Settings.current(), current_execution(strict)
         results = Results(config.RESULTS_DIR if directory is None else directory)
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
         check_before_extraction(holdouts, {results: settings}, overwrite)
         features = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=execution.device, verify=verify)
+        check(features)
         if overwrite:
-            results.clear()
+            clear_results([results], features, settings, holdouts)
         return cls(features, settings, results, seeds, holdouts, execution)
 
     def beside(
@@ -182,7 +185,8 @@ class Run:
     def records(self) -> list[dict]:
         """Records on disk of these seeds and holdouts."""
         known = {*self.holdouts}
-        return [r for r in self.results.records() if r["seed"] in self.seeds and known & {*r["holdout"].split("+")}]
+        wanted = [r for r in self.results.records() if r["seed"] in self.seeds]
+        return [r for r in wanted if r["holdout"] in known or known & {*r["holdout"].split("+")}]  # one, or a pair
 
     def _header(self) -> dict[str, object]:
         """What every file of networks says, so that it can be used later: names, sizes, features."""
@@ -218,6 +222,20 @@ def check_before_extraction(
         check_holdouts(holdouts, find_dataset(config.DATA_ROOT).domain_names)
     for results, settings in places.items():
         results.check(settings, overwrite)
+
+
+def clear_results(
+    places: Iterable[Results], features: FeatureSet, settings: Settings, holdouts: Sequence[str] | str | None = None
+) -> None:
+    """Delete what earlier runs wrote, once it is certain that a run on these features and holdouts can be made.
+
+    Raises:
+        InputError: such a run cannot be made; nothing is deleted then.
+    """
+    check_holdouts(holdouts, features.domain_names)
+    SplitFeatures.from_features(features, settings)  # refuses domains that are too small to be split
+    for results in places:
+        results.clear()
 
 
 def check_holdouts(holdouts: Sequence[str] | str | None, domain_names: Sequence[str]) -> tuple[str, ...]:

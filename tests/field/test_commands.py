@@ -103,10 +103,13 @@ def test_bad_input_is_one_sentence_and_code_2(arguments, name, features, tmp_pat
     assert everything(tmp_path) == {}
 
 
-def test_what_cannot_be_compared_deletes_nothing(features, compared):
+def test_what_cannot_be_compared_deletes_nothing(features, compared, tmp_path):
     before = everything(compared)
     command = ["compare", "--features", features, "--results-dir", compared, *SHORT, "--overwrite"]
-    for wrong in (["--set", "PH2_INIT=phase1"], ["--algorithms", "Nothing"], ["--trials", "0"]):
+    save_blobs(tmp_path / "three.safetensors", domains=DOMAINS[:3])
+    three = ["--features", str(tmp_path / "three.safetensors"), "--leave-one-out"]  # four domains are needed
+    unknown = ["--holdouts", "foto"]
+    for wrong in (["--set", "PH2_INIT=phase1"], ["--algorithms", "Nothing"], ["--trials", "0"], unknown, three):
         assert code_of([*command, *wrong]) == 2
     assert everything(compared) == before
 

@@ -10,9 +10,9 @@ import torch
 import config
 from config import InputError, Settings
 from storage import Results
-from study import Execution, Run, check_holdouts
+from study import Execution, Run, check_holdouts, check_seeds
 from tests.conftest import make_images
-from tests.factories import QUIET, SMALL, everything, make_run, stored_record
+from tests.factories import QUIET, SMALL, everything, make_run, save_blobs, stored_record
 
 
 @pytest.mark.parametrize("seeds", [[], [-1, 2], [0.5], ["0"], "01", 3, None], ids=str)
@@ -158,6 +158,28 @@ def test_overwrite_deletes_what_a_run_wrote(data, tmp_path, monkeypatch, constan
     run = Run.from_config([0], overwrite=True)
     assert run.results.records() == []
     assert everything(tmp_path / "r").keys() == {"settings.json", "notes.md"}
+
+
+@pytest.mark.parametrize(
+    "refused", [{"holdouts": "foto"}, {"check": lambda _: check_seeds([])}, {}], ids=["holdout", "check", "split"]
+)
+def test_a_run_that_cannot_be_made_deletes_nothing(data, tmp_path, monkeypatch, constants, refused):
+    features = data if refused else save_blobs(tmp_path / "few.safetensors", per_cell=1)  # too few for a split
+    monkeypatch.setattr("study.run.get_features", lambda *_, **__: features)
+    with Results(tmp_path / "r") as results:
+        results.claim(Settings.current(batch_size=7), {"fingerprint": "x"})
+        results.append([stored_record()])
+    before = everything(tmp_path / "r")
+    with pytest.raises(InputError):
+        Run.from_config([0, 1], overwrite=True, **refused)
+    assert everything(tmp_path / "r") == before
+
+
+def test_records_of_a_domain_with_a_plus_in_its_name_are_found(tmp_path):
+    features = save_blobs(tmp_path / "f.safetensors", domains=("art+craft", "photo"))
+    run = make_run(features, tmp_path / "r", seeds=2, holdouts="art+craft")
+    run.results.append(stored_record(holdout=name) for name in ("art+craft", "photo", "photo+art+craft"))
+    assert [record["holdout"] for record in run.records()] == ["art+craft"]
 
 
 def test_what_can_be_known_is_told_before_an_extraction(tmp_path, monkeypatch, constants):
