@@ -23,7 +23,7 @@ EXTRACTION_BATCH_SIZE: int | None = None  # images per forward pass; None = 8 on
 EXTRACTION_WORKERS: int | None = None  # decoding processes; 0 = threads; None = 0 on CPU, one per core on CUDA
 
 # Split
-SPLIT_SEED: int = 0  # of the one stratified in/out split of each domain
+SPLIT_SEED: int | str = "seed"  # of the stratified in/out split: "seed" = each seed its own; a number = one for all
 OUT_FRACTION: float = 0.2  # part of each domain kept for validation (`out`)
 
 # Classifier
@@ -81,7 +81,7 @@ def parse(assignment: str) -> tuple[str, object]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         repeated = re.fullmatch(r"\((\d+),\)\s*\*\s*(\d{1,3})", text)  # (10,) * 5, as the constant is written
         value = (int(repeated[1]),) * int(repeated[2]) if repeated else text  # a bare word is a string
-    if str in _options(kind) and not isinstance(value, (str, type(None))):
+    if str in _options(kind) and type(value) not in (*_options(kind), str, type(None)):
         value = text  # RESULTS_DIR=1e3 is a name, not a number
     return name, _coerce(name, value, kind)
 
@@ -138,7 +138,7 @@ class Settings:
     Fields have the constants' names in lower case; see the comments there for meanings and units.
     """
 
-    split_seed: int
+    split_seed: int | str
     out_fraction: float
     hidden_sizes: tuple[int, ...]
     batch_size: int
@@ -169,6 +169,8 @@ class Settings:
         sizes = self.hidden_sizes
         _check(len(sizes) >= 2, f"HIDDEN_SIZES needs two hidden layers or more to have a tracked matrix, not {sizes}.")
         _check(all(size > 0 for size in sizes), f"HIDDEN_SIZES must be positive, not {sizes}.")
+        split = self.split_seed
+        _check(split == "seed" or type(split) is int, f"SPLIT_SEED must be 'seed' or a whole number, not {split!r}.")
         _check(0 < self.out_fraction < 1, f"OUT_FRACTION must lie between 0 and 1, not {self.out_fraction}.")
         for name in ("batch_size", "ph1_num_epochs", "ph2_num_epochs"):
             _check(getattr(self, name) >= 1, f"{name.upper()} must be at least 1, not {getattr(self, name)}.")
