@@ -166,24 +166,15 @@ def top_k_mask(scores: Layers, percent: float = 60.0) -> list[Tensor]:
 def unimportant_rate(epoch: int, start: float, decay: float, freeze_epoch: int) -> float:
     """Rate of the unmarked weights in an epoch (from 0): ``start · decay^epoch``, exactly 0 from `freeze_epoch` on.
 
-    Args:
-        epoch: number of the epoch, from 0.
-        start: rate in epoch 0, a learning rate or a factor on one; the result has the same unit.
-        decay: factor after each epoch.
-        freeze_epoch: epochs after which the rate is 0; 0 = from the start.
+    `start` is a learning rate or a factor on one; the result has the same unit.
     """
     return 0.0 if epoch >= freeze_epoch else start * decay**epoch
 
 
 def weight_rates(mask: Tensor, rate: float | Tensor) -> Tensor:
-    """A rate per weight: 1 where `mask` is True, `rate` elsewhere.
+    """A rate per weight: 1 where `mask` (bool, any shape) is True, `rate` elsewhere.
 
-    Args:
-        mask: bool, any shape.
-        rate: a number, or a floating-point tensor that broadcasts to the mask.
-
-    Returns:
-        The shape of the mask, in the type of `rate` (the default type for a number).
+    `rate` is a number or a floating-point tensor that broadcasts to the mask; the result has its type.
     """
     return torch.where(mask, 1.0, rate)
 

@@ -30,12 +30,10 @@ def train_network(
 
     Args:
         network: any module, inputs ``[B, …]`` -> logits ``[B, classes]``.
-        inputs: ``[N, …]``.
-        labels: int64 ``[N]``.
+        inputs, labels: ``[N, …]`` and int64 ``[N]``.
         epochs: the batches of each epoch; a batch is the row numbers of one step, int64 ``[B]``.
         learning_rate: of Adam, for every weight whose rate is 1.
         rates: epoch (from 0) -> {parameter: factor on its update, of the same shape}, see `importance.step_with_rates`.
-            Default: every weight has rate 1.
     """
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     for epoch, batches in enumerate(epochs):
@@ -47,27 +45,17 @@ def train_network(
 
 @dataclass
 class DomainNetworks:
-    """Phase 1 of one domain: S networks (seeds).
-
-    Attributes:
-        domain: its name.
-        seeds: S seeds.
-        start, final: parameters, name -> ``[S, *shape]``.
-        loss, train_accuracy, validation_accuracy: per epoch, ``[S, E]``; validation is the domain's `out` split.
-        importance: distance that each tracked weight moved, L × ``[S, out, in]``.
-        failed: ``[S]``, the epoch (from 1) whose loss was not finite; 0 = none; -1 = the importance is all equal or
-            not finite.
-    """
+    """Phase 1 of one domain: S networks (seeds), E epochs."""
 
     domain: str
     seeds: tuple[int, ...]
-    start: Params
+    start: Params  # name -> [S, *shape]
     final: Params
-    loss: Tensor
-    train_accuracy: Tensor
-    validation_accuracy: Tensor
-    importance: list[Tensor]
-    failed: Tensor
+    loss: Tensor  # of each epoch, [S, E]
+    train_accuracy: Tensor  # [S, E]
+    validation_accuracy: Tensor  # on the domain's `out` split, [S, E]
+    importance: list[Tensor]  # distance that each tracked weight moved, L × [S, out, in]
+    failed: Tensor  # [S], epoch (from 1) whose loss was not finite; 0 = none; -1 = importance all equal or not finite
 
 
 def train_domain(
@@ -83,9 +71,6 @@ def train_domain(
     """Train one network per seed on one domain.
 
     Args:
-        data: features, labels and splits.
-        domain: name of the domain.
-        seeds: S seeds.
         settings: epochs, learning rate, and `PH1_DATA`: all images of the domain, or its `in` split only.
         strict: raise for the first failed network; None = only if there is a single seed.
         threads, on_epoch: see `engine.train`.

@@ -31,44 +31,27 @@ from importance import Layers, aggregate, degenerate, normalize, top_k_mask, uni
 
 @dataclass
 class HoldoutMasks:
-    """The masks for one holdout, made from Phase 1 of its source domains, never of the held-out one.
+    """The masks for one holdout, made from Phase 1 of its source domains, never of the held-out one."""
 
-    Attributes:
-        scores: aggregated importance, L × ``[S, out, in]``.
-        normalized: min–max over all layers, in [0, 1].
-        mask: bool, True = important.
-        failed: ``[S]``, code of the first source network that failed (see `trainer_phase1.DomainNetworks`), 0 = none.
-    """
-
-    scores: list[Tensor]
-    normalized: list[Tensor]
-    mask: list[Tensor]
-    failed: Tensor
+    scores: list[Tensor]  # aggregated importance, L × [S, out, in]
+    normalized: list[Tensor]  # min–max over all layers, in [0, 1]
+    mask: list[Tensor]  # bool, True = important
+    failed: Tensor  # [S], code of the first source network that failed (see `trainer_phase1.DomainNetworks`), 0 = none
 
 
 @dataclass
 class HoldoutNetworks:
-    """Phase 2 of one holdout: S seeds × V arms.
-
-    Attributes:
-        holdout: domain left out of training.
-        seeds: S seeds.
-        start, final: parameters, name -> ``[S, V, *shape]``.
-        loss, train_accuracy, validation_accuracy: per epoch, ``[S, V, E]``; validation is the unweighted mean over
-            source domains of the accuracy on their `out` split.
-        correct: right answers after each epoch, ``[S, V, E, domains, 2, classes]``.
-        failed: ``[S, V]``, codes as in `trainer_phase1.DomainNetworks`.
-    """
+    """Phase 2 of one holdout: S seeds × V arms, E epochs."""
 
     holdout: str
     seeds: tuple[int, ...]
-    start: Params
+    start: Params  # name -> [S, V, *shape]
     final: Params
-    loss: Tensor
-    train_accuracy: Tensor
-    validation_accuracy: Tensor
-    correct: Tensor
-    failed: Tensor
+    loss: Tensor  # of each epoch, [S, V, E]
+    train_accuracy: Tensor  # [S, V, E]
+    validation_accuracy: Tensor  # unweighted mean over source domains of that on their `out` split, [S, V, E]
+    correct: Tensor  # right answers after each epoch, [S, V, E, domains, 2, classes]
+    failed: Tensor  # [S, V], codes as in `trainer_phase1.DomainNetworks`
 
 
 def masks_for(importances: Mapping[str, Layers], failed: Mapping[str, Tensor], settings: Settings) -> HoldoutMasks:
@@ -77,7 +60,6 @@ def masks_for(importances: Mapping[str, Layers], failed: Mapping[str, Tensor], s
     Args:
         importances: source domain -> L × ``[S, out, in]``.
         failed: source domain -> ``[S]``, codes as in `trainer_phase1.DomainNetworks`.
-        settings: aggregation and per cent kept.
     """
     scores = aggregate(importances, settings.importance_aggregation)
     codes = torch.stack([failed[domain] for domain in importances])
@@ -94,13 +76,9 @@ def low_rate(epoch: int, settings: Settings) -> float:
 
 
 def rates_of_epoch(tracked: Layers, mask: Layers, epoch: int, settings: Settings) -> dict[Tensor, Tensor]:
-    """The rates of one network in an epoch, for `importance.step_with_rates`.
+    """The rates of one network in an epoch (from 0), for `importance.step_with_rates`.
 
-    Args:
-        tracked: the network's tracked parameters, L × ``[out, in]``.
-        mask: L × bool ``[out, in]``.
-        epoch: from 0.
-        settings: the schedule of Phase 2.
+    `tracked` are its tracked parameters, L × ``[out, in]``; `mask` is bool, of the same shapes.
     """
     rate = low_rate(epoch, settings)
     return {w: weight_rates(marked, w.new_tensor(rate)) for w, marked in zip(tracked, mask, strict=True)}
@@ -108,19 +86,12 @@ def rates_of_epoch(tracked: Layers, mask: Layers, epoch: int, settings: Settings
 
 @dataclass(frozen=True)
 class Masking:
-    """How the networks of one arm are trained on a holdout.
+    """How the networks of one arm are trained on a holdout."""
 
-    Attributes:
-        mask: L × bool ``[S, out, in]``; all True is ERM.
-        settings: the start, and the schedule of the unmarked weights; everything else must be the same in all arms.
-        prune: unmarked weights are zero from the start and never trained.
-        failed: ``[S]``, codes of seeds whose mask cannot be used: their networks count as failed. None = no seed.
-    """
-
-    mask: Layers
-    settings: Settings
-    prune: bool = False
-    failed: Tensor | None = None
+    mask: Layers  # L × bool [S, out, in]; all True is ERM
+    settings: Settings  # the start, and the schedule of the unmarked weights; all else must be the same in all arms
+    prune: bool = False  # unmarked weights are zero from the start and never trained
+    failed: Tensor | None = None  # [S], codes of seeds whose mask cannot be used: their networks count as failed
 
     def low_rates(self) -> tuple[float, ...]:
         """Factor on the learning rate of the unmarked weights, for each epoch."""
@@ -150,8 +121,6 @@ def train_holdout(
     """Train S × V networks on the `in` split of all domains but `holdout`.
 
     Args:
-        data: features, labels and splits.
-        holdout: name of the domain left out.
         seeds: S seeds; all arms of one share its batches, and its start where they start the same way.
         arms: V arms. Those that are the same by construction are trained once and share the result.
         strict: raise for the first failed network; None = only if there is a single seed.
@@ -223,17 +192,14 @@ def _rates(data: SplitFeatures, arms: Sequence[Masking]) -> Callable[[int], Rate
 def select_epoch(validation_accuracy: Tensor, selection: str) -> Tensor:
     """Epoch (from 0) that a selection rule takes: ``[*, E]`` -> int64 ``[*]``.
 
-    Args:
-        validation_accuracy: after each epoch.
-        selection: "last" for the last epoch; "val" for the earliest of those with the best validation accuracy
-            (training-domain validation, Gulrajani & Lopez-Paz 2021).
+    "last" is the last epoch; "val" the earliest of those with the best validation accuracy (training-domain
+    validation, Gulrajani & Lopez-Paz 2021).
 
     Raises:
         ValueError: an unknown selection rule.
     """
-    epochs = validation_accuracy.shape[-1]
     if selection == "last":
-        return torch.full(validation_accuracy.shape[:-1], epochs - 1)
+        return torch.full(validation_accuracy.shape[:-1], validation_accuracy.shape[-1] - 1)
     if selection == "val":
         best = validation_accuracy == validation_accuracy.amax(-1, keepdim=True)
         return best.int().argmax(-1)  # the first of equals

@@ -3,7 +3,15 @@
 from engine.data import BalancedOrder, BatchOrder, SplitFeatures, accuracies, generator, random_start
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.loop import Engine, Trained, TrainingFailedError, classify, failure_reason, raise_failure, train
-from engine.machine import choose_device, default_workers, free_memory, prepare_machine, training_threads
+from engine.machine import (
+    check_memory,
+    choose_device,
+    default_workers,
+    free_memory,
+    prepare_machine,
+    training_memory,
+    training_threads,
+)
 from engine.stack import MatmulEngine, Params, Rates
 from engine.workers import side_by_side, stacks_at_a_time
 
@@ -21,6 +29,7 @@ __all__ = [
     "TrainingFailedError",
     "Validation",
     "accuracies",
+    "check_memory",
     "choose_device",
     "classify",
     "default_workers",
@@ -33,5 +42,6 @@ __all__ = [
     "side_by_side",
     "stacks_at_a_time",
     "train",
+    "training_memory",
     "training_threads",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from config import Settings
+from config import InputError, Settings
 from dataset import split
 from engine.stack import Params
 from models import FeedforwardClassifier
@@ -16,24 +16,16 @@ from models import FeedforwardClassifier
 
 @dataclass(frozen=True, eq=False)
 class SplitFeatures:
-    """Features on a device, ready for training, with the in/out split of every seed.
+    """Features on a device, ready for training, with the in/out split of every seed."""
 
-    Attributes:
-        features: float ``[N, D]``.
-        labels, domains: int64 ``[N]``, indices into `class_names` and `domain_names`.
-        files: unique name of each row; the split depends on it.
-        split_seed: a number for one split that all seeds share, or "seed" for a split per seed.
-        out_fraction: part of each domain and class that is `out`. The counts are the same for every split.
-    """
-
-    features: Tensor
-    labels: Tensor
-    domains: Tensor
-    files: tuple[str, ...]
+    features: Tensor  # float [N, D]
+    labels: Tensor  # int64 [N], index into `class_names`
+    domains: Tensor  # int64 [N], index into `domain_names`
+    files: tuple[str, ...]  # unique name of each row; the split depends on it
     class_names: tuple[str, ...]
     domain_names: tuple[str, ...]
-    split_seed: int | str
-    out_fraction: float
+    split_seed: int | str  # a number for one split that all seeds share, or "seed" for a split per seed
+    out_fraction: float  # part of each domain and class that is `out`; the counts are the same for every split
     _splits: dict[int, Tensor] = field(default_factory=dict, repr=False)  # split seed -> bool [N], True = `in`
 
     @classmethod
@@ -41,8 +33,10 @@ class SplitFeatures:
         """Make it from a `storage.FeatureSet`, with the split of the settings.
 
         Raises:
-            InputError: a domain is too small to have any `out` images.
+            InputError: there is one class only, or a domain is too small to have any `out` images.
         """
+        if len(data.class_names) < 2:
+            raise InputError(f"There is one class only, '{data.class_names[0]}': two are needed to tell them apart.")
         tensors = data.features.to(device, dtype), data.labels.to(device), data.domains.to(device)
         names = tuple(data.files), tuple(data.class_names), tuple(data.domain_names)
         made = cls(*tensors, *names, settings.split_seed, settings.out_fraction)
@@ -112,11 +106,11 @@ def random_start(seeds: Sequence[int], purpose: str, network: FeedforwardClassif
     """`nn.Linear`'s own initialization, once per seed: name -> ``[S, *shape]`` (float32, CPU).
 
     Args:
-        seeds: one network for each.
+        seeds: one network for each; a seed's start does not depend on the seeds beside it.
         purpose: "start" (Phase 1) or "fresh_start" (Phase 2).
         network: outline of the classifier, see `SplitFeatures.network`.
     """
-    draws = [generator(seed, purpose) for seed in seeds]  # a seed's start does not depend on the seeds beside it
+    draws = [generator(seed, purpose) for seed in seeds]
     params = {}
     for i, layer in enumerate(network.layers):
         params[f"layers.{i}.weight"] = torch.empty(len(seeds), *layer.weight.shape)
@@ -129,13 +123,9 @@ def random_start(seeds: Sequence[int], purpose: str, network: FeedforwardClassif
 
 
 class BatchOrder:
-    """Batches of each seed's training images: a new permutation per epoch, drawn without replacement.
+    """Batches of each seed's `rows`, int64 ``[S, n]``: a new permutation per epoch, the short last batch kept.
 
-    Args:
-        seeds: S seeds.
-        name: of the random streams.
-        rows: row numbers of each seed, int64 ``[S, n]``.
-        batch_size: rows per step; the short last batch is kept.
+    `name` is that of the random streams.
     """
 
     def __init__(self, seeds: Sequence[int], name: str, rows: Tensor, batch_size: int):
@@ -149,14 +139,9 @@ class BatchOrder:
 
 
 class BalancedOrder:
-    """Batches with as many rows of every domain; a domain that is used up starts again in a new order.
+    """Batches of `batch_size` rows of every domain; a domain that is used up starts again in a new order.
 
-    Args:
-        seeds: S seeds.
-        name: of the random streams.
-        rows: row numbers of each domain and seed, ``[S, n]`` per domain.
-        steps: updates in an epoch.
-        batch_size: rows per step and domain.
+    `name` is that of the random streams, `rows` has ``[S, n]`` row numbers per domain, an epoch has `steps` updates.
     """
 
     def __init__(self, seeds: Sequence[int], name: str, rows: Sequence[Tensor], steps: int, batch_size: int):
@@ -193,13 +178,9 @@ def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[
     Returns:
         part -> float64 ``[*, domains]``.
     """
-
-    def share(right: Tensor, of: Tensor) -> Tensor:
-        if balanced:
-            return (right / of).nanmean(-1)
-        return right.sum(-1) / of.sum(-1)
-
     correct, totals = correct.double(), totals.double()
     parts = {"full": (correct.sum(-2), totals.sum(-2))}
     parts |= {name: (correct[..., i, :], totals[:, i, :]) for i, name in enumerate(("in", "out"))}
-    return {name: share(right, of) for name, (right, of) in parts.items()}
+    if balanced:
+        return {name: (right / of).nanmean(-1) for name, (right, of) in parts.items()}
+    return {name: right.sum(-1) / of.sum(-1) for name, (right, of) in parts.items()}

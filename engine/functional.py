@@ -1,8 +1,4 @@
-"""The engine for everything but plain training of the classifier: pure functions of one network, run for all seeds.
-
-`torch.func.vmap` turns functions of one network into functions of a stack, and autograd gives their gradients. The
-methods of `field` run on it.
-"""
+"""The engine of the methods of `field`: pure functions of one network, run for all seeds by `torch.func.vmap`."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +9,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from engine.stack import PIECE_FLOATS, Params, Rates
+from engine.stack import Params, Rates
 
 
 class Batch(NamedTuple):
@@ -67,9 +63,8 @@ class FunctionalEngine:
         given: entries of the state that are known before training, such as masks: tensors ``[S, …]``, nested as there.
 
     Attributes:
-        params: current parameters, name -> ``[S, *shape]``.
+        params, shape: see `engine.Engine`.
         state: current state of the method, name -> ``[S, …]``.
-        shape: ``[S]``.
         steps_taken: number of steps so far.
     """
 
@@ -83,8 +78,7 @@ class FunctionalEngine:
         given: dict | None = None,
     ):
         self.method, self.draws, self.validation = method, draws, validation
-        like = next(iter(start.values()))
-        self.shape = torch.Size([len(draws)])
+        like, self.shape = next(iter(start.values())), torch.Size([len(draws)])
         params = start | stacked([method.extra_parameters(draw) for draw in draws], like)
         number = like.new_full((max(sources) + 1,), -1, dtype=torch.long)
         number[torch.as_tensor(sources, device=like.device)] = torch.arange(len(sources), device=like.device)
@@ -92,19 +86,13 @@ class FunctionalEngine:
         with torch.device(like.device):
             self.state = {**vmap(method.initial_state)(params), **(given or {})}
         self.params = vmap(method.begin)(params, self.state)
-        setup, every = method.setup, method.validate_every
-        self.interval = None if every is None else max(1, round(every * setup.steps_per_epoch))
+        every = method.validate_every
+        self.interval = None if every is None else max(1, round(every * method.setup.steps_per_epoch))
         self.steps_taken = 0
 
     @torch.no_grad()
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of each network on its own batch.
-
-        Args:
-            features: ``[S, B, D]``.
-            targets: ``[S, B]``.
-            rates: must be empty: a method scales its updates itself.
-            domains: numbers among all domains, ``[S, B]``.
+        """One step of each network on its own batch, see `engine.Engine`; `domains` are numbers among all domains.
 
         Returns:
             Loss before the step, and NaN for the right answers (they would take a second forward pass), ``[S]``.
@@ -129,8 +117,7 @@ class FunctionalEngine:
         else:
             logits = vmap(lambda params, own: self.method.forward(params, features[own]))(self.params, rows)
         loss = F.cross_entropy(logits.movedim(1, 2), labels[rows], reduction="none").mean(-1)
-        changes = vmap(self.method.validated)(self.params, self.state, loss)
-        self.state = {**self.state, **changes}
+        self.state = self.state | vmap(self.method.validated)(self.params, self.state, loss)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -140,11 +127,6 @@ class FunctionalEngine:
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[S, N]``."""
         return self.logits(features).argmax(-1) == targets
-
-    def piece(self, rows: int) -> int:
-        """How many rows at a time keep the largest activation below `PIECE_FLOATS`; at least one, at most `rows`."""
-        widest = max(value.shape[1] for value in self.params.values() if value.ndim > 1)
-        return min(rows, max(1, PIECE_FLOATS // (len(self.draws) * widest)))
 
 
 def stacked(drawn: Sequence[dict], like: Tensor) -> dict:

@@ -17,26 +17,20 @@ from engine.data import BalancedOrder, BatchOrder, SplitFeatures
 from engine.machine import training_threads
 from engine.stack import MatmulEngine, Params, Rates
 
+PIECE_FLOATS = 2**20  # largest activation while many rows are classified
+
 
 class Engine(Protocol):
-    """What `train` needs of a stack of networks.
+    """What `train` needs of a stack of networks."""
 
-    Attributes:
-        params: parameters as they are now, name -> ``[*stack, *shape]``.
-        shape: ``[*stack]``; its first axis is S.
-    """
-
-    params: Params
-    shape: torch.Size
+    params: Params  # as they are now, name -> [*stack, *shape]
+    shape: torch.Size  # [*stack]; its first axis is S
 
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
         """One step on batches ``[S, B, D]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[*stack]``."""
 
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[*stack, N]``."""
-
-    def piece(self, rows: int) -> int:
-        """How many of `rows` rows to classify at a time."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -45,22 +39,13 @@ class TrainingFailedError(RuntimeError):
 
 @dataclass
 class Trained:
-    """A trained stack.
+    """A trained stack. E: epochs."""
 
-    Attributes:
-        params: final parameters, name -> ``[*stack, *shape]``.
-        loss: mean cross-entropy (nats) over each epoch's batches, ``[*stack, E]``.
-        train_accuracy: accuracy over the epoch's own batches, as they were met, ``[*stack, E]``; NaN where the engine
-            does not count it.
-        correct: right answers after each epoch, int64 ``[*stack, E, domains, 2, classes]`` (2 = in, out).
-        failed: first epoch (from 1) whose loss or weights were not finite, 0 = none, ``[*stack]``.
-    """
-
-    params: Params
-    loss: Tensor
-    train_accuracy: Tensor
-    correct: Tensor
-    failed: Tensor
+    params: Params  # final parameters, name -> [*stack, *shape]
+    loss: Tensor  # mean cross-entropy (nats) over each epoch's batches, [*stack, E]
+    train_accuracy: Tensor  # over the epoch's own batches, as they were met, [*stack, E]; NaN where it is not counted
+    correct: Tensor  # right answers after each epoch, int64 [*stack, E, domains, 2, classes] (2 = in, out)
+    failed: Tensor  # first epoch (from 1) whose loss or weights were not finite, 0 = none, [*stack]
 
 
 def train(
@@ -77,11 +62,10 @@ def train(
     """Train a stack of networks and count its right answers after every epoch.
 
     Args:
-        data: features, labels and splits; networks train in its type and on its device.
+        data: networks train in its type and on its device.
         engine: holds the networks and takes the steps.
         seeds: S seeds; right answers are counted by the split of each.
         order: each seed's batches.
-        epochs: passes over the batches.
         rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[*stack, *shape]``}.
         threads: CPU threads. The products are small: a second thread gains little, and on a busy machine, threads
             that wait for one another can take thirty times as long.
@@ -95,8 +79,7 @@ def train(
     with training_threads(threads):
         for epoch in range(epochs):
             factors = rates(epoch)
-            loss_sum, right_sum = data.features.new_zeros(2, *engine.shape)
-            count = 0
+            (loss_sum, right_sum), count = data.features.new_zeros(2, *engine.shape), 0
             for rows in order.next_epoch():  # [S, B]
                 features = gather(data.features, rows, buffers)
                 loss, right = engine.step(features, data.labels.take(rows), factors, data.domains.take(rows))
@@ -118,11 +101,7 @@ def train(
 def gather(features: Tensor, rows: Tensor, buffers: dict[int, Tensor]) -> Tensor:
     """Rows of the features for each seed: ``[N, D]`` at ``[S, B]`` -> ``[S, B, D]``.
 
-    Args:
-        features: ``[N, D]``.
-        rows: ``[S, B]``.
-        buffers: batch size -> tensor, reused from batch to batch: kept by the caller, filled here. (New memory for
-            each batch takes twenty times as long.)
+    The caller keeps `buffers`, batch size -> tensor: new memory for each batch takes twenty times as long.
     """
     size = rows.shape[1]
     if size not in buffers:
@@ -131,15 +110,19 @@ def gather(features: Tensor, rows: Tensor, buffers: dict[int, Tensor]) -> Tensor
     return buffers[size].view(*rows.shape, -1)
 
 
+def rows_at_a_time(engine: Engine, rows: int) -> int:
+    """How many of `rows` rows to classify at a time, so that no activation exceeds `PIECE_FLOATS`; at least one."""
+    axes = len(engine.shape)
+    widest = max(value.shape[axes] for value in engine.params.values() if value.ndim > axes)
+    return min(rows, max(1, PIECE_FLOATS // (engine.shape.numel() * widest)))
+
+
 def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
     """Right answers of each network in each cell: int64 ``[*stack, domains, 2, classes]``.
 
-    Args:
-        engine: the networks.
-        data: all of its rows are classified.
-        cells: `SplitFeatures.cells` of each seed, ``[S, N]``, or ``[1, N]`` for all seeds.
+    `cells` are the `SplitFeatures.cells` of each seed, ``[S, N]``, or ``[1, N]`` for all seeds.
     """
-    size, total = engine.piece(len(data.labels)), math.prod(data.cell_shape)
+    size, total = rows_at_a_time(engine, len(data.labels)), math.prod(data.cell_shape)
     pieces = zip(data.features.split(size), data.labels.split(size), cells.split(size, dim=1), strict=True)
     counts = data.features.new_zeros(*engine.shape, total)  # a float holds counts up to 2**24 exactly
     for features, labels, cell in pieces:
@@ -155,7 +138,7 @@ def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
 def classify(params: Params, features: Tensor) -> Tensor:
     """Most probable class of the rows ``[N, D]`` for every classifier of a stack: int64 ``[*stack, N]``."""
     engine = MatmulEngine({name: value.to(features) for name, value in params.items()})
-    parts = features.split(engine.piece(len(features)))
+    parts = features.split(rows_at_a_time(engine, len(features)))
     return torch.cat([engine.classify(part) for part in parts], dim=-1)
 
 

@@ -17,17 +17,13 @@ from importance import step_with_rates
 
 Params = dict[str, Tensor]  # parameter name -> [*stack, *shape]
 Rates = Mapping[str, Tensor]  # parameter name -> factor on its update, broadcastable to [*stack, *shape]
-PIECE_FLOATS = 2**20  # largest activation while many rows are classified
 
 
 class FlatAdam:
     """Adam (Kingma & Ba 2015) on one tensor, by the function behind `torch.optim.Adam(fused=True)`: the same bits.
 
     The class of `torch.optim` imports PyTorch's compiler, which takes two seconds in every process that trains.
-
-    Args:
-        flat: what is trained; its `grad` must be set.
-        learning_rate: of every weight.
+    What is trained is `flat`; its `grad` must be set.
     """
 
     def __init__(self, flat: Tensor, learning_rate: float):
@@ -52,8 +48,7 @@ class MatmulEngine:
         learning_rate: of Adam, for every weight whose rate is 1.
 
     Attributes:
-        params: the current parameters, in the order of `start`.
-        shape: ``[*stack]``.
+        params, shape: see `engine.Engine`; parameters are in the order of `start`.
     """
 
     def __init__(self, start: Params, learning_rate: float = 1e-3):
@@ -87,16 +82,9 @@ class MatmulEngine:
 
     @torch.no_grad()
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of every network on the mean cross-entropy of its seed's batch.
+        """One step of every network on the mean cross-entropy of its seed's batch, see `engine.Engine`.
 
-        Args:
-            features: ``[S, B, D]``.
-            targets: ``[S, B]``.
-            rates: parameter name -> factor on its update; the other parameters step in full.
-            domains: ``[S, B]``; not used by this engine.
-
-        Returns:
-            Loss and number of right answers before the step, both ``[*stack]``.
+        Parameters that are not in `rates` step in full; `domains` are not used.
         """
         self._set_rates(rates)
         batch = features.shape[1]
@@ -186,8 +174,3 @@ class MatmulEngine:
         logits = self._logits(features)
         picked = logits.gather(1, targets.expand(len(logits), 1, -1))
         return (picked == logits.amax(1, keepdim=True)).view(*self.shape, -1)
-
-    def piece(self, rows: int) -> int:
-        """How many of `rows` rows to classify at a time, so that no activation exceeds `PIECE_FLOATS`; at least one."""
-        widest = max(weight.shape[1] for weight in self.weights)
-        return min(rows, max(1, PIECE_FLOATS // (len(self.weights[0]) * widest)))

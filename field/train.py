@@ -70,8 +70,7 @@ def train_method(
         data: features, labels and splits.
         holdouts: names of the domains left out, one or two.
         seeds: S seeds.
-        method: makes the method for its `Setup`: a class of `field.algorithms`, or a `functools.partial` of one with
-            hyperparameters.
+        method: makes the method for its `Setup`: a class, or a `functools.partial` of one with hyperparameters.
         settings: `BATCH_SIZE`, `HIDDEN_SIZES` and `PH2_NUM_EPOCHS` are used.
         mask: the mask of a method with a `control`, name of the tracked matrix -> bool ``[S, out, in]``.
         threads, on_epoch: see `engine.train`.
@@ -104,9 +103,7 @@ def train_method(
     return MethodNetworks(tuple(holdouts), tuple(seeds), made, engine, params, *found)
 
 
-def _order(
-    data: SplitFeatures, holdouts: Sequence[str], seeds: Sequence[int], method: Algorithm
-) -> BatchOrder | BalancedOrder:
+def _order(data: SplitFeatures, holdouts: Sequence[str], seeds: Sequence[int], method: Algorithm):
     """The batches that the method asks for, the same number in an epoch whether pooled or balanced."""
     name, sources, setup = f"phase2/{'+'.join(sorted(holdouts))}", data.sources(holdouts), method.setup
     if method.batches == "pooled":

@@ -1,5 +1,6 @@
 """What several test files make: small features, runs, records and files of results."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,13 @@ from study import Execution, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("weights", "histories", "importance")
-FEATURES = {"fingerprint": "abc", "dataset": "toy", "counts": {"art": {"dog": 2}}}
+FEATURES = {
+    "fingerprint": "abc",
+    "dataset": "toy",
+    "feature_size": 8,
+    "model": None,
+    "counts": {"art": {"dog": 2}},
+}
 MACHINE = {"versions": {"torch": "2"}, "device": "cpu", "threads": 1, "commit": None}
 IDENTITY = {
     "features": "abc",
@@ -65,13 +72,29 @@ def make_run(features, directory, seeds=4, settings=SMALL, holdouts=None, execut
 def stored_record(**changes):
     """A record as `Results` keeps it, with its key."""
     identity = {**IDENTITY, **changes}
-    return {"key": record_key(identity), **identity, "accuracy": {"full": 0.5}, "failed": None}
+    shares = dict.fromkeys(("full", "in", "out"), 0.5)
+    accuracies = dict.fromkeys(("accuracy", "balanced_accuracy"), shares)
+    return {"key": record_key(identity), **identity, **accuracies, "failed": None}
 
 
 def everything(folder):
     """Path below `folder` -> bytes, without the lock."""
     files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def dated(folder):
+    """Path below `folder` -> content and time of change, without the lock: equal if nothing was written."""
+    return {path: (content, (Path(folder) / path).stat().st_mtime_ns) for path, content in everything(folder).items()}
+
+
+def wait_until(condition):
+    """Wait a minute at most."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail("waited in vain")
 
 
 def arrays_for(seeds, offset=0.0):

@@ -1,10 +1,7 @@
 """The method against cases computed by hand, plain numpy and properties."""
 
 import math
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +28,6 @@ from importance import (
     weight_rates,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(3, 2), (4, 3), (2, 4)]  # 26 weights, no two layers alike
 
 
@@ -47,16 +43,13 @@ def stacks(seeds: int = 3):
     return arrays(np.float64, (seeds, 26), elements=numbers)
 
 
-def test_importance_is_the_distance_moved():
+def test_importance_is_the_distance_moved_by_the_weights_of_one_network():
     start = [torch.tensor([[1.0, -2.0], [0.5, 0.0]])]
     final = [torch.tensor([[0.5, -2.0], [1.0, -3.0]])]
     assert weight_importance(start, final)[0].tolist() == [[0.5, 0.0], [0.5, 3.0]]
-
-
-def test_importance_of_different_networks_is_refused():
     for other in ([torch.zeros(2, 3)], [torch.zeros(2, 2)] * 2):
         with pytest.raises(ValueError, match="shapes"):
-            weight_importance([torch.zeros(2, 2)], other)
+            weight_importance(start, other)
 
 
 def test_flatten_is_layer_by_layer_row_by_row_and_back():
@@ -126,15 +119,12 @@ def test_a_stack_aggregates_as_its_networks_do(a, b, method):
 )
 def test_mask_size(n, percent, k):
     assert mask_size(n, percent) == k
+    for wrong in (-1, 100.5, math.nan):
+        with pytest.raises(ValueError, match="100"):
+            mask_size(n, wrong)
 
 
-@pytest.mark.parametrize("percent", [-1, 100.5, math.nan])
-def test_mask_size_refuses(percent):
-    with pytest.raises(ValueError, match="100"):
-        mask_size(10, percent)
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(stacks(), st.floats(0, 100))
 def test_a_mask_marks_exactly_the_k_highest_ties_by_position(scores, percent):
     mask = flatten(top_k_mask(layers(scores), percent)).numpy()
@@ -267,18 +257,3 @@ def test_scaling_gradients_is_no_learning_rate_under_adam():
         torch.optim.Adam([weight], lr=0.1).step()
         weights.append(weight.detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-7)
-
-
-def test_importing_needs_torch_alone_and_changes_nothing(tmp_path):
-    code = (
-        "import sys, torch; before = torch.random.get_rng_state(); "
-        "from importance import weight_importance, aggregate, top_k_mask; "
-        "assert torch.equal(before, torch.random.get_rng_state()); "
-        "print([m for m in ('config', 'models', 'dataset', 'engine', 'storage', 'transformers', 'torchvision', "
-        "'matplotlib', 'pandas', 'sklearn', 'scipy') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
-    )
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
-    assert not list(tmp_path.iterdir())

@@ -1,25 +1,12 @@
-"""The methods of the field: one class each, a file per family, found here by name.
+"""The methods of the field: one class each, a file per family, found here by name (importing a family registers it).
 
 `Algorithm` says what a class holds and how to write a new one; `engine.FunctionalEngine` trains stacks of them.
 """
 
 from engine import Batch
-from field.algorithms import (  # noqa: F401 (importing a family registers its methods)
-    adversarial,
-    alignment,
-    averaging,
-    dmg,
-    erm,
-    experts,
-    gradients,
-    heads,
-    masks,
-    meta,
-    penalties,
-)
-from field.algorithms.base import Algorithm, Hyperparameter, Noise, Setup, State
+from field.algorithms import adversarial, alignment, averaging, dmg, experts, gradients, heads, masks, meta, penalties  # noqa: F401
+from field.algorithms.base import ALGORITHMS, Algorithm, Hyperparameter, Noise, Setup, State, find, register
 from field.algorithms.experts import expert_use
-from field.algorithms.registry import ALGORITHMS, find, register
 
 __all__ = [
     "ALGORITHMS",

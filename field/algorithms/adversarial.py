@@ -6,18 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from field.algorithms.base import (
-    Algorithm,
-    Batch,
-    Hyperparameter,
-    Params,
-    adam,
-    adam_state,
-    choice,
-    linear_start,
-    log_uniform,
-)
-from field.algorithms.registry import register
+from engine import Batch, Params
+from field.algorithms.base import Algorithm, Hyperparameter, choice, log_uniform, power_of_two, register
+from field.algorithms.parts import adam, adam_state, linear, new_linear, one_hot
 
 
 @register
@@ -37,10 +28,10 @@ class DANN(Algorithm):
     n + 1.
 
     Differences from DomainBed: the discriminator's hidden layers have 64 units, not 256, because the representation
-    that it reads has about ten numbers, not 2048; it has no dropout (DomainBed's default, but there it is searched);
-    steps are counted from 0, so that the discriminator is always first (there, by default, the classifier).
-    Differences from the paper: turns, not one step of both; source domains only, no images of the target; a constant
-    weight of the adversary.
+    that it reads has about ten numbers, not 2048 (a search draws 2^U(4, 8) of them, there 2^U(6, 10)); it has no
+    dropout (DomainBed's default, but there it is searched); steps are counted from 0, so that the discriminator is
+    always first (there, by default, the classifier). Differences from the paper: turns, not one step of both; source
+    domains only, no images of the target; a constant weight of the adversary.
     """
 
     batches = "balanced"
@@ -48,14 +39,10 @@ class DANN(Algorithm):
         "adversary_weight": Hyperparameter(1.0, "λ, weight of the discriminator's loss", log_uniform(-2, 2)),
         "learning_rate_d": Hyperparameter(1e-3, "learning rate of the discriminator's Adam", log_uniform(-4, -2)),
         "weight_decay_d": Hyperparameter(0.0, "L2 penalty inside that Adam", log_uniform(-6, -2)),
-        "d_steps_per_g_step": Hyperparameter(
-            1, "steps of the discriminator for one of the classifier", lambda rng: int(2 ** rng.uniform(0, 3))
-        ),
+        "d_steps_per_g_step": Hyperparameter(1, "discriminator's steps for one of the classifier", power_of_two(0, 3)),
         "grad_penalty": Hyperparameter(0.0, "weight of the discriminator's gradient penalty", log_uniform(-2, 1)),
         "beta1": Hyperparameter(0.5, "decay of the first moment in both Adams", choice(0.0, 0.5)),
-        "mlp_width": Hyperparameter(
-            64, "units in each hidden layer of the discriminator", lambda rng: int(2 ** rng.uniform(4, 8))
-        ),
+        "mlp_width": Hyperparameter(64, "units in each hidden layer of the discriminator", power_of_two(4, 8)),
         "mlp_depth": Hyperparameter(3, "linear layers of the discriminator", choice(3, 4, 5)),
     }
 
@@ -63,8 +50,7 @@ class DANN(Algorithm):
         widths = (self.setup.hidden_sizes[-1], *[self.mlp_width] * (self.mlp_depth - 1), self.setup.domains)
         params = {}
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            params[f"discriminator.{i}.weight"] = linear_start((outputs, inputs), inputs, draw)
-            params[f"discriminator.{i}.bias"] = linear_start((outputs,), inputs, draw)
+            params |= new_linear(f"discriminator.{i}", (outputs,), inputs, draw)
         return params
 
     def initial_state(self, params):
@@ -82,8 +68,7 @@ class DANN(Algorithm):
     def discriminate(self, params: Params, read: Tensor) -> Tensor:
         """Logits of the domains: ``[B, h]`` -> ``[B, domains]``."""
         for i in range(self.mlp_depth):
-            read = torch.relu(read) if i else read
-            read = F.linear(read, params[f"discriminator.{i}.weight"], params[f"discriminator.{i}.bias"])
+            read = linear(params, f"discriminator.{i}", torch.relu(read) if i else read)
         return read
 
     def adversary_loss(self, params: Params, representation: Tensor, batch: Batch) -> Tensor:
@@ -112,18 +97,10 @@ class DANN(Algorithm):
         betas, old, old_d = (self.beta1, 0.9), state["adam"], state["adversary_adam"]
         new, moments = adam(classifier, gradient, old, self.learning_rate, self.weight_decay, betas)
         new_d, moments_d = adam(adversary, gradient, old_d, self.learning_rate_d, self.weight_decay_d, betas)
-        adversary_turn = state["step"] % (1 + self.d_steps_per_g_step) < self.d_steps_per_g_step
-        params = {
-            **params,
-            **where_each(adversary_turn, classifier, new),
-            **where_each(adversary_turn, new_d, adversary),
-        }
-        changes = {
-            "adam": where_each(adversary_turn, old, moments),
-            "adversary_adam": where_each(adversary_turn, moments_d, old_d),
-            "step": state["step"] + 1,
-        }
-        return params, {**state, **changes}, loss
+        turn = state["step"] % (1 + self.d_steps_per_g_step) < self.d_steps_per_g_step  # the adversary's
+        params = {**params, **where_each(turn, classifier, new), **where_each(turn, new_d, adversary)}
+        changes = {"adam": where_each(turn, old, moments), "adversary_adam": where_each(turn, moments_d, old_d)}
+        return params, {**state, **changes, "step": state["step"] + 1}, loss
 
 
 @register
@@ -150,9 +127,7 @@ class CDANN(DANN):
         return {**super().extra_parameters(draw), "class_embeddings": torch.randn(shape, generator=draw)}
 
     def adversary_input(self, params, representation, labels):
-        # Row of a class by a product: the gradient of indexing is summed in no fixed order on a GPU.
-        own = labels.unsqueeze(1) == torch.arange(self.setup.classes, device=labels.device)
-        return representation + own.to(representation) @ params["class_embeddings"]
+        return representation + one_hot(labels, self.setup.classes, representation) @ params["class_embeddings"]
 
     def row_weights(self, batch, like):
         cell = batch.domains * self.setup.classes + batch.labels

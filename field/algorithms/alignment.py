@@ -5,76 +5,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from field.algorithms.base import Algorithm, Hyperparameter, log_uniform, restart_where, uniform
-from field.algorithms.registry import register
+from field.algorithms.base import Algorithm, Hyperparameter, log_uniform, register, uniform
+from field.algorithms.parts import one_hot
+from field.algorithms.penalties import Switching
 
 KERNEL_RATES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # per squared unit of the representation
 
 
-def mean_over_pairs(distances: Tensor) -> Tensor:
-    """Mean over pairs of domains of a symmetric ``[n, n]`` with zeros on its diagonal; 0 for a single domain."""
-    n = len(distances)
-    return distances.sum() / max(n * (n - 1), 1)
-
-
-def moment_distances(representations: Tensor) -> Tensor:
-    """Squared differences of the means and of the covariances, each averaged over entries.
-
-    Args:
-        representations: of each domain, ``[n, rows, h]``.
-
-    Returns:
-        Sum of the two for each pair of domains, ``[n, n]``.
-    """
-    rows = representations.shape[1]
-    mean = representations.mean(1, keepdim=True)
-    centred = representations - mean
-    covariance = centred.mT @ centred / max(rows - 1, 1)
-    of_means = (mean - mean.movedim(1, 0)).square().mean(-1)
-    return of_means + (covariance.unsqueeze(1) - covariance).square().mean((-2, -1))
-
-
-def kernel_distances(representations: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy under the mean of Gaussian kernels: the unbiased estimate, sometimes negative.
-
-    Args:
-        representations: of each domain, ``[n, rows, h]``.
-
-    Returns:
-        For each pair of domains, ``[n, n]``.
-    """
-    n, rows = sizes = representations.shape[:2]
-    x = representations.flatten(0, 1)
-    x = x - x.mean(0)  # leaves distances as they are; smaller numbers lose less to rounding below
-    norm = x.square().sum(1)
-    apart = (norm.unsqueeze(1) + norm - 2 * x @ x.T).clamp(min=0)
-    kernel = sum((-rate * apart).exp() for rate in KERNEL_RATES) / len(KERNEL_RATES)
-    others = 1 - torch.eye(n * rows, dtype=x.dtype, device=x.device)  # no row with itself
-    count = rows * rows - rows * torch.eye(n, dtype=x.dtype, device=x.device)
-    mean = (kernel * others).unflatten(1, sizes).unflatten(0, sizes).sum((1, 3)) / count.clamp(min=1)
-    own = mean.diagonal()
-    return own.unsqueeze(1) + own - 2 * mean
-
-
 class RepresentationAlignment(Algorithm):
-    """Base class: cross-entropy plus the mean distance between the representations of two source domains."""
+    """Base class: cross-entropy plus the mean distance between the representations of two source domains; 0 for one."""
 
     batches = "balanced"
     hyperparameters = {
-        "penalty_weight": Hyperparameter(
-            1.0, "weight of the mean distance of two domains against the cross-entropy", log_uniform(-1, 1)
-        ),
+        "penalty_weight": Hyperparameter(1.0, "weight of the mean distance of two domains", log_uniform(-1, 1))
     }
 
     def distances(self, representations: Tensor) -> Tensor:
-        """Representations of each domain ``[n, rows, h]`` -> distance of each pair, ``[n, n]``."""
+        """Representations of each domain ``[n, rows, h]`` -> distance of each pair, ``[n, n]``, 0 on the diagonal."""
         raise NotImplementedError
 
     def loss(self, params, batch, state, noise):
         representation = self.representation(params, batch.features)
         error = F.cross_entropy(self.head(params, representation), batch.labels)
-        penalty = mean_over_pairs(self.distances(self.by_domain(representation)))
-        return error + self.penalty_weight * penalty, {}
+        distances, n = self.distances(self.by_domain(representation)), self.setup.domains
+        return error + self.penalty_weight * distances.sum() / max(n * (n - 1), 1), {}
 
 
 @register
@@ -88,7 +42,11 @@ class CORAL(RepresentationAlignment):
     """
 
     def distances(self, representations):
-        return moment_distances(representations)
+        mean = representations.mean(1, keepdim=True)
+        centred = representations - mean
+        covariance = centred.mT @ centred / max(representations.shape[1] - 1, 1)
+        of_means = (mean - mean.movedim(1, 0)).square().mean(-1)
+        return of_means + (covariance.unsqueeze(1) - covariance).square().mean((-2, -1))
 
 
 @register
@@ -100,15 +58,24 @@ class MMD(RepresentationAlignment):
     hidden layer. Of the paper's adversarial autoencoder only this term is kept, as in DomainBed, whose rates g these
     are: there is no decoder and no prior on the code here.
 
-    Two deviations from DomainBed. It takes the biased estimate (a row's kernel with itself counts), which is positive
-    for equal distributions and falls as all rows come together; with it and a weight of 1 the narrow layers trained
-    here from a random start collapsed to a point on synthetic features. Gretton et al.'s unbiased estimate has no such
-    slope. And it adds the kernels up; here is their mean, k(x, x) = 1, so that its weight 1 is a `penalty_weight` of 7:
-    the default and the search are 1/7 of DomainBed's.
+    Two deviations from DomainBed. It takes the biased estimate (a row's kernel with itself counts), which falls as all
+    rows come together: with it the narrow layers trained here from a random start collapsed to a point. Gretton et
+    al.'s unbiased estimate, sometimes negative, has no such slope. And it adds the kernels up; here is their mean, k(x,
+    x) = 1, so that its weight 1 is a `penalty_weight` of 7: the default and the search are 1/7 of DomainBed's.
     """
 
     def distances(self, representations):
-        return kernel_distances(representations)
+        n, rows = sizes = representations.shape[:2]
+        x = representations.flatten(0, 1)
+        x = x - x.mean(0)  # leaves distances as they are; smaller numbers lose less to rounding below
+        norm = x.square().sum(1)
+        apart = (norm.unsqueeze(1) + norm - 2 * x @ x.T).clamp(min=0)
+        kernel = sum((-rate * apart).exp() for rate in KERNEL_RATES) / len(KERNEL_RATES)
+        others = 1 - torch.eye(n * rows, dtype=x.dtype, device=x.device)  # no row with itself
+        count = rows * rows - rows * torch.eye(n, dtype=x.dtype, device=x.device)
+        mean = (kernel * others).unflatten(1, sizes).unflatten(0, sizes).sum((1, 3)) / count.clamp(min=1)
+        own = mean.diagonal()
+        return own.unsqueeze(1) + own - 2 * mean
 
 
 @register
@@ -124,9 +91,7 @@ class Mixup(Algorithm):
 
     batches = "balanced"
     hyperparameters = {
-        "alpha": Hyperparameter(
-            0.2, "both parameters of the Beta distribution of the share: near 0 = no mixing", log_uniform(-1, 1)
-        ),
+        "alpha": Hyperparameter(0.2, "both parameters of the share's Beta: near 0 = no mixing", log_uniform(-1, 1))
     }
 
     def draw(self, draw, rows):
@@ -151,22 +116,15 @@ class Mixup(Algorithm):
 def head_gradients(representation: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Gradient of each row's cross-entropy by the weights and bias of the last layer: (softmax − one-hot) ⊗ (z, 1).
 
-    Args:
-        representation: z, ``[B, h]``.
-        logits: ``[B, classes]``.
-        labels: ``[B]``.
-
-    Returns:
-        ``[B, classes · (h + 1)]``.
+    From z ``[B, h]``, logits ``[B, classes]`` and labels ``[B]``: ``[B, classes · (h + 1)]``.
     """
-    right = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=labels.device)
-    error = logits.softmax(1) - right.to(logits)
+    error = logits.softmax(1) - one_hot(labels, logits.shape[1], logits)
     inputs = torch.cat([representation, torch.ones_like(representation[:, :1])], dim=1)
     return (error.unsqueeze(2) * inputs.unsqueeze(1)).flatten(1)
 
 
 @register
-class Fishr(Algorithm):
+class Fishr(Switching):
     """Gradient variances made alike across domains (Rame, Dancette & Cord, ICML 2022).
 
     Minimizes cross-entropy + penalty_weight · mean over domains and entries of (v_d − v̄)², v̄ the mean of the v_d.
@@ -178,16 +136,12 @@ class Fishr(Algorithm):
     restarted, after `anneal` of the training; variances are remembered from the first step on.
     """
 
-    batches = "balanced"
     hyperparameters = {
-        "penalty_weight": Hyperparameter(
-            1000.0, "weight of the difference of the variances against the cross-entropy", log_uniform(1, 4)
-        ),
-        "anneal": Hyperparameter(
-            1500 / 5001, "fraction of the training before the penalty begins", uniform(0, 5000 / 5001)
-        ),
+        "penalty_weight": Hyperparameter(1000.0, "weight of the variances' difference", log_uniform(1, 4)),
+        "anneal": Hyperparameter(1500 / 5001, "fraction before the penalty begins", uniform(0, 5000 / 5001)),
         "ema": Hyperparameter(0.95, "fraction of the remembered variances kept at each step", uniform(0.9, 0.99)),
     }
+    switches = ("anneal",)
 
     def initial_state(self, params):
         weight = params[f"layers.{len(self.setup.hidden_sizes)}.weight"]
@@ -200,7 +154,5 @@ class Fishr(Algorithm):
         rows = self.by_domain(head_gradients(representation, logits, batch.labels))
         variances = self.ema * state["variances"] + rows.var(1, correction=0)
         penalty = (variances - variances.mean(0)).square().mean()
-        begin = round(self.anneal * self.setup.steps)
-        weight = torch.where(state["step"] >= begin, self.penalty_weight, 0.0).to(penalty)
-        changes = {"variances": variances.detach(), "adam": restart_where(state["step"] == begin, state["adam"])}
-        return F.cross_entropy(logits, batch.labels) + weight * penalty, changes
+        weight = self.switched("anneal", state, 0.0, self.penalty_weight)
+        return F.cross_entropy(logits, batch.labels) + weight * penalty, {"variances": variances.detach()}

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from field.algorithms.base import Algorithm, Hyperparameter, State, choice, flatten, unflatten, uniform
-from field.algorithms.registry import register
+from field.algorithms.base import Algorithm, Hyperparameter, State, choice, register, uniform
+from field.algorithms.parts import flatten, unflatten
 
 
 @register
@@ -18,7 +18,7 @@ class WeightAverage(Algorithm):
     Arpit et al. begin at step 100 of 5001; here it is the same fraction of the training, but never before the first
     step: they begin with a pretrained network, here the classifier's start is random. Their ensemble of several such
     averages is not formed: each seed predicts alone. The state "average" is the vector of weights that predicts, in the
-    order of `flatten`.
+    order of `flatten`. Averaging begins as in the paper; the authors' code begins one step earlier, with θ_t₀₋₁.
     """
 
     hyperparameters = {
@@ -73,7 +73,7 @@ class SWAD(Algorithm):
         "n_converge": Hyperparameter(3, "averaging starts at a validation whose loss is the smallest of this many"),
         "n_tolerance": Hyperparameter(6, "averaging ends when this many validations are all above the threshold"),
         "tolerance_ratio": Hyperparameter(
-            0.3, "threshold above the loss at the start of averaging, as a fraction of it", choice(0.2, 0.3)
+            0.3, "threshold above the loss at the start, as its fraction", choice(0.2, 0.3)
         ),
     }
 
@@ -130,13 +130,7 @@ class SWAD(Algorithm):
         }
 
     def valley(self, losses: Tensor, now: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Start of the valley and its threshold, after the newest validation.
-
-        Args:
-            losses: of the last validations, ``[Q]``, oldest first.
-            now: number of the newest, from 0.
-            state: before it.
-        """
+        """Start of the valley and its threshold, after validation `now`; losses of the last ones, ``[Q]``."""
         window = losses[-self.n_converge :]
         found = (state["start"] < 0) & (now + 1 >= self.n_converge) & (window[0] <= window.min())
         threshold = (1 + self.tolerance_ratio) * window.mean()

@@ -1,4 +1,4 @@
-"""What all methods share: hyperparameters, Adam, and the `Algorithm` that every method extends.
+"""What all methods share: hyperparameters, the `Algorithm` that every method extends, and the methods by name.
 
 Everything a method does in a step is a pure function of one network: tensors in, tensors out, nothing kept on the
 object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that S seeds train at once. Therefore
@@ -11,17 +11,18 @@ object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that S see
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
 from config import InputError, Settings
 from engine import Batch, Params
+from field.algorithms.parts import State, adam, adam_state, linear
 
-State = dict[str, Any]  # of one network: name -> tensor, or such a dictionary
 Noise = dict[str, Tensor]  # random numbers of one network and one step
 
 
@@ -48,6 +49,11 @@ def log_uniform(low: float, high: float) -> Callable[[np.random.Generator], floa
 def uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
     """``U(low, high)``."""
     return lambda rng: float(rng.uniform(low, high))
+
+
+def power_of_two(low: float, high: float) -> Callable[[np.random.Generator], int]:
+    """``2 ** U(low, high)``, rounded down."""
+    return lambda rng: int(2 ** rng.uniform(low, high))
 
 
 def choice(*values: float | int | str) -> Callable[[np.random.Generator], float | int | str]:
@@ -112,6 +118,7 @@ class Algorithm:
     """
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        # DomainBed draws from 10^U(-5, -3.5) around its default of 5e-5: around this default that is 10^U(-3.7, -2.2)
         "learning_rate": Hyperparameter(1e-3, "learning rate of Adam", log_uniform(-4, -2)),
         "weight_decay": Hyperparameter(0.0, "L2 penalty inside Adam", log_uniform(-6, -2)),
     }
@@ -149,20 +156,11 @@ class Algorithm:
     # Drawn once or per step, outside of vmap.
 
     def extra_parameters(self, draw: torch.Generator) -> Params:
-        """Parameters that are trained beside the classifier's (an adversary, masks, experts): float32, CPU.
-
-        Args:
-            draw: the `noise` stream of the seed.
-        """
+        """Parameters trained beside the classifier's: float32, CPU; `draw` is the `noise` stream of the seed."""
         return {}
 
     def draw(self, draw: torch.Generator, rows: int) -> Noise:
-        """Random numbers of one step: float32 or int64, CPU; the same shapes in every step with the same `rows`.
-
-        Args:
-            draw: the `noise` stream of the seed.
-            rows: B, images in the batch.
-        """
+        """Random numbers of a step: float32 or int64, CPU; shapes depend on nothing but the batch's `rows`."""
         return {}
 
     # Pure functions of one network, run under vmap.
@@ -176,53 +174,39 @@ class Algorithm:
         return params
 
     def loss(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Tensor, State]:
-        """What is minimized.
-
-        Returns:
-            The loss (scalar), and the entries of the state that change (``{}`` if none).
-        """
+        """What is minimized: the loss (scalar), and the entries of the state that change (``{}`` if none)."""
         return F.cross_entropy(self.forward(params, batch.features), batch.labels), {}
 
     def gradients(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Params, Tensor, State]:
-        """Direction of the step.
-
-        Returns:
-            Gradient by parameter name, the loss (scalar), and the entries of the state that change.
+        """Direction of the step: gradient by parameter name, the loss, and the entries of the state that change.
 
         Raises:
             InputError: `loss` does not return a pair.
         """
 
-        def loss_and_changes(p: Params) -> tuple[Tensor, State]:
+        def checked(p: Params) -> tuple[Tensor, State]:
             found = self.loss(p, batch, state, noise)
             if not isinstance(found, tuple):
-                raise InputError(
-                    f"{type(self).__name__}.loss must return the loss and changes of the state: loss, {{}}."
-                )
+                name = type(self).__name__
+                raise InputError(f"{name}.loss must return the loss and changes of the state: loss, {{}}.")
             return found
 
-        gradient, (loss, changes) = self.gradient_of(loss_and_changes, params)
+        gradient, (loss, changes) = grad_and_value(checked, has_aux=True)(params)
         return gradient, loss, changes
 
-    def update(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Params, State, Tensor]:
-        """One step.
+    def rate(self, state: State) -> float | Tensor:
+        """Learning rate of this step."""
+        return self.learning_rate
 
-        Returns:
-            New parameters, the whole new state, and the loss before the step.
-        """
+    def update(self, params: Params, batch: Batch, state: State, noise: Noise) -> tuple[Params, State, Tensor]:
+        """One step: new parameters, the whole new state, and the loss before the step."""
         gradient, loss, changes = self.gradients(params, batch, state, noise)
         state = {**state, **changes}
-        new, moments = adam(params, gradient, state["adam"], self.learning_rate, self.weight_decay)
+        new, moments = adam(params, gradient, state["adam"], self.rate(state), self.weight_decay)
         return new, {**state, "adam": moments, "step": state["step"] + 1}, loss
 
     def validated(self, params: Params, state: State, loss: Tensor) -> State:
-        """Entries of the state that change after a validation.
-
-        Args:
-            params: current parameters.
-            state: current state.
-            loss: mean cross-entropy of `forward` on the sources' `out` split, a scalar.
-        """
+        """Entries of the state that change after a validation; `loss`: `forward`'s mean on the sources' `out` split."""
         return {}
 
     def logits(self, params: Params, state: State, features: Tensor) -> Tensor:
@@ -238,13 +222,12 @@ class Algorithm:
     def representation(self, params: Params, features: Tensor) -> Tensor:
         """Activations of the last hidden layer: ``[*, D]`` -> ``[*, h]``."""
         for i in range(len(self.setup.hidden_sizes)):
-            features = torch.relu(F.linear(features, params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]))
+            features = torch.relu(linear(params, f"layers.{i}", features))
         return features
 
     def head(self, params: Params, representation: Tensor) -> Tensor:
         """The last layer: ``[*, h]`` -> ``[*, classes]``."""
-        last = len(self.setup.hidden_sizes)
-        return F.linear(representation, params[f"layers.{last}.weight"], params[f"layers.{last}.bias"])
+        return linear(params, f"layers.{len(self.setup.hidden_sizes)}", representation)
 
     def forward(self, params: Params, features: Tensor) -> Tensor:
         """The classifier: ``[*, D]`` -> logits ``[*, classes]``."""
@@ -259,25 +242,14 @@ class Algorithm:
         losses = F.cross_entropy(self.forward(params, batch.features), batch.labels, reduction="none")
         return self.by_domain(losses).mean(1)
 
+    def gradient_on(self, params: Params, features: Tensor, labels: Tensor) -> tuple[Params, Tensor]:
+        """Gradient, by name, of the mean cross-entropy on some rows; and that loss."""
+        return grad_and_value(lambda p: F.cross_entropy(self.forward(p, features), labels))(params)
+
     def domain_gradients(self, params: Params, batch: Batch) -> tuple[Params, Tensor]:
         """Gradients of the domains' losses in a balanced batch: name -> ``[domains, *shape]``; and the losses."""
-
-        def loss(p: Params, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            value = F.cross_entropy(self.forward(p, features), labels)
-            return value, value
-
-        each = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0, 0))
+        each = vmap(self.gradient_on, in_dims=(None, 0, 0))
         return each(params, self.by_domain(batch.features), self.by_domain(batch.labels))
-
-    @staticmethod
-    def gradient_of(loss: Callable[[Params], tuple[Tensor, State]], params: Params) -> tuple[Params, tuple]:
-        """Gradient, by name, of a function ``params -> (loss, anything)``; and what the function returned."""
-
-        def both(p: Params) -> tuple[Tensor, tuple]:
-            value, rest = loss(p)
-            return value, (value, rest)
-
-        return torch.func.grad(both, has_aux=True)(params)
 
     @property
     def classifier_names(self) -> tuple[str, ...]:
@@ -291,61 +263,43 @@ class Algorithm:
         return classifier, {name: value for name, value in params.items() if name not in classifier}
 
 
-def linear_start(shape: tuple[int, ...], inputs: int, draw: torch.Generator) -> Tensor:
-    """Initial weights or biases of PyTorch's linear layers: uniform within 1/sqrt(inputs) of 0."""
-    return (2 * torch.rand(shape, generator=draw) - 1) / inputs**0.5
+ALGORITHMS: dict[str, type[Algorithm]] = {}
 
 
-def flatten(params: Params) -> Tensor:
-    """All numbers of a dictionary of tensors in one vector, in the order of the dictionary."""
-    return torch.cat([value.flatten() for value in params.values()])
+def register(algorithm: type[Algorithm]) -> type[Algorithm]:
+    """Make a class known by its name; a decorator.
 
-
-def unflatten(flat: Tensor, like: Params) -> Params:
-    """Inverse of `flatten`."""
-    parts = flat.split([value.numel() for value in like.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
-
-
-def adam_state(params: Params) -> State:
-    """Moments of Adam before the first step."""
-    zeros = torch.zeros_like(flatten(params))
-    return {"mean": zeros, "square": zeros.clone(), "count": zeros.new_zeros(())}
-
-
-def adam(
-    params: Params,
-    gradient: Params,
-    state: State,
-    learning_rate: float | Tensor,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> tuple[Params, State]:
-    """One step of Adam (Kingma & Ba 2015) as a pure function, equal to `torch.optim.Adam`'s.
-
-    Args:
-        params: parameters.
-        gradient: by name, for at least the names of `params`.
-        state: of `adam_state` or the last step.
-        learning_rate: a number, or a scalar tensor.
-        weight_decay: L2, added to the gradient.
-        betas: decay of the two moments.
-
-    Returns:
-        New parameters and new state.
+    Raises:
+        InputError: a class of another module has that name.
     """
-    old = flatten(params)
-    g = flatten({name: gradient[name] for name in params})
-    if weight_decay:
-        g = g + weight_decay * old
-    count = state["count"] + 1
-    mean = betas[0] * state["mean"] + (1 - betas[0]) * g
-    square = betas[1] * state["square"] + (1 - betas[1]) * g * g
-    denominator = (square / (1 - betas[1] ** count)).sqrt() + 1e-8
-    new = old - learning_rate * (mean / (1 - betas[0] ** count)) / denominator
-    return unflatten(new, params), {"mean": mean, "square": square, "count": count}
+    there = ALGORITHMS.get(algorithm.__name__)
+    if there and there.__module__ != algorithm.__module__:  # same module: its notebook cell was run again
+        raise InputError(f"The name '{algorithm.__name__}' is taken by a method in {there.__module__}.")
+    ALGORITHMS[algorithm.__name__] = algorithm
+    return algorithm
 
 
-def restart_where(condition: Tensor, state: State) -> State:
-    """Moments of Adam, reset to zero where `condition` (bool, scalar) holds, as in a new optimizer."""
-    return {name: torch.where(condition, torch.zeros_like(value), value) for name, value in state.items()}
+def find(name: str) -> type[Algorithm]:
+    """The class with that name.
+
+    Raises:
+        InputError: there is none; the message lists the names.
+    """
+    if name == "Ensemble":
+        raise InputError("Ensemble is not trained: every comparison with ERM reports the ensemble of its networks.")
+    if name not in ALGORITHMS:
+        known = ", ".join(sorted(ALGORITHMS))
+        raise InputError(f"There is no method '{name}'; there are {known}, and yours as FILE.py:NAME.")
+    return ALGORITHMS[name]
+
+
+@register
+class ERM(Algorithm):
+    """Empirical risk minimization (Vapnik 1998): mean cross-entropy over all source images."""
+
+
+@register
+class ERMBalanced(Algorithm):
+    """`ERM` on balanced batches: the baseline of every method that needs equally many rows of each domain."""
+
+    batches = "balanced"

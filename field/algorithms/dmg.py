@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import InputError
-from field.algorithms.base import Algorithm, Batch, Hyperparameter, Params, adam, adam_state, log_uniform, uniform
-from field.algorithms.registry import register
+from engine import Batch, Params
+from field.algorithms.base import Algorithm, Hyperparameter, log_uniform, register, uniform
+from field.algorithms.parts import adam, adam_state, linear, one_hot
 
 
 @register
@@ -31,8 +32,9 @@ class DMG(Algorithm):
     Differences from the authors' code: it masks a few wide layers of a network that is trained as a whole, here every
     layer of the narrow classifier is masked, because the rest is frozen. Their initial p of about 0.62 (`initial` =
     "random_uniform") or 0.73 (a scalar logit of 1) would leave little of the signal after six layers of ten units: on
-    separable data such a classifier learned late or not at all. So the initial logit is 3 (p = 0.95). Their learning
-    rates shrink by 1 per cent per epoch; here they are constant, as in all methods. Their accuracy on the sources, by
+    separable data such a classifier learned late or not at all. So the initial logit is 3 (p = 0.95). The learning
+    rate of their network, not that of their masks, shrinks by 1 per cent per epoch; here both are constant, as in all
+    methods. Their accuracy on the sources, by
     which an epoch is chosen, uses the hard mask (p > 1/2) of the image's own domain; here the predictor that is tested,
     the mean over the domains, is the one that is validated. Their weight decay of 1e-5 is 0 by default, as in the
     baseline. The weights of the two penalties are theirs for PACS. The sparsity term is a sum, like theirs: its scale
@@ -81,20 +83,13 @@ class DMG(Algorithm):
     def sampled_forward(self, params: Params, keep: Params, batch: Batch, numbers: Tensor) -> Tensor:
         """Logits ``[B, classes]``, each image with a mask drawn for its domain.
 
-        Args:
-            params: of the network.
-            keep: p of each layer's inputs, ``[domains, width]``.
-            batch: B images.
-            numbers: uniform in [0, 1), ``[B, sum of the widths]``.
+        `keep` is p of each layer's inputs, ``[domains, width]``; `numbers` are uniform, ``[B, sum of the widths]``.
         """
-        # Row of p by a product: the gradient of indexing is summed in no fixed order on a GPU.
-        own = (batch.domains.unsqueeze(1) == torch.arange(self.setup.domains, device=numbers.device)).to(numbers)
+        own = one_hot(batch.domains, self.setup.domains, numbers)
         x, last = batch.features, len(self.setup.hidden_sizes)
         draws = numbers.split(list(self.masked_widths.values()), dim=1)
         for i, (name, u) in enumerate(zip(self.masked_widths, draws, strict=True)):
-            x = F.linear(
-                x * straight_through(own @ keep[name], u), params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]
-            )
+            x = linear(params, f"layers.{i}", x * straight_through(own @ keep[name], u))
             x = torch.relu(x) if i < last else x
         return x
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from field.algorithms.base import Algorithm, Hyperparameter, Params, choice, linear_start, log_uniform, uniform
-from field.algorithms.registry import register
+from engine import Params
+from field.algorithms.base import Algorithm, Hyperparameter, choice, log_uniform, register, uniform
+from field.algorithms.parts import linear, linear_start, new_linear, one_hot
 
 
 class MixtureOfExperts(Algorithm):
@@ -16,17 +17,16 @@ class MixtureOfExperts(Algorithm):
         logits(x) = classifier(x) + sum over the chosen experts e of gate_e(x) * expert_e(x)
 
     In the original a mixture replaces the feedforward layer of a transformer block, beside a residual connection. Here
-    the backbone is frozen: the mixture stands beside the classifier, which is the path that all images share. As there,
-    an expert is a feedforward layer, D -> h -> classes, with h the width of the classifier's last hidden layer and with
-    ReLU, as in the classifier. A router scores the experts for x; the softmax of the scores gives probabilities, and
-    the `chosen` most probable experts are used. The objective is
+    the backbone is frozen: the mixture stands beside the classifier, the path that all images share. An expert is a
+    feedforward layer, D -> h -> classes, with h the width of the classifier's last hidden layer and with ReLU. A router
+    scores the experts for x; the softmax of the scores gives probabilities, and the `chosen` most probable experts are
+    used. The objective is
         cross-entropy + `balance_weight` * E² * mean over e of density_e * proxy_e
     with density_e the fraction of the batch whose most probable expert is e, and proxy_e its mean probability, after
     the noise (Lepikhin et al. 2021, ICLR, "GShard"): the sum is 1 if the load is uniform, E if one expert takes all.
 
-    In training only, `gate_noise` / E times standard normal noise is added to the scores. The capacity of an expert is
-    not limited: the original's limit is for experts on separate machines, and its batches hold image patches, not a few
-    images. All experts are computed; those not chosen get the weight 0 and hence no gradient.
+    In training only, `gate_noise` / E times standard normal noise is added to the scores. The original limits the
+    capacity of an expert, which is for experts on separate machines. All are computed; those not chosen weigh 0.
     """
 
     routed = True
@@ -41,10 +41,8 @@ class MixtureOfExperts(Algorithm):
     def extra_parameters(self, draw):
         features, classes, hidden = self.setup.features, self.setup.classes, self.setup.hidden_sizes[-1]
         return {
-            "experts.0.weight": linear_start((self.experts, hidden, features), features, draw),
-            "experts.0.bias": linear_start((self.experts, hidden), features, draw),
-            "experts.1.weight": linear_start((self.experts, classes, hidden), hidden, draw),
-            "experts.1.bias": linear_start((self.experts, classes), hidden, draw),
+            **new_linear("experts.0", (self.experts, hidden), features, draw),
+            **new_linear("experts.1", (self.experts, classes), hidden, draw),
             **self.router_parameters(draw),
         }
 
@@ -75,19 +73,12 @@ class MixtureOfExperts(Algorithm):
 
     def mixed(self, params: Params, features: Tensor, gates: Tensor) -> Tensor:
         """Logits of the classifier plus those of the experts weighted by `gates` ``[N, E]``."""
-        experts = self.expert_logits(params, features)
-        return super().forward(params, features) + torch.einsum("ne,nec->nc", gates, experts)
-
-    def expert_logits(self, params: Params, features: Tensor) -> Tensor:
-        """Logits of each expert: ``[N, D]`` -> ``[N, E, classes]``."""
         hidden = torch.einsum("nd,ehd->neh", features, params["experts.0.weight"]) + params["experts.0.bias"]
-        return torch.einsum("neh,ech->nec", hidden.relu(), params["experts.1.weight"]) + params["experts.1.bias"]
+        each = torch.einsum("neh,ech->nec", hidden.relu(), params["experts.1.weight"]) + params["experts.1.bias"]
+        return super().forward(params, features) + torch.einsum("ne,nec->nc", gates, each)
 
     def routing(self, params, features):
-        """Share of each expert in the prediction of each image: ``[N, D]`` -> ``[N, E]``, rows sum to one.
-
-        These are the gates divided by their sum; 0 for experts not chosen.
-        """
+        """Share of each expert in the prediction of each image: gates divided by their sum, ``[N, E]``."""
         gates = self.gates(self.scores(params, features).softmax(-1))
         return gates / gates.sum(-1, keepdim=True)
 
@@ -101,10 +92,9 @@ class SFMoE(MixtureOfExperts):
     of four experts are used, with the gates g_e / (sum of the chosen g + 1e-9), g being the probabilities.
 
     Differences from the authors' code: there the second expert is dropped at random (kept with probability gate / 0.2),
-    even in prediction, which would make a prediction depend on chance; here it is always used. There W starts with
-    standard normal numbers, which on D features of size one makes the gates 0 or 1 from the start; here it starts like
-    a linear layer. With `chosen` = 1 all gates would be 1 and the router would learn from the auxiliary loss alone, so
-    `chosen` is not searched.
+    even in prediction; here it is always used. There W starts with standard normal numbers, with which the gates would
+    be 0 or 1 from the start; here like a linear layer. With `chosen` = 1 all gates would be 1 and the router would
+    learn from the auxiliary loss alone, so `chosen` is not searched.
     """
 
     hyperparameters = {
@@ -134,8 +124,8 @@ class GMoE(MixtureOfExperts):
     chosen. If several are chosen, the gates are divided by their sum, as in the original's library.
 
     Differences from the authors' code: W maps to `router_width` = 32 numbers, not 256, with which the router would have
-    more weights than all experts together; v_e starts like a linear layer's weights; the experts have no dropout; both
-    methods use the auxiliary loss of `MixtureOfExperts`, whatever the original's library uses.
+    more weights than all experts; v_e starts like a linear layer's weights; the experts have no dropout; both methods
+    use the auxiliary loss of `MixtureOfExperts`.
     """
 
     hyperparameters = {
@@ -147,8 +137,7 @@ class GMoE(MixtureOfExperts):
     def router_parameters(self, draw):
         features, width = self.setup.features, self.router_width
         return {
-            "router.weight": linear_start((width, features), features, draw),
-            "router.bias": linear_start((width,), features, draw),
+            **new_linear("router", (width,), features, draw),
             "router.experts": linear_start((self.experts, width), width, draw),
             "router.sharpness": torch.full((), log(1 / 0.5)),  # log of 1/tau
         }
@@ -158,27 +147,25 @@ class GMoE(MixtureOfExperts):
         return gates if min(self.chosen, self.experts) == 1 else gates / gates.sum(-1, keepdim=True)
 
     def scores(self, params, features):
-        here = F.normalize(F.linear(features, params["router.weight"], params["router.bias"]), dim=-1)
+        here = F.normalize(linear(params, "router", features), dim=-1)
         there = F.normalize(params["router.experts"], dim=-1)
         return here @ there.T * params["router.sharpness"].clamp(max=log(1 / 0.01)).exp()
 
 
 def keep_largest(probabilities: Tensor, k: int) -> Tensor:
     """The `k` largest of each row of ``[N, E]``; the others 0."""
-    places = torch.arange(probabilities.shape[-1], device=probabilities.device)
     chosen = probabilities.topk(k, dim=-1).indices
-    return probabilities * (chosen.unsqueeze(-1) == places).any(-2).to(probabilities)
+    return probabilities * one_hot(chosen, probabilities.shape[-1], probabilities).sum(-2)
 
 
 def load_balance(probabilities: Tensor) -> Tensor:
     """E² * mean over experts of (fraction of rows in which it is the most probable) * (mean probability), a scalar.
 
-    Args:
-        probabilities: ``[N, E]``; the gradient reaches them through the mean probability alone.
+    The gradient reaches the probabilities ``[N, E]`` through their mean alone.
     """
     count = probabilities.shape[-1]
-    first = probabilities.argmax(-1, keepdim=True) == torch.arange(count, device=probabilities.device)
-    return count**2 * (first.to(probabilities).mean(0) * probabilities.mean(0)).mean()
+    first = one_hot(probabilities.argmax(-1), count, probabilities)
+    return count**2 * (first.mean(0) * probabilities.mean(0)).mean()
 
 
 def expert_use(routing: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -186,8 +173,8 @@ def expert_use(routing: Tensor, groups: Tensor, count: int) -> Tensor:
 
     Args:
         routing: see `Algorithm.routing`, ``[N, E]``.
-        groups: number of each image's group, int64 ``[N]`` (its domain, its class, or domain * classes + class).
+        groups: number of each image's group, int64 ``[N]``: its domain, its class, or a cell of both.
         count: number of groups.
     """
-    member = (groups.unsqueeze(0) == torch.arange(count, device=groups.device).unsqueeze(1)).to(routing)
+    member = one_hot(groups, count, routing).T
     return member @ routing / member.sum(1, keepdim=True)

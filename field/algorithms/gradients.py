@@ -5,19 +5,9 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from field.algorithms.base import (
-    Algorithm,
-    Hyperparameter,
-    Noise,
-    Params,
-    State,
-    choice,
-    flatten,
-    log_uniform,
-    unflatten,
-    uniform,
-)
-from field.algorithms.registry import register
+from engine import Params
+from field.algorithms.base import Algorithm, Hyperparameter, Noise, State, choice, log_uniform, register, uniform
+from field.algorithms.parts import flatten, unflatten
 from models import FeedforwardClassifier
 
 
@@ -36,8 +26,6 @@ class DomainGradients(Algorithm):
 
         Args:
             each: gradients, name -> ``[domains, *shape]``, in the order of `classifier_names`.
-            state: before the step.
-            noise: of the step.
 
         Returns:
             Direction by name, and the entries of the state that change.
@@ -67,11 +55,10 @@ class AgrSum(DomainGradients):
 class AgrRand(AgrSum):
     """Gradient surgery "Agr-Rand" (Mansilla, Echeveste, Milone & Ferrante, ICCV 2021).
 
-    `AgrSum`, but components that disagree are drawn from a normal distribution, so that no weight stays where it is.
-    Its standard deviation is, as in the authors' code, the mean absolute value of the summed components that agree,
-    over all parameters. If there are none it is zero here; in that code NaN. Components that are zero in all domains
-    agree here, as in the paper's equation; in that code they are drawn, which moves the weights of dead units at
-    random.
+    `AgrSum`, but components that disagree are drawn from a normal distribution, whose standard deviation is, as in the
+    authors' code, the mean absolute value of the summed components that agree, over all parameters (zero if there are
+    none; in that code NaN). Components that are zero in all domains agree, as in the paper's equation; in that code
+    they are drawn, which moves the weights of dead units at random.
     """
 
     def draw(self, draw, rows):
@@ -112,12 +99,10 @@ class SANDMask(ANDMask):
     `ANDMask` with a continuous mask max(0, tanh(k (|mean of the signs| − τ) / σ²)), where σ² is the variance of the
     component over domains (n − 1 in the denominator): the better the magnitudes also agree, the closer it is to 1.
 
-    The formula is the authors' own in DomainBed. Its default τ = 1 makes every mask zero, so that nothing is ever
-    learned: |mean of the signs| is at most 1. The default here is 0.5, the middle of the search range; with two or
-    three domains it requires the same sign in all of them (of three, one may be exactly zero). If the variance is zero,
-    the mask is its limit, 1 above τ and 0 elsewhere (in DomainBed NaN becomes 1e-17). σ² is not relative: gradients of
-    softmax networks are small, so with the default k most masks are near 0 or 1, and only orders of magnitude of k
-    matter.
+    The formula is the authors' own in DomainBed. Its default τ = 1 makes every mask zero: nothing is ever learned. The
+    default here is 0.5, the middle of the search range; two or three domains must then agree (of three, one may be
+    zero). If the variance is zero, the mask is its limit, 1 above τ and 0 elsewhere (in DomainBed NaN becomes 1e-17).
+    σ² is not relative: gradients of softmax networks are small, so most masks are near 0 or 1 with the default k.
     """
 
     hyperparameters = {
@@ -180,9 +165,8 @@ class PCGrad(Projection):
     so far, and the *original* gradient of the other is negative, the component along the latter is removed. A gradient
     is the whole parameter vector. The step follows the sum over domains (Algorithm 1 of the paper), not the mean.
 
-    Each of these tests is also recorded per parameter tensor (see `Projection`), with the parts of both gradients in
-    that tensor; the projection itself depends on the whole vectors alone. An inner product that is zero up to rounding
-    is not a conflict (see `projection`).
+    The tests are also recorded per parameter tensor (see `Projection`), with the parts of both gradients in it. An
+    inner product that is zero up to rounding is not a conflict (see `projection`).
     """
 
     def draw(self, draw, rows):
@@ -223,11 +207,9 @@ class CorGrad(Projection):
     domains.
 
     Deviations. An inner product that is zero up to rounding is not a conflict (see `projection`): after g₁ was made
-    orthogonal to g₂, the test of g₂ against g₁ is such a zero, whose sign the authors' code leaves to chance; if two
-    opposite chunks hold one number each, chance then decides whether g₂ is also lost. A norm that is one standard
-    deviation away up to rounding is not an outlier: with two domains this holds for both, so there are no outliers. The
-    authors keep both hyperparameters fixed; the random search is ours (their commands for PACS have alpha = 0.6). With
-    alpha = 1, their default, outliers stay as they are.
+    orthogonal to g₂, the test of g₂ against g₁ is such a zero, whose sign the authors' code leaves to chance. A norm
+    that is one standard deviation away up to rounding is not an outlier: so with two domains there are none. The
+    authors keep both hyperparameters fixed; the random search is ours (their commands for PACS have alpha = 0.6).
     """
 
     hyperparameters = {
@@ -279,14 +261,12 @@ def projection(inner: Tensor, own: Tensor, other: Tensor, limit: Tensor) -> tupl
 
     Args:
         inner: inner product of the two.
-        own: norm of the gradient.
-        other: norm of the other.
-        limit: product of the norms that both had before any projection. It is the scale of the rounding error: what is
-            left after projection can be mere rounding error, and then an angle to it is meaningless.
+        own, other: norms of the gradient and of the other.
+        limit: product of the norms that both had before any projection: the scale of the rounding error. What is left
+            after projection can be mere rounding error, and then an angle to it is meaningless.
 
     Returns:
-        Factor on the other gradient to subtract, whether there is a conflict, and |cosine|. Both numbers are 0 if there
-        is no conflict.
+        Factor on the other gradient to subtract, whether there is a conflict, and |cosine|; without one both are 0.
     """
     found = (inner < -rounding(inner) * limit) & (own > 0) & (other > 0)
     one, zero = torch.ones_like(inner), torch.zeros_like(inner)

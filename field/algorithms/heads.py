@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import InputError
-from field.algorithms.base import Algorithm, Hyperparameter, Params, choice, linear_start
-from field.algorithms.registry import register
+from engine import Params
+from field.algorithms.base import Algorithm, Hyperparameter, choice, register
+from field.algorithms.parts import linear, new_linear, one_hot
 
 
 @register
@@ -24,12 +25,10 @@ class MTL(Algorithm):
     has its own parameters, "wide_head", for twice the inputs; the classifier's last layer gets no gradient.
 
     As in DomainBed, `ema` is the weight of the new mean: at 0.99, μ_d is almost the mean of the last batch.
-
-    Differences from DomainBed: its code overwrites the embedding with random numbers before the head reads it, which
-    makes it mere noise; here the head reads the embedding, as the paper intends. At test time it embeds the current
-    batch, so that a prediction depends on the other rows; here an image is predicted on its own, with the mean of μ_d
-    over the source domains in place of its own domain's embedding, which leaves out the paper's adaptation to the
-    target. The mean over the domains is minimized, not the sum, which is the same for Adam without weight decay.
+    Differences: its code overwrites the embedding with random numbers before the head reads it; here the head reads the
+    embedding, as the paper intends. At test time it embeds the current batch, so that a prediction depends on the other
+    rows; here an image is predicted on its own, with the mean of μ_d over the source domains, which leaves out the
+    paper's adaptation to the target. The mean over the domains is minimized, not the sum.
     """
 
     batches = "balanced"
@@ -38,11 +37,7 @@ class MTL(Algorithm):
     }
 
     def extra_parameters(self, draw):
-        inputs, classes = 2 * self.setup.hidden_sizes[-1], self.setup.classes
-        return {
-            "wide_head.weight": linear_start((classes, inputs), inputs, draw),
-            "wide_head.bias": linear_start((classes,), inputs, draw),
-        }
+        return new_linear("wide_head", (self.setup.classes,), 2 * self.setup.hidden_sizes[-1], draw)
 
     def initial_state(self, params):
         embeddings = params["wide_head.weight"].new_zeros(self.setup.domains, self.setup.hidden_sizes[-1])
@@ -59,8 +54,7 @@ class MTL(Algorithm):
 
     def wide_head(self, params: Params, representation: Tensor, embedding: Tensor) -> Tensor:
         """The last layer, on ``[*, h]`` and an embedding that expands to it: ``[*, classes]``."""
-        both = torch.cat((representation, embedding.expand_as(representation)), -1)
-        return F.linear(both, params["wide_head.weight"], params["wide_head.bias"])
+        return linear(params, "wide_head", torch.cat((representation, embedding.expand_as(representation)), -1))
 
 
 @register
@@ -74,26 +68,21 @@ class MultiHead(Algorithm):
     used.
 
     Differences from the authors' code: its heads for AlexNet are all made of the same layers, so that they are tied;
-    here each is drawn independently. Only the last layer is separate, as in its ResNets; its AlexNet may be split
-    earlier. Its accuracy on the sources, by which an epoch is chosen there, uses each image's own head; here it uses
-    the mean, which is what is tested, and is lower: each head reads the shared units in its own way, and they disagree
-    outside their domains. With one source domain it is ERM.
+    here each is drawn independently. Only the last layer is separate, as in its ResNets. Its accuracy on the sources,
+    by which an epoch is chosen, uses each image's own head; here it uses the mean, which is what is tested, and is
+    lower: the heads disagree outside their domains. With one source domain it is ERM.
     """
 
     hyperparameters = {
         "average": Hyperparameter(
-            "logits", "what is averaged over the heads: 'logits' or 'probabilities'", choice("logits", "probabilities")
+            "logits", "of the heads: 'logits' or 'probabilities'", choice("logits", "probabilities")
         )
     }
 
     def extra_parameters(self, draw):
-        domains, classes, inputs = self.setup.domains, self.setup.classes, self.setup.hidden_sizes[-1]
         if self.average not in ("logits", "probabilities"):
             raise InputError(f"`average` of MultiHead must be 'logits' or 'probabilities', not '{self.average}'.")
-        return {
-            "heads.weight": linear_start((domains, classes, inputs), inputs, draw),
-            "heads.bias": linear_start((domains, classes), inputs, draw),
-        }
+        return new_linear("heads", (self.setup.domains, self.setup.classes), self.setup.hidden_sizes[-1], draw)
 
     def every_head(self, params: Params, features: Tensor) -> Tensor:
         """Logits of each domain's head: ``[N, D]`` -> ``[N, domains, classes]``."""
@@ -102,9 +91,8 @@ class MultiHead(Algorithm):
 
     def loss(self, params, batch, state, noise):
         logits = self.every_head(params, batch.features)
-        # Each row's head by a product: the gradient of indexing is summed in no fixed order on a GPU.
-        own = batch.domains.unsqueeze(1) == torch.arange(self.setup.domains, device=batch.domains.device)
-        return F.cross_entropy(torch.einsum("nd,ndc->nc", own.to(logits), logits), batch.labels), {}
+        own = one_hot(batch.domains, self.setup.domains, logits)
+        return F.cross_entropy(torch.einsum("nd,ndc->nc", own, logits), batch.labels), {}
 
     def forward(self, params, features):
         """Mean logits of the heads, or the logarithm of their mean probabilities: ``[N, D]`` -> ``[N, classes]``."""

@@ -2,8 +2,7 @@
 
 import torch
 
-from field.algorithms.base import Algorithm, Hyperparameter, choice, uniform
-from field.algorithms.registry import register
+from field.algorithms.base import Algorithm, Hyperparameter, choice, register, uniform
 from importance import scaled_update, unimportant_rate, weight_rates
 from study import CONTROLS
 
@@ -27,13 +26,12 @@ class Masked(Algorithm):
         return super().from_settings(settings) | {"kept": float(settings.importance_threshold_percentile)}
 
     def unmarked_rate(self, epoch: int) -> float:
-        """Rate of the unmarked weights in an epoch (from 0), where they are neither frozen nor pruned."""
-        raise NotImplementedError
+        """Rate of the unmarked weights in an epoch (from 0): none where they are frozen or pruned."""
+        return 0.0
 
     def initial_state(self, params):
-        state, control = super().initial_state(params), CONTROLS[self.control]
-        fixed = control.frozen or control.prune
-        rates = [0.0 if fixed else self.unmarked_rate(epoch) for epoch in range(self.setup.epochs)]
+        state = super().initial_state(params)
+        rates = [self.unmarked_rate(epoch) for epoch in range(self.setup.epochs)]
         return {**state, "low_rates": state["adam"]["mean"].new_tensor(rates)}
 
     def begin(self, params, state):
@@ -59,13 +57,9 @@ class ImportanceMask(Masked):
 
     control = "importance"
     hyperparameters = {
-        "low_rate": Hyperparameter(
-            0.1, "initial rate of the other weights, as a fraction of the learning rate", uniform(0, 1)
-        ),
+        "low_rate": Hyperparameter(0.1, "first rate of the other weights, in learning rates", uniform(0, 1)),
         "decay": Hyperparameter(0.5, "factor on that rate after each epoch", uniform(0.1, 1)),
-        "freeze_after": Hyperparameter(
-            0.7, "fraction of the epochs after which that rate is exactly zero", uniform(0, 1)
-        ),
+        "freeze_after": Hyperparameter(0.7, "fraction of the epochs after which it is exactly zero", uniform(0, 1)),
     }
 
     @classmethod

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.nn import functional as F
 
-from field.algorithms.base import Algorithm, Batch, Hyperparameter, Noise, Params, adam, adam_state, choice, log_uniform
-from field.algorithms.registry import register
+from engine import Batch, Params
+from field.algorithms.base import Algorithm, Hyperparameter, Noise, choice, log_uniform, register
+from field.algorithms.parts import adam, adam_state
 
 
 class TwoLoops(Algorithm):
@@ -21,13 +21,6 @@ class TwoLoops(Algorithm):
         """Features ``[domains, batch_size, D]`` and labels ``[domains, batch_size]``, domains in the drawn order."""
         return self.by_domain(batch.features)[noise["order"]], self.by_domain(batch.labels)[noise["order"]]
 
-    def gradient_on(self, params: Params, features: Tensor, labels: Tensor) -> tuple[Params, Tensor]:
-        """Gradient of the mean cross-entropy on one domain's rows, and that loss."""
-        gradient, (loss, _) = self.gradient_of(
-            lambda p: (F.cross_entropy(self.forward(p, features), labels), {}), params
-        )
-        return gradient, loss
-
 
 @register
 class MLDG(TwoLoops):
@@ -41,10 +34,10 @@ class MLDG(TwoLoops):
     derivative through the inner step (products with the Hessian of F) is left out. DomainBed does the same.
 
     As in DomainBed, not as in the paper: the inner step is the first step of a new Adam with the outer learning rate
-    (roughly the sign of the gradient times the rate), so there is no inner rate to tune; and instead of one split of
-    the domains, each domain is meta-train once, with the next one in a random cycle as its meta-test, and the mean over
-    these pairs is taken. (DomainBed's later split by `n_meta_test`, which uses only one pair of three sources, is not
-    followed.) With β = 0 this is `ERMBalanced`.
+    (roughly the sign of the gradient times the rate); and instead of one split of the domains, each domain is
+    meta-train once, with the next one in a random cycle as its meta-test, and the mean over these pairs is taken.
+    (DomainBed's later split by `n_meta_test`, one pair of three sources, is not followed.) With β = 0 this is
+    `ERMBalanced`.
     """
 
     hyperparameters = {"beta": Hyperparameter(1.0, "weight of the meta-test loss", log_uniform(-1, 1))}
@@ -68,14 +61,13 @@ class Fish(TwoLoops):
     """Gradient matching by an inner loop over the domains (Shi et al., ICLR 2022), Algorithm 1 of the paper.
 
     A copy of the parameters θ takes one step on each domain in turn, in random order, to θ̃; then θ moves a fraction of
-    the way: ``θ + ε (θ̃ − θ)``. In expectation, to first order in the inner rate, this ascends the inner products of the
-    domains' gradients while descending their losses: it minimizes the mean loss minus a multiple of the mean of
+    the way: ``θ + ε (θ̃ − θ)``. In expectation, to first order in the inner rate, this ascends the inner products of
+    the domains' gradients while descending their losses: it minimizes the mean loss minus a multiple of the mean of
     ``g_i · g_j`` over pairs of domains.
 
-    As in DomainBed the inner steps are Adam's, whose moments persist from one outer step to the next (they are the
-    state "adam", whose count is steps × domains); DomainBed visits the domains in a fixed order, the paper and this
-    class in a random one. A step of Fish takes as many Adam steps as there are domains. With ε = 1 and one domain it is
-    ERM.
+    As in DomainBed the inner steps are Adam's, whose moments persist from one outer step to the next; DomainBed visits
+    the domains in a fixed order. A step of Fish takes as many Adam steps as there are domains. With ε = 1 and one
+    domain it is ERM.
     """
 
     hyperparameters = {

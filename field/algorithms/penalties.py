@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from field.algorithms.base import Algorithm, Hyperparameter, State, adam, log_uniform, restart_where, uniform
-from field.algorithms.registry import register
+from field.algorithms.base import Algorithm, Hyperparameter, State, log_uniform, register, uniform
 
 STEPS = 5001  # of a training in DomainBed
 BISECTIONS = 40  # halvings of the interval that holds a quantile: far below the noise of a risk
@@ -47,29 +46,19 @@ class Switching(Algorithm):
         passed = state["step"] >= self.switch_step(switch)
         return torch.where(passed, like.new_tensor(after), like.new_tensor(before))
 
-    def rate(self, state: State) -> float | Tensor:
-        """Learning rate of this step."""
-        return self.learning_rate
-
     def update(self, params, batch, state, noise):
-        gradient, loss, changes = self.gradients(params, batch, state, noise)
-        state = {**state, **changes}
         moments = state["adam"]
         for switch in self.switches:
-            moments = restart_where(state["step"] == self.switch_step(switch), moments)
-        new, moments = adam(params, gradient, moments, self.rate(state), self.weight_decay)
-        return new, {**state, "adam": moments, "step": state["step"] + 1}, loss
+            now = state["step"] == self.switch_step(switch)
+            moments = {name: torch.where(now, torch.zeros_like(value), value) for name, value in moments.items()}
+        return super().update(params, batch, {**state, "adam": moments}, noise)
 
 
 def irm_penalty(logits: Tensor, labels: Tensor) -> Tensor:
     """Unbiased estimate of the squared derivative of a domain's risk by a factor on its logits, mean over domains.
 
     The derivative of the cross-entropy at factor 1 is E_p[logit] − logit of the label, p = softmax; the square of its
-    mean is estimated by the product of its means on two halves of the rows.
-
-    Args:
-        logits: ``[domains, rows, classes]``, at least two rows.
-        labels: ``[domains, rows]``.
+    mean is estimated by the product of its means on two halves of the rows. Logits are ``[domains, rows, classes]``.
     """
     of_label = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     slopes = (logits.softmax(-1) * logits).sum(-1) - of_label
@@ -133,8 +122,8 @@ class IB_ERM(Switching):
 class IB_IRM(IRM, IB_ERM):
     """Information-bottleneck IRM (Ahuja et al., NeurIPS 2021): the sum of both penalties, of `IRM` and `IB_ERM`.
 
-    Each has its own λ and its own switch, as in DomainBed. With `IB_ERM`'s λ = 1 for the variance the two penalties
-    together shrink Φ almost to a point, and accuracy on the sources falls from epoch to epoch: the default is 0.1.
+    Each has its own λ and its own switch. With `IB_ERM`'s λ = 1 for the variance the two penalties together shrink Φ
+    almost to a point, and accuracy on the sources falls from epoch to epoch: the default is 0.1.
     """
 
     hyperparameters = {
@@ -259,9 +248,8 @@ class EQRM(Switching):
     Minimizes the α-quantile of the distribution of risks over domains, estimated by a Gaussian kernel density on the
     risks of the batch with the width of Silverman's normal rule; the mean risk up to the end of the burn-in. The
     gradient is that of the quantile, through the kernel's centres and its width; the original differentiates the ends
-    of its bisection, where a domain between the best and the worst counts through the width alone. DomainBed's rate
-    after the burn-in, 1e-6, is 1/50 of its rate before (5e-5); the default keeps that ratio to the default rate here.
-    The search draws this rate independently, a decade to either side, as there.
+    of its bisection. DomainBed's rate after the burn-in is 1/50 of its rate before; the default keeps that ratio to the
+    default rate here. The search draws this rate independently, a decade to either side, as there.
     """
 
     hyperparameters = {

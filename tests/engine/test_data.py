@@ -1,6 +1,5 @@
 """Rows, splits, random streams, starts and batches of a seed: right, and independent of the seeds beside it."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,15 +17,13 @@ SEEDS = [3, 4]
 DOMAINS = [torch.arange(100, 107), torch.arange(200, 223)]  # a domain of 7 images and one of 23
 
 
-def split_per_seed(**kinds):
-    """`blobs` with a split for each seed."""
-    d = blobs(**kinds)
-    return SplitFeatures(d.features, d.labels, d.domains, d.files, d.class_names, d.domain_names, "seed", 0.2)
+def split(split_seed, **kinds):
+    return replace(split_blobs(**kinds), split_seed=split_seed)
 
 
-@pytest.mark.parametrize("make", [split_blobs, split_per_seed])
-def test_rows_are_those_of_the_domains_and_of_the_split(make):
-    data = make(domains=("a", "b", "c"), per_cell=10)
+@pytest.mark.parametrize("split_seed", [0, "seed"])
+def test_rows_are_those_of_the_domains_and_of_the_split(split_seed):
+    data = split(split_seed, domains=("a", "b", "c"), per_cell=10)
     assert data.sources("a") == data.sources(["a"]) == ("b", "c")
     assert data.sources(("a", "c")) == ("b",)
     both = data.all_rows(["c", "a"])
@@ -41,18 +38,21 @@ def test_rows_are_those_of_the_domains_and_of_the_split(make):
 
 
 def test_a_split_seed_is_one_split_for_all_or_one_for_each():
-    one, each = split_blobs(), split_per_seed()
+    one, each = split(0), split("seed")
     assert torch.equal(one.inside([0])[0], one.inside([9])[0])
-    assert torch.equal(each.inside([0])[0], one.inside([0])[0])  # SPLIT_SEED is 0
+    assert torch.equal(each.inside([0])[0], one.inside([0])[0])
     assert not torch.equal(*each.inside([0, 9]))
     assert torch.equal(each.inside([7, 0])[1], each.inside([0])[0])
     for s, cells in enumerate(each.cells([0, 9])):
         assert torch.equal(torch.bincount(cells, minlength=18).view(3, 2, 3), each.totals), s
 
 
-def test_a_domain_too_small_to_split_is_refused():
-    with pytest.raises(InputError, match="too few images"):
-        split_blobs(per_cell=2)
+@pytest.mark.parametrize(
+    ("kinds", "message"), [({"per_cell": 2}, "too few images"), ({"classes": ["dog"]}, "one class only, 'dog'")]
+)
+def test_what_cannot_be_split_or_told_apart_is_refused(kinds, message):
+    with pytest.raises(InputError, match=message):
+        split_blobs(**kinds)
 
 
 def test_the_data_is_in_the_type_asked_for_and_the_features_are_left_alone():
@@ -61,7 +61,7 @@ def test_the_data_is_in_the_type_asked_for_and_the_features_are_left_alone():
     data = SplitFeatures.from_features(features, replace(SETTINGS, split_seed=5), dtype=torch.float64)
     assert data.features.dtype == torch.float64
     assert torch.equal(features.features, before)
-    assert not torch.equal(data.inside([0]), split_blobs().inside([0]))
+    assert not torch.equal(data.inside([0]), split(0).inside([0]))
     assert data.network((6, 5)).size == 8 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
 
 
@@ -101,28 +101,23 @@ def test_every_epoch_meets_every_row_once_in_a_new_order_and_keeps_the_short_las
     assert torch.equal(torch.cat(alone, dim=1)[0], orders[0][1])
 
 
-def balanced_steps(seeds, steps=4, batch_size=3, epochs=1, name="x"):
-    """Rows of `BalancedOrder`: ``[epochs · steps, S, domains, batch_size]``."""
-    order = BalancedOrder(seeds, name, [rows.expand(len(seeds), -1) for rows in DOMAINS], steps, batch_size)
-    return torch.cat(
-        [torch.stack(order.next_epoch()).view(steps, len(seeds), len(DOMAINS), batch_size) for _ in range(epochs)]
-    )
+def balanced_steps(seeds, steps=4, epochs=1, name="x"):
+    """Rows of `BalancedOrder`: ``[epochs · steps, S, domains, 3]``."""
+    order = BalancedOrder(seeds, name, [rows.expand(len(seeds), -1) for rows in DOMAINS], steps, batch_size=3)
+    every = [step for _ in range(epochs) for step in order.next_epoch()]
+    return torch.stack(every).unflatten(-1, (len(DOMAINS), -1))
 
 
-def test_a_balanced_step_has_as_many_rows_of_each_domain_in_order():
-    steps = balanced_steps([5], epochs=3)[:, 0]
-    assert steps.shape == (12, 2, 3)
-    assert all(torch.isin(steps[:, d], rows).all() for d, rows in enumerate(DOMAINS))
-
-
-def test_a_domain_that_is_used_up_starts_again_in_a_new_order_across_epochs():
+def test_a_balanced_step_has_rows_of_each_domain_and_one_that_is_used_up_starts_again_in_a_new_order():
     steps = balanced_steps([5], steps=7, epochs=3)[:, 0]
+    assert steps.shape == (21, 2, 3)
     for d, rows in enumerate(DOMAINS):
         rounds = steps[:, d].flatten().split(len(rows))  # 63 rows: nine rounds of the short domain, and no row lost
         complete = [part.tolist() for part in rounds if len(part) == len(rows)]
         assert all(sorted(part) == rows.tolist() for part in complete)
         assert len({tuple(part) for part in complete}) == len(complete)
-        assert max(Counter(rounds[-1].tolist()).values()) == 1
+        assert torch.isin(rounds[-1], rows).all()
+        assert len(rounds[-1].unique()) == len(rounds[-1])
 
 
 def test_balanced_orders_differ_by_seed_and_name_and_ignore_the_seeds_beside_them():
@@ -135,7 +130,7 @@ def test_balanced_orders_differ_by_seed_and_name_and_ignore_the_seeds_beside_the
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_accuracies_are_those_of_scikit_learn(balanced):
-    data, seeds = split_per_seed(per_cell=13), [0, 1]
+    data, seeds = split("seed", per_cell=13), [0, 1]
     guess = torch.randint(3, (2, len(data.labels)), generator=generator(0, "guess"))
     cells = data.cells(seeds)
     right = [torch.bincount(c[g == data.labels], minlength=18) for c, g in zip(cells, guess, strict=True)]

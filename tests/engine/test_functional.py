@@ -62,11 +62,11 @@ def engine(seeds, rows=None):
     return FunctionalEngine(Descent(), {"weight": weight}, noise, (0, 2), validation, given={"kept": kept})
 
 
-def step(stack, seeds, number=0):
+def step(stack, seeds, number=0, rates=None):
     draws = [generator(seed, "batch", str(number)) for seed in seeds]
     x = torch.stack([torch.randn(5, 8, generator=draw) for draw in draws]).double()
     labels, domains = torch.arange(5) % 3, 2 * (torch.arange(5) % 2)
-    return stack.step(x, labels.expand(len(seeds), -1), {}, domains.expand(len(seeds), -1))
+    return stack.step(x, labels.expand(len(seeds), -1), rates or {}, domains.expand(len(seeds), -1))
 
 
 def test_a_stack_equals_single_networks():
@@ -97,19 +97,14 @@ def test_validation_is_on_the_rows_of_the_seed_every_half_epoch(rows):
                 assert torch.allclose(stack.state["loss"][s], wanted, rtol=0, atol=1e-12)
 
 
-def test_the_state_is_given_before_the_first_step_and_domains_are_numbered_among_the_sources():
+def test_the_state_is_given_domains_are_numbered_among_the_sources_and_rates_are_refused():
     stack = engine(SEEDS)
     assert (stack.params["weight"][~stack.state["kept"]] == 0).all()
     step(stack, SEEDS)
     assert (stack.state["domains"] == torch.tensor([0, 1, 0, 1])).all()
     assert stack.steps_taken == 1
-
-
-def test_rates_are_refused():
-    stack = engine(SEEDS)
-    x, labels = torch.zeros(3, 5, 8).double(), torch.zeros(3, 5).long()
     with pytest.raises(ValueError, match="`rates`"):
-        stack.step(x, labels, {"weight": torch.ones(3, 8)}, labels)
+        step(stack, SEEDS, rates={"weight": torch.ones(3, 8)})
 
 
 def test_rows_are_classified_in_pieces_as_all_at_once():
@@ -119,8 +114,6 @@ def test_rows_are_classified_in_pieces_as_all_at_once():
     assert torch.equal(whole, stack.logits(x).argmax(-1) == labels)
     parts = [stack.right(*pair) for pair in zip(x.split(4), labels.split(4), strict=True)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
-    assert 1 <= stack.piece(10) <= 10
-    assert stack.piece(10**9) < 10**9
 
 
 def test_the_one_loop_trains_it_with_a_scalar_parameter():

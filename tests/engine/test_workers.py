@@ -2,19 +2,18 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from tqdm.auto import tqdm
 
-from engine import side_by_side, stacks_at_a_time, workers
+from engine import side_by_side, stacks_at_a_time, training_memory, workers
+from tests.factories import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 SYSTEMS = [pytest.param("linux", marks=LINUX), "darwin"]
 
@@ -22,14 +21,6 @@ SYSTEMS = [pytest.param("linux", marks=LINUX), "darwin"]
 def run(work, units, at_a_time=2):
     with tqdm(total=100, disable=True) as bar:
         return list(side_by_side(work, units, at_a_time, bar))
-
-
-def wait_until(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    pytest.fail("waited in vain")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -95,30 +86,32 @@ def test_an_error_or_ctrl_c_stops_the_others(error, tmp_path):
 
 
 @LINUX
-def test_a_process_that_dies_is_an_error():
-    with pytest.raises(BrokenProcessPool):
-        run(lambda unit, tick: os.kill(os.getpid(), signal.SIGKILL), range(2))
+@pytest.mark.parametrize("at_a_time", [2, 5])
+def test_work_goes_on_with_fewer_processes_when_the_system_ends_one(at_a_time, caplog):
+    here = os.getpid()
 
+    def work(unit, tick):
+        if unit == 3 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit
 
-SLEEPERS = """
-import os, sys, time
-from pathlib import Path
-from tqdm.auto import tqdm
-from engine import side_by_side
-def work(unit, tick):
-    Path(sys.argv[1], str(os.getpid())).touch()
-    time.sleep(600)
-list(side_by_side(work, range(3), 3, tqdm(disable=True)))
-"""
+    assert run(work, range(6), at_a_time) == list(range(6))
+    assert [record.args for record in caplog.records] == ([(1,)] if at_a_time == 2 else [(2,), (1,)])
+    assert "memory" in caplog.text
 
 
 @LINUX
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_processes_end_with_their_parent(end, tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", SLEEPERS, str(tmp_path)], cwd=ROOT)
+    def sleep(unit, tick):
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(600)
+
+    parent = get_context("fork").Process(target=run, args=(sleep, range(3), 3))
+    parent.start()
     wait_until(lambda: len(list(tmp_path.iterdir())) == 3)
-    parent.send_signal(end)
-    parent.wait()
+    os.kill(parent.pid, end)
+    parent.join()
     wait_until(lambda: not any(running(int(child.name)) for child in tmp_path.iterdir()))
 
 
@@ -129,14 +122,9 @@ def running(pid):
         return False
 
 
-def test_stacks_at_a_time_are_at_least_one_and_at_most_one_per_core():
-    assert stacks_at_a_time(10**9, 10**9) == 1
-    assert 1 <= stacks_at_a_time(1, 1) <= 16
-
-
-def test_half_of_the_free_memory_decides_how_many_stacks_are_trained_at_a_time(monkeypatch):
+def test_half_of_the_free_memory_decides_how_many_stacks_are_trained_at_a_time_one_per_core_at_most(monkeypatch):
     monkeypatch.setattr(workers, "default_workers", lambda: 8)
-    three = 3 * 2 * 4 * workers.COPIES * 100 * 50  # bytes: stacks, twice, of float32
+    three = 3 * 2 * training_memory(100, 50)  # stacks, twice
     for free, expected in ((float("inf"), 8), (three, 3), (three - 1, 2), (1e3, 1)):
         monkeypatch.setattr(workers, "free_memory", lambda free=free: free)
         assert stacks_at_a_time(100, 50) == expected

@@ -61,13 +61,9 @@ def test_held_out_domains_are_not_learned(data, name):
 
 
 def test_hyperparameters_reach_the_method_and_unknown_ones_are_refused(data):
-    networks = train_method(data, ["art"], (0,), partial(ALGORITHMS["VREx"], penalty_weight=3.0), SETTINGS)
+    method, epochs = partial(ALGORITHMS["VREx"], penalty_weight=3.0), []
+    networks = train_method(data, ["art"], (0,), method, SETTINGS, on_epoch=lambda: epochs.append(1))
     assert networks.method.values["penalty_weight"] == 3.0
+    assert len(epochs) == SETTINGS.ph2_num_epochs  # progress is reported after each
     with pytest.raises(InputError, match="'no_such'"):
         train_method(data, ["art"], (0,), partial(ALGORITHMS["VREx"], no_such=3.0), SETTINGS)
-
-
-def test_progress_is_reported_after_each_epoch(data):
-    epochs = []
-    train_method(data, ["art"], (0,), ALGORITHMS["ERM"], SETTINGS, on_epoch=lambda: epochs.append(1))
-    assert len(epochs) == SETTINGS.ph2_num_epochs

@@ -1,15 +1,17 @@
 """What the tests of single methods share: small trainings, step by step or through the one loop."""
 
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from config import Settings
-from engine import Batch, FunctionalEngine, Validation, generator, random_start
-from field.algorithms import ALGORITHMS, Algorithm, Setup
+from engine import Batch, FunctionalEngine, Params, Validation, generator, random_start
+from field.algorithms import ALGORITHMS, Algorithm, Setup, State
 from field.train import MethodNetworks, train_method
 from models import FeedforwardClassifier
 from tests.factories import split_blobs
@@ -35,6 +37,7 @@ def start(seeds=SEEDS, of: Setup | None = None):
     return {name: value.double() for name, value in random_start(seeds, "fresh_start", outline).items()}
 
 
+@cache
 def batches(steps: int, of: Setup | None = None, seeds=SEEDS, balanced=True, dtype=torch.float64):
     """`steps` batches as `FunctionalEngine.step` takes them: features ``[S, B, D]``, labels and domains ``[S, B]``."""
     of = of or setup()
@@ -76,6 +79,24 @@ def engine(method: Algorithm, seeds=SEEDS, first=None) -> FunctionalEngine:
     return FunctionalEngine(method, first or start(seeds, of), draws, range(of.domains), validation(seeds, of), given)
 
 
+def alone(name: str, steps: int, seed: int, of: Setup) -> tuple[Algorithm, Params, State]:
+    """A method, parameters and state of one network: its functions called one after the other, without a stack."""
+    method = make(name, of)
+    first = engine(method, (seed,))
+    params, state = tree_map(lambda value: value[0], (first.params, first.state))
+    features, labels, rows = first.validation
+    every = round((method.validate_every or 0) * of.steps_per_epoch)
+    for step, values in enumerate(batches(steps, of, (seed,), method.batches == "balanced"), start=1):
+        batch = Batch(*(value[0] for value in values))
+        drawn = method.draw(first.draws[0], len(batch.labels)).items()
+        noise = {key: value.double() if value.is_floating_point() else value for key, value in drawn}
+        params, state, _ = method.update(params, batch, state, noise)
+        if every and step % every == 0:
+            loss = F.cross_entropy(method.forward(params, features[rows[0]]), labels[rows[0]])
+            state = {**state, **method.validated(params, state, loss)}
+    return method, params, state
+
+
 def run(name: str, steps=10, seeds=SEEDS, of: Setup | None = None, balanced=None, **values) -> FunctionalEngine:
     """A stack after `steps` steps on `batches`; float64.
 
@@ -106,14 +127,59 @@ def one_network(of: Setup | None = None, seed=3):
     return {name: value[0] for name, value in start((seed,), of).items()}
 
 
+def network(name: str, of: Setup | None = None, **values) -> tuple[Algorithm, Params]:
+    """A method, and the parameters of a single network with those that the method trains beside the classifier's."""
+    method = make(name, of, **values)
+    extra = method.extra_parameters(generator(3, "noise", "test"))
+    return method, one_network(of) | {key: value.double() for key, value in extra.items()}
+
+
+def leaves(params: Params) -> Params:
+    """Copies to be trained by plain autograd."""
+    return {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+
+
+def plain_hidden(params: Params, x: torch.Tensor) -> torch.Tensor:
+    """Last hidden layer of a classifier with three of them, written out."""
+    for i in range(3):
+        x = (x @ params[f"layers.{i}.weight"].T + params[f"layers.{i}.bias"]).clamp(min=0)
+    return x
+
+
+def plain_logits(params: Params, x: torch.Tensor) -> torch.Tensor:
+    """The same classifier's logits."""
+    return plain_hidden(params, x) @ params["layers.3.weight"].T + params["layers.3.bias"]
+
+
 def trained(name: str, seeds=(0, 1), epochs=2, dtype=torch.float64, **values) -> MethodNetworks:
     """A method without a mask through the one training loop, on `split_blobs` without "sketch"."""
     settings = Settings.current(ph2_num_epochs=epochs, hidden_sizes=(6, 5, 4), batch_size=16)
     return train_method(split_blobs(dtype, settings), ("sketch",), seeds, partial(ALGORITHMS[name], **values), settings)
 
 
+@cache
+def baseline(name: str, of: Setup) -> FunctionalEngine:
+    """`run` of a baseline for the ten steps that other methods are compared with; not to be trained on."""
+    return run(name, of=of)
+
+
 @pytest.fixture(scope="session")
 def methods() -> SimpleNamespace:
     """The makers above."""
-    makers = (setup, make, start, batches, engine, run, same, one_batch, one_network, trained)
-    return SimpleNamespace(seeds=SEEDS, **{maker.__name__: maker for maker in makers})
+    makers = (
+        setup,
+        make,
+        start,
+        batches,
+        engine,
+        alone,
+        run,
+        baseline,
+        same,
+        one_batch,
+        one_network,
+        network,
+        trained,
+    )
+    plain = (leaves, plain_hidden, plain_logits)
+    return SimpleNamespace(seeds=SEEDS, **{maker.__name__: maker for maker in makers + plain})

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten
 
 from engine import Batch
-from field.algorithms.base import flatten, unflatten
+from field.algorithms.parts import flatten, unflatten
 
 EARLY = [1.0, 0.6, 0.4, 0.5, 0.45, 0.5, 0.7, 0.8, 0.7, 0.9, 0.8, 0.7, 0.3, 0.3]  # ends while it trains, then falls
 NEVER = [1.0 / (i + 1) for i in range(14)]  # each loss below the one before
@@ -32,11 +31,10 @@ def paper(losses, n_converge, n_tolerance, ratio):
 def driven(methods, losses, sizes, **values):
     """SWAD on one network, with a scripted loss after segments of `sizes` steps.
 
-    Returns:
-        The method, its parameters and state at the end, and a list of the weights of the steps for each segment.
+    Yields:
+        After each loss: the method, its parameters and state, and a list of the weights of the steps for each segment.
     """
-    swad = methods.make("SWAD", **values)
-    params = methods.one_network()
+    swad, params = methods.make("SWAD", **values), methods.one_network()
     state, segments = swad.initial_state(params), []
     steps = iter(methods.batches(sum(sizes), seeds=(3,), balanced=False))
     for loss, size in zip(losses, sizes, strict=True):
@@ -45,7 +43,7 @@ def driven(methods, losses, sizes, **values):
             params, state, _ = swad.update(params, Batch(*(value[0] for value in next(steps))), state, {})
             segments[-1].append(flatten(params))
         state = {**state, **swad.validated(params, state, torch.tensor(loss, dtype=torch.float64))}
-    return swad, params, state, segments
+        yield swad, params, state, segments
 
 
 @pytest.mark.parametrize("lengths", [(3, 6), (3, 2), (1, 1), (3, 3)])
@@ -53,8 +51,8 @@ def driven(methods, losses, sizes, **values):
 def test_swad_averages_what_the_paper_does(methods, script, lengths):
     losses, values = SCRIPTS[script], dict(zip(("n_converge", "n_tolerance"), lengths, strict=True))
     sizes = [1 + i % 3 for i in range(len(losses))]
-    for end in range(1, len(losses) + 1):  # training may end after any validation
-        swad, params, state, segments = driven(methods, losses[:end], sizes[:end], learning_rate=0.05, **values)
+    runs = driven(methods, losses, sizes, learning_rate=0.05, **values)
+    for end, (swad, params, state, segments) in enumerate(runs, start=1):  # training may end after any validation
         found, x = paper(losses[:end], *lengths, 0.3), methods.one_batch().features
         expected = flatten(params)
         if found:
@@ -78,24 +76,23 @@ def test_the_scripts_are_what_they_are_called():
 
 
 def test_the_tolerance_widens_the_valley(methods):
-    sizes = [1] * len(EARLY)
-    assert driven(methods, EARLY, sizes)[2]["average_count"] == 4
-    assert driven(methods, EARLY, sizes, tolerance_ratio=0.2)[2]["average_count"] == 4
-    assert driven(methods, EARLY, sizes, tolerance_ratio=0.6)[2]["average_count"] == len(EARLY) - 2
+    for values, count in (({}, 4), ({"tolerance_ratio": 0.2}, 4), ({"tolerance_ratio": 0.6}, len(EARLY) - 2)):
+        *_, (_, _, state, _) = driven(methods, EARLY, [1] * len(EARLY), **values)
+        assert state["average_count"] == count
 
 
-@pytest.mark.parametrize("name", ["SWAD", "WeightAverage"])
-def test_training_is_erms_and_prediction_is_not(methods, name):
-    of = methods.setup(steps_per_epoch=10, epochs=4)
+def test_training_is_erms_and_prediction_is_not(methods):
+    of, x = methods.setup(steps_per_epoch=10, epochs=4), methods.batches(1)[0][0][0]
     values = {"learning_rate": 0.01, "weight_decay": 0.01}
-    ours, erm = methods.run(name, 40, of=of, **values), methods.run("ERM", 40, of=of, **values)
-    for key, value in erm.params.items():
-        assert torch.equal(ours.params[key], value)
-    x = methods.batches(1)[0][0][0]
-    different = (ours.logits(x) - erm.logits(x)).abs().amax((1, 2)) > 1e-3
-    averaged = ours.state["average_count"] > 0 if name == "SWAD" else torch.ones(3, dtype=torch.bool)
-    assert averaged.any()
-    assert torch.equal(different, averaged)
+    erm = methods.run("ERM", 40, of=of, **values)
+    for name in ("SWAD", "WeightAverage"):
+        ours = methods.run(name, 40, of=of, **values)
+        assert all(torch.equal(ours.params[key], value) for key, value in erm.params.items())
+        different = (ours.logits(x) - erm.logits(x)).abs().amax((1, 2)) > 1e-3
+        averaged = ours.state["average_count"] > 0 if name == "SWAD" else torch.ones(3, dtype=torch.bool)
+        assert averaged.any()
+        assert torch.equal(different, averaged)
+        assert name != "SWAD" or (ours.state["validations"] == 4 * 5).all()  # five an epoch
 
 
 def test_each_network_of_a_stack_has_its_own_valley(methods):
@@ -106,10 +103,6 @@ def test_each_network_of_a_stack_has_its_own_valley(methods):
     assert engine.state["start"].tolist() == [2, -1, 2]
     assert engine.state["dead"].tolist() == [True, False, False]
     assert engine.state["threshold"].tolist() == pytest.approx([1.3 * 0.45, float("inf"), 1.3 * 0.51])
-
-
-def test_swad_is_validated_five_times_an_epoch(methods):
-    assert (methods.run("SWAD", 20, of=methods.setup(steps_per_epoch=10)).state["validations"] == 10).all()
 
 
 @pytest.mark.parametrize(("start", "begin"), [(0.0, 1), (0.3, 3), (0.9, 9), (100 / 5001, 1)])
@@ -125,13 +118,3 @@ def test_the_average_is_of_every_step_from_its_start_on(methods, start, begin):
         assert torch.allclose(state["average"], expected, rtol=0, atol=1e-12)
         logits = average.forward(unflatten(expected, params), x)
         assert torch.allclose(average.logits(params, state, x), logits, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", ["SWAD", "WeightAverage"])
-def test_the_state_keeps_its_form_in_single_precision(methods, name):
-    networks = methods.trained(name, epochs=4, dtype=torch.float32)
-    params = {key: value[0] for key, value in networks.engine.params.items()}
-    before, structure = tree_flatten(networks.method.initial_state(params))
-    after, now = tree_flatten(networks.engine.state)
-    assert now == structure
-    assert [(v.dtype, v.shape) for v in before] == [(v.dtype, v.shape[1:]) for v in after]

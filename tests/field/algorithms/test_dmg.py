@@ -8,9 +8,7 @@ from torch.nn import functional as F
 
 from config import InputError
 from engine import generator
-from field.algorithms.dmg import mean_overlap, soft_iou, straight_through
-
-OPEN = {"initial": "scalar", "initial_logit": 1e3, "mask_learning_rate": 0.0}
+from field.algorithms.dmg import mean_overlap, soft_iou
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ def test_training_is_a_plain_loop_with_two_optimizers_of_torch(methods, three):
     leaves = methods.one_network(three)
     for i, width in enumerate((8, 6, 5, 4)):
         leaves[f"masks.{i}"] = torch.rand(3, width, generator=draw).double()
-    leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    leaves = methods.leaves(leaves)
     masks = [value for name, value in leaves.items() if name.startswith("masks.")]
     layers = [value for name, value in leaves.items() if name.startswith("layers.")]
     optimizers = torch.optim.Adam(layers, 0.01, weight_decay=0.1), torch.optim.Adam(masks, 0.02, weight_decay=0.3)
@@ -77,17 +75,8 @@ def test_training_is_a_plain_loop_with_two_optimizers_of_torch(methods, three):
         assert torch.allclose(found.params[name][0], value, rtol=0, atol=1e-9), name
 
 
-def test_masks_that_are_open_and_do_not_learn_are_erm(methods, three):
-    ours, erm = methods.run("DMG", 20, of=three, **OPEN), methods.run("ERM", 20, of=three)
-    assert methods.same(ours, erm)
-    x = methods.one_batch(three).features
-    assert torch.allclose(ours.logits(x), erm.logits(x), rtol=0, atol=1e-9)
-
-
 def test_masks_learn_by_default(methods, three):
-    found = methods.run("DMG", 5, of=three)
-    assert (found.params["masks.0"] != 3).all()
-    assert not methods.same(found, methods.run("ERM", 5, of=three))
+    assert (methods.run("DMG", 5, of=three).params["masks.0"] != 3).all()
 
 
 def test_prediction_is_the_mean_over_domains_of_the_soft_masks(methods, three):
@@ -122,19 +111,8 @@ def test_overlap_is_a_mean_over_pairs():
     assert mean_overlap(p[:1]).item() == 0  # a single domain overlaps with none
 
 
-def test_a_mask_is_zero_or_one_with_the_gradient_of_p():
-    p = torch.tensor([0.2, 0.7, 0.7, 1.0, 0.0]).double().requires_grad_()
-    mask = straight_through(p, torch.tensor([0.3, 0.3, 0.8, 0.999, 0.0]).double())
-    assert torch.allclose(mask, torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]).double(), rtol=0, atol=1e-12)
-    weights = torch.arange(1.0, 6.0).double()
-    assert torch.equal(torch.autograd.grad((weights * mask).sum(), p)[0], weights)
-
-
-def test_one_domain_has_masks_too_and_numbers_may_be_float32(methods):
-    of = methods.setup(domains=1)
-    assert all(value.isfinite().all() for value in methods.run("DMG", 3, of=of).params.values())
-    networks = methods.trained("DMG", epochs=1, dtype=torch.float32).engine.params
-    assert {value.dtype for value in networks.values()} == {torch.float32}
+def test_one_domain_has_masks_too(methods):
+    assert all(v.isfinite().all() for v in methods.run("DMG", 3, of=methods.setup(domains=1)).params.values())
 
 
 def test_an_unknown_start_is_refused(methods):
