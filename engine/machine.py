@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+import config
 from config import InputError
+
+COPIES = 10  # of a network's numbers during training: start, weights, gradients, two moments, rates, masks, results
 
 
 def default_workers() -> int:
@@ -17,8 +20,10 @@ def default_workers() -> int:
     return min(cores, 16)
 
 
-def free_memory() -> float:
+def free_memory(device: str = "cpu") -> float:
     """Bytes of memory available without swapping; infinite where the system does not tell (other than Linux)."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -26,11 +31,27 @@ def free_memory() -> float:
         return math.inf
 
 
-def choose_device(device: str | None = None) -> str:
-    """The device to use.
+def training_memory(seeds: int, floats: int, of_batch: int = 0) -> int:
+    """Bytes that the networks of some seeds take while they are trained together.
 
     Args:
-        device: "cpu", "cuda", or None for CUDA where there is one.
+        floats: numbers in the networks of one seed.
+        of_batch: numbers in its batch, and in what the networks compute of it.
+    """
+    return 4 * seeds * (COPIES * floats + of_batch)
+
+
+def check_memory(need: float, device: str = "cpu") -> None:
+    """Raise an `InputError` if networks that are trained together `need` more bytes than there are."""
+    if need > (free := free_memory(device)):
+        raise InputError(
+            f"Networks that are trained together need about {need / 2**30:.3g} GiB of memory, and {free / 2**30:.3g} "
+            "GiB are free: lower SEEDS_PER_CHUNK, HIDDEN_SIZES or BATCH_SIZE."
+        )
+
+
+def choose_device(device: str | None = None) -> str:
+    """The device to use: "cpu", "cuda", or for None CUDA where there is one.
 
     Raises:
         InputError: an unknown device, or "cuda" where there is none.
@@ -43,21 +64,13 @@ def choose_device(device: str | None = None) -> str:
 
 
 def prepare_machine(device: str | None = None, threads: int | None = None) -> str:
-    """Set the number of CPU threads, and choose the device.
-
-    Args:
-        device: see `choose_device`.
-        threads: CPU threads of this process; None leaves PyTorch's choice.
-
-    Returns:
-        "cpu" or "cuda".
+    """Set the number of CPU threads of this process (None leaves PyTorch's choice), and choose the device.
 
     Raises:
-        InputError: fewer than one thread, or a device that is not available.
+        InputError: a number of threads beyond its limits, or a device that is not available.
     """
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"THREADS must be at least 1, not {threads}.")
+        config.check("THREADS", threads)
         torch.set_num_threads(threads)
     return choose_device(device)
 

@@ -5,6 +5,7 @@ other in the interpreter as computing. Processes are forked on Linux only; elsew
 with the same results.
 """
 
+import logging
 import os
 import pickle
 import signal
@@ -12,16 +13,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait as wait_for_any
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from engine.machine import default_workers, free_memory
+from engine.machine import default_workers, free_memory, training_memory
+
+log = logging.getLogger(__name__)
 
 Unit, Result = TypeVar("Unit"), TypeVar("Result")
-COPIES = 10  # of a network's numbers during training: start, weights, gradients, two moments, rates, masks, results
 SECONDS = 0.1  # between two updates of the progress bar
 
 
@@ -44,38 +47,44 @@ _job: _Job | None = None  # forked processes inherit it, so that functions of a 
 
 
 def stacks_at_a_time(networks: int, floats: int) -> int:
-    """How many stacks may be trained at a time: one per core, within half of the available memory.
+    """How many stacks of `networks` of `floats` numbers may be trained at a time.
 
-    Args:
-        networks: in a stack.
-        floats: numbers in a network.
+    One per core, within half of the available memory.
     """
-    need = 4 * COPIES * networks * floats
+    need = training_memory(networks, floats)
     return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
 
 
 def side_by_side(
-    work: Callable[[Unit, Callable[[], object]], Result],
-    units: Sequence[Unit],
-    at_a_time: int,
-    bar: Bar,
+    work: Callable[[Unit, Callable[[], object]], Result], units: Sequence[Unit], at_a_time: int, bar: Bar
 ) -> Iterator[Result]:
     """Results of `work` for each unit, in the order of the units.
 
     Args:
         work: (unit, tick) -> a result that can be pickled. It calls `tick` regularly, which advances the bar, and
             where the work can be stopped.
-        units: what to work on.
         at_a_time: number of processes, each on one core. With 1, and on other systems than Linux, this process does
-            all the work.
+            all the work. When the system ends one, the work goes on with half as many.
         bar: advanced by one for each tick.
     """
     if len(units) <= 1 or at_a_time == 1 or sys.platform != "linux":
         yield from (work(unit, bar.update) for unit in units)
         return
+    done = 0
+    try:
+        for result in _in_processes(work, units, at_a_time, bar):
+            yield result
+            done += 1
+    except BrokenProcessPool:
+        fewer = at_a_time // 2
+        log.warning("A worker was ended, most likely for lack of memory; going on with %d at a time.", fewer)
+        yield from side_by_side(work, units[done:], fewer, bar)
+
+
+def _in_processes(work: Callable, units: Sequence[Unit], at_a_time: int, bar: Bar) -> Iterator:
     global _job
     context = get_context("fork")
-    job = _job = _Job(work, units, context.Event(), context.Value("q", 0))
+    job = _job = _Job(work, units, context.Event(), context.Value("q", bar.n))
     pool = ProcessPoolExecutor(at_a_time, context, _begin)
     try:
         futures = [pool.submit(_run, number) for number in range(len(units))]

@@ -11,14 +11,17 @@ tensor         type     shape   meaning
 =============  =======  ======  ================================================
 
 Its metadata has one key, ``header``: JSON with ``format_version`` (1), ``class_names``, ``domain_names``, and
-optionally ``files`` (N unique names), ``dataset``, ``counts``, ``model``, ``preprocessing``, ``pixels_sha256`` and
-``versions``. There is one key only because safetensors writes several in random order, and there are neither times nor
-paths, so that the same features are the same bytes. ``data/README.md`` describes the format for users' own features.
+optionally ``files`` (N unique names), ``dataset``, ``counts`` (domain -> class -> number of images), ``model``,
+``preprocessing``, ``pixels_sha256`` and ``versions``. There is one key only because safetensors writes several in
+random order, and there are neither times nor paths, so that the same features are the same bytes. ``data/README.md``
+describes the format for users' own features.
 """
 
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,19 +34,16 @@ from config import InputError
 from storage.atomic import atomic_write
 
 FORMAT_VERSION = 1
+UNPRINTABLE = r"[\0\ud800-\udfff]"  # NUL, and halves of characters, which UTF-8 has no bytes for
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Features of every image of a data set, with labels and domains.
+    """Features of every image of a data set, with labels and domains: a feature file, see the module's docstring.
 
     Attributes:
-        features: ``[N, D]``, float16 where this project made them; memory-mapped when loaded.
-        labels: int64 ``[N]``, index into `class_names`.
-        domains: int64 ``[N]``, index into `domain_names`.
-        class_names, domain_names: unique names; every domain holds every class.
+        features: memory-mapped when loaded.
         files: unique name of each row, ``"domain/class/file.jpg"`` where it comes from an image.
-        header: the file's header, see the module's docstring.
         source: where they came from, for announcements.
     """
 
@@ -74,12 +74,10 @@ class FeatureSet:
 
     @property
     def dataset(self) -> str:
-        """Name of the data set."""
         return self.header["dataset"]
 
     @property
     def model_name(self) -> str:
-        """Name of the model that made the features."""
         return self.header.get("model", {}).get("name", "unknown model")
 
     @cached_property
@@ -117,9 +115,9 @@ def save_features(
 
     Args:
         path: the file, usually ``*.safetensors``; folders above it are created.
-        features: floating point ``[N, D]``, stored in their type. This project writes float16.
-        labels, domains: integers ``[N]``, indices into the names.
-        class_names, domain_names: unique names; every domain must hold every class.
+        features: floating point ``[N, D]``, stored in their type.
+        labels, domains: integers ``[N]``, indices into the names; every domain must hold every class.
+        class_names, domain_names: unique names.
         files: unique name of each row; default ``row000000``, ``row000001``, ….
         **header: further entries of the header, ready for JSON: ``dataset="name"``, ``model={"name": …}``, ….
 
@@ -139,12 +137,8 @@ def save_features(
         header["files"] = list(files)
     _complete(f"'{path}'", tensors, header)
     tensors["labels"], tensors["domains"] = tensors["labels"].long(), tensors["domains"].long()
-    header["counts"] = _counts(tensors["labels"], tensors["domains"], header["class_names"], header["domain_names"])
-    try:
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, {"header": json.dumps(header, sort_keys=True)})
-    except OSError as error:
-        raise InputError(f"The features cannot be written to '{path}': {error.strerror or error}.") from error
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, {"header": json.dumps(header, sort_keys=True)})
     return path
 
 
@@ -159,7 +153,6 @@ def load_features(path: str | os.PathLike, source: str | None = None) -> Feature
     """Load a feature file, this project's or a user's own; the features stay on disk, mapped into memory.
 
     Args:
-        path: the file.
         source: where they come from, for `FeatureSet.describe`; default the file's name.
 
     Raises:
@@ -175,8 +168,7 @@ def load_features(path: str | os.PathLike, source: str | None = None) -> Feature
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{path}' is not a complete safetensors file: {error}.") from error
-    header = _read_header(f"'{path}'", metadata)
-    header = {key: value for key, value in header.items() if value is not None}
+    header = {key: value for key, value in _read_header(f"'{path}'", metadata).items() if value is not None}
     header.setdefault("dataset", path.stem)
     _complete(f"'{path}'", tensors, header)
     return FeatureSet(
@@ -194,18 +186,17 @@ def load_features(path: str | os.PathLike, source: str | None = None) -> Feature
 def _read_header(where: str, metadata: dict[str, str]) -> dict:
     try:
         header = json.loads(metadata["header"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise InputError(f"{where} has no JSON under 'header' in its metadata; write it with save_features.")
-    if header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version")
+    if (version := header.get("format_version")) != FORMAT_VERSION:
         raise InputError(f"{where} has format version {version}; this version of the project reads {FORMAT_VERSION}.")
     return header
 
 
 def _complete(where: str, tensors: dict[str, Tensor], header: dict) -> None:
-    """Name the rows in the header if it does not; raise an `InputError` for the first fault in a feature file."""
+    """Name and count the rows in the header; raise an `InputError` for the first fault in a feature file."""
     _check_tensors(where, tensors)
     rows = len(tensors["features"])
     header.setdefault("files", [f"row{row:06d}" for row in range(rows)])
@@ -214,14 +205,19 @@ def _complete(where: str, tensors: dict[str, Tensor], header: dict) -> None:
         if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
             raise InputError(f"{where} must name its {key} in the header, as a list of strings that are not empty.")
         if len(set(names)) < len(names):
-            double = next(name for i, name in enumerate(names) if name in names[:i])
-            raise InputError(f"{where} has '{double}' twice in its {key}.")
+            raise InputError(f"{where} has '{Counter(names).most_common(1)[0][0]}' twice in its {key}.")
     for name in (*header["class_names"], *header["domain_names"]):
-        if name.startswith(".") or "/" in name or "\\" in name:
-            raise InputError(f"{where} has the name '{name}': names become file names, without slashes or a first dot.")
+        if name.startswith(".") or "/" in name or "\\" in name or re.search(UNPRINTABLE, name):
+            raise InputError(
+                f"{where} has the name {name!r}: names become file names, without slashes, a first dot or unprintable "
+                "characters."
+            )
     model = header.get("model", {"name": ""})
     if not isinstance(model, dict) or not isinstance(model.get("name"), str) or not isinstance(header["dataset"], str):
         raise InputError(f"{where} must have in its header a dataset name and, if at all, a model like {{'name': …}}.")
+    for name in (header["dataset"], model["name"]):
+        if re.search(UNPRINTABLE, name):
+            raise InputError(f"{where} has the name {name!r} in its header, which cannot be printed.")
     if len(header["files"]) != rows:
         raise InputError(f"{where} has {rows} rows of features but {len(header['files'])} names in files.")
     if len(header["domain_names"]) < 2:
@@ -231,8 +227,8 @@ def _complete(where: str, tensors: dict[str, Tensor], header: dict) -> None:
         low, high, count = int(values.min()), int(values.max()), len(header[key])
         if low < 0 or high >= count:
             raise InputError(f"{where} has {tensor} from {low} to {high}, but {count} {key} (0 to {count - 1}).")
-    names = header["class_names"], header["domain_names"]
-    for domain, classes in _counts(tensors["labels"].long(), tensors["domains"].long(), *names).items():
+    header["counts"] = _counts(tensors["labels"], tensors["domains"], header["class_names"], header["domain_names"])
+    for domain, classes in header["counts"].items():
         for label, count in classes.items():
             if not count:
                 raise InputError(f"{where} has no images of class '{label}' in domain '{domain}'.")

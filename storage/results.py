@@ -1,8 +1,9 @@
 """Results on disk: one directory, one set of settings.
 
-`records.jsonl` holds one JSON line per result and is only ever appended to; a line torn by a crash is cut off by the
-next run. `weights/`, `histories/` and `importance/` hold one file per domain or holdout with a leading seed axis,
-written whole. `settings.json` says what made them. Nothing here holds a clock time or a path: equal runs, equal bytes.
+`records.jsonl` holds one JSON line per result and is only ever appended to, all records of a unit of work at once; a
+line torn by a crash is cut off by the next run. `weights/`, `histories/` and `importance/` hold one file per domain or
+holdout with a leading seed axis, written whole. `settings.json` says what made them. Nothing here holds a clock time or
+a path: equal runs, equal bytes.
 """
 
 import hashlib
@@ -11,8 +12,10 @@ import logging
 import os
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import InputError, Settings
-from storage.atomic import atomic_write
+from storage.atomic import atomic_write, remove_leftovers, write_errors
+from storage.schema import RECORD, SETTINGS, check_json, damaged
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +39,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-le
 
 
 def record_key(record: Mapping) -> str:
-    """Identity of a result: 16 hex digits over features, algorithm, settings, holdout, seed and selection.
-
-    Of a record of `compare` also over trial and hyperparameters.
-    """
+    """Identity of a result, 16 hex digits over the values of `names`; a comparison has trial and hyperparameters."""
     names = ["features", "algorithm", "settings", "holdout", "seed", "selection"]
     names += [name for name in ("trial", "hyperparameters") if name in record]
     return hashlib.sha256(json.dumps([record[name] for name in names]).encode()).hexdigest()[:16]
@@ -62,22 +63,19 @@ def _commit() -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
             return None
-        return git("describe", "--always", "--dirty", "--exclude", "*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # a notebook changes no result
+        return git("describe", "--always", "--exclude", "*") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 class Results:
-    """A results directory. Write inside ``with results:``, which locks it against a second writer.
-
-    Args:
-        directory: where; made when something is written.
-    """
+    """A results directory, made when something is written. ``with results:`` locks it against a second writer."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(os.path.expanduser(directory))
         self._lock = FileLock(self.directory / ".lock")  # counts its holders: `with` may be nested
-        self._parsed: tuple[tuple[int, int], list[dict]] | None = None  # state of records.jsonl, and its records
+        self._parsed: tuple[tuple[int, int], dict[str, dict]] | None = None  # state of records.jsonl, records by key
 
     def __enter__(self) -> "Results":
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -95,46 +93,52 @@ class Results:
     def claim(self, settings: Settings, features: Mapping, environment: Mapping | None = None) -> None:
         """Make this directory that of one set of settings and features, or check that it already is.
 
-        A torn last record is cut off.
+        A torn last record is cut off, and temporary files of processes that were killed are removed.
 
         Args:
-            settings: of the run.
             features: facts about the features, with "fingerprint".
             environment: what trains (see `environment`), added to those noted; None = nothing is trained.
 
         Raises:
-            InputError: it holds results of others; the differing settings are named.
+            InputError: it holds results of others, the differing settings are named; or its records are damaged.
         """
         stored = self._refuse_others(settings, features)
         self._cut_torn_line()
+        self.records()
+        for folder in (self.directory, *(self.directory / name for name in OUTPUTS)):
+            remove_leftovers(folder)
         known = [] if stored is None else stored["environments"]
         if stored is not None and (environment is None or environment in known):
             return
         content = {"hash": settings.hash, "settings": settings.as_dict(), "features": dict(features)}
         content["environments"] = [*known, *([] if environment is None else [dict(environment)])]
+        self._write_settings((stored or {}) | content)
+
+    def _write_settings(self, content: Mapping) -> None:
         self.write_text("settings.json", json.dumps(content, indent=1) + "\n")
 
+    def note_contents(self) -> None:
+        """Note in settings.json which seeds there are records of, by holdout."""
+        seeds, stored = defaultdict(set), self.read_settings()
+        for record in self.records():
+            seeds[record["holdout"]].add(record["seed"])
+        holdouts = {name: ranges(seeds[name]) for name in sorted(seeds)}
+        if stored is not None and stored.get("holdouts", {}) != holdouts:
+            self._write_settings(stored | {"holdouts": holdouts})
+
     def check(self, settings: Settings, overwrite: bool = False) -> None:
-        """Refuse what `claim` would refuse, as far as it can be known before there are features.
-
-        Args:
-            settings: of the run.
-            overwrite: the run is going to `clear` the directory first.
-
-        Raises:
-            InputError: it holds results of other settings, files of somebody else, or another run writes to it.
-        """
+        """Refuse what `claim` (`clear`, if the run is going to) would refuse and can be known without features."""
         with self:
             if overwrite:
-                self._refuse_uncleared()
+                self._own_settings()
             else:
                 self._refuse_others(settings)
+                self.records()  # refuses damaged ones
 
     def _refuse_others(self, settings: Settings, features: Mapping | None = None) -> dict | None:
         """The content of settings.json, if it is that of these settings and, where known, features."""
-        stored = self.read_settings()
+        stored = self._own_settings()
         if stored is None:
-            self._refuse_strangers()
             return None
         expected, found = settings.as_dict(), dict(stored["settings"])
         if features is not None:
@@ -154,10 +158,9 @@ class Results:
             return None
         try:
             stored = json.loads(path.read_text("utf-8"))
-            if not {"hash", "settings", "features", "environments"} <= stored.keys():
-                raise ValueError("it lacks entries")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"'{path}' is not this project's ({error}): give another RESULTS_DIR.") from error
+        except (ValueError, RecursionError) as error:
+            raise damaged(f"'{path}'", error) from error
+        check_json(f"'{path}'", stored, SETTINGS)
         return stored
 
     def clear(self) -> None:
@@ -167,7 +170,7 @@ class Results:
             InputError: files of these names are there, but no settings.json of this project.
         """
         with self:
-            self._refuse_uncleared()
+            self._own_settings()
             for name in OUTPUTS:
                 path = self.directory / name
                 if path.is_dir() and not path.is_symlink():
@@ -175,73 +178,87 @@ class Results:
                 else:
                     path.unlink(missing_ok=True)
 
-    def _refuse_uncleared(self) -> None:
-        if self.read_settings() is None:
-            self._refuse_strangers()
-
-    def _refuse_strangers(self) -> None:
-        if left := [name for name in OUTPUTS if (self.directory / name).exists()]:
+    def _own_settings(self) -> dict | None:
+        """The content of settings.json; None where there is neither that nor anything else of a run."""
+        stored, left = self.read_settings(), [name for name in OUTPUTS if (self.directory / name).exists()]
+        if stored is None and left:
             raise InputError(f"'{self.directory}' has {left[0]} but no settings.json: give another RESULTS_DIR.")
+        return stored
 
     @property
     def _records_path(self) -> Path:
         return self.directory / "records.jsonl"
 
     def records(self) -> list[dict]:
-        """All complete records, in the order written; a torn last line is passed over. Parsed once per change.
+        """All complete records, one per key, in the order written; a torn last line is passed over.
+
+        The file is parsed again only if somebody else changed it.
 
         Raises:
             InputError: a line that is not the last is no record.
         """
-        if not self._records_path.is_file():
-            return []
-        stat = self._records_path.stat()
-        if self._parsed is None or self._parsed[0] != (stat.st_size, stat.st_mtime_ns):
-            self._parsed = (stat.st_size, stat.st_mtime_ns), self._parse()
-        return list(self._parsed[1])
+        return list(self._by_key().values())
 
-    def _parse(self) -> list[dict]:
+    def _by_key(self) -> dict[str, dict]:
+        if not self._records_path.is_file():
+            return {}
+        if self._parsed is None or self._parsed[0] != self._state():
+            self._parsed = self._state(), self._parse()
+        return self._parsed[1]
+
+    def _state(self) -> tuple[int, int]:
+        stat = self._records_path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    def _parse(self) -> dict[str, dict]:
         *lines, torn = self._records_path.read_bytes().split(b"\n")
         if torn:
             log.warning("The last line of %s is torn and passed over.", self._records_path)
-        try:
-            records = [json.loads(line) for line in lines]
-            for number, record in enumerate(records, start=1):
-                if not (isinstance(record, dict) and "key" in record):
-                    raise ValueError(f"line {number} is no record")
-        except ValueError as error:
-            raise InputError(f"'{self._records_path}' is damaged ({error}); restore it or use --overwrite.") from error
+        records = {}
+        for number, line in enumerate(lines, start=1):
+            where = f"Line {number} of '{self._records_path}'"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise damaged(where, error) from error
+            check_json(where, record, RECORD)
+            records[record["key"]] = record
         return records
 
     def _cut_torn_line(self) -> None:
         if not self._records_path.is_file():
             return
         with self._records_path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            if file.read() not in (b"\n", b""):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
 
     def append(self, records: Iterable[Mapping]) -> None:
-        """Append those records whose key is not there yet; a torn last line is cut off first."""
+        """Append those records whose key is not there yet, all or none; a torn last line is cut off first."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._cut_torn_line()
-        old = self.records()
-        known = {record["key"] for record in old}
-        new = [json.dumps(r) for r in records if r["key"] not in known and not known.add(r["key"])]
-        with self._records_path.open("ab") as file:
-            file.write("".join(f"{line}\n" for line in new).encode())
-        stat = self._records_path.stat()
-        self._parsed = (stat.st_size, stat.st_mtime_ns), [*old, *map(json.loads, new)]
+        known = self._by_key()
+        new = {record["key"]: json.dumps(record) for record in records if record["key"] not in known}
+        with write_errors(self._records_path), self._records_path.open("ab", buffering=0) as file:
+            size, rest = file.tell(), "".join(f"{line}\n" for line in new.values()).encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except BaseException:  # a part of a unit's records would pass for all of them
+                file.truncate(size)
+                raise
+        known.update((key, json.loads(line)) for key, line in new.items())
+        self._parsed = self._state(), known
 
-    def _path(self, kind: str, name: str) -> Path:
+    def path(self, kind: str, name: str) -> Path:
+        """Where `save` writes."""
         return self.directory / kind / f"{name}.{'safetensors' if kind == 'weights' else 'npz'}"
 
     def has(self, kind: str, name: str) -> bool:
         """Whether there is such a file."""
-        return self._path(kind, name).is_file()
+        return self.path(kind, name).is_file()
 
     def save(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
         """Write arrays with a leading seed axis, merged with the seeds that are already there.
@@ -249,9 +266,8 @@ class Results:
         Args:
             kind: "weights" (safetensors), "histories" or "importance" (npz).
             name: file name without ending.
-            seeds: S seeds.
             arrays: name -> ``[S, …]``.
-            header: what the file is, as JSON.
+            header: what the file is, ready for JSON.
         """
         new = {"seeds": torch.tensor(list(seeds)), **arrays}
         if self.has(kind, name):
@@ -261,19 +277,15 @@ class Results:
         order = new["seeds"].argsort()
         new = {key: value[order].contiguous() for key, value in new.items()}
         text = json.dumps(header, sort_keys=True)
-        with atomic_write(self._path(kind, name)) as path:
+        with atomic_write(self.path(kind, name)) as path:
             if kind == "weights":
                 save_file(new, path, metadata={"header": text})
             else:
                 np.savez_compressed(path, header=np.array(text), **{k: v.numpy() for k, v in new.items()})
 
     def load(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
-        """What `save` wrote: arrays (with "seeds"), and the header.
-
-        Raises:
-            InputError: there is no such file, or it cannot be read.
-        """
-        return load_arrays(self._path(kind, name))
+        """What `save` wrote, see `load_arrays`."""
+        return load_arrays(self.path(kind, name))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a UTF-8 text file whole."""
@@ -281,8 +293,15 @@ class Results:
             path.write_text(text, encoding="utf-8", newline="\n")
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in short, as the command line takes them: {0, 1, 2, 5} -> "0-2,5"."""
+    groups = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    ends = [(found[0], found[-1]) for _, group in groups if (found := [number for _, number in group])]
+    return ",".join(f"{first}-{last}" if first < last else f"{first}" for first, last in ends)
+
+
 def load_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Arrays with a leading seed axis and the header, from a file that `Results.save` wrote.
+    """Arrays with a leading seed axis (with "seeds") and the header, from a file that `Results.save` wrote.
 
     Raises:
         InputError: the file is missing or is not of that format.
@@ -298,4 +317,4 @@ def load_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["header"])  # noqa: SIM118
     except Exception as error:  # whatever the libraries raise on a foreign file
-        raise InputError(f"'{path}' is not a file of this project's results ({error}).") from error
+        raise damaged(f"'{path}'", error) from error

@@ -19,6 +19,8 @@ file                                           arrays, each with a leading seed 
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,21 +29,16 @@ from config import InputError
 from engine import Params
 from importance import normalize, top_k_mask
 from models import FeedforwardClassifier
-from storage import Results, load_arrays
+from storage import Results, check_arrays, damaged, load_arrays
 from trainer_phase1 import DomainNetworks
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks
 
 KINDS = ("importance", "histories", "weights")
 CURVES = ("loss", "train_accuracy", "validation_accuracy")
-LAYER_KINDS = ("initial", "final", "importance", "normalized", "mask")
 
 
 class SavedNetworks:
-    """Networks on disk, of one domain, or of one holdout and arm or method: S seeds. Files are read when asked for.
-
-    Attributes:
-        seeds: S seeds, those that were asked for and are there.
-    """
+    """Networks on disk, of one domain, or of one holdout and arm or method: S seeds. Files are read when asked for."""
 
     def __init__(self, archive: "Archive", name: str, seeds: Sequence[int] | None = None):
         self._archive, self.name = archive, name
@@ -54,10 +51,14 @@ class SavedNetworks:
         return {name: value[rows] for name, value in arrays.items()}
 
     @property
+    def _stored_kind(self) -> str:
+        """A kind of file that there is of these networks."""
+        return next((kind for kind in KINDS if self._archive.results.has(kind, self.name)), "histories")
+
+    @property
     def header(self) -> dict:
         """What the files say of themselves."""
-        kind = next((kind for kind in KINDS if self._archive.stored_seeds(kind, self.name)), "histories")
-        return self._archive.read(kind, self.name)[1]
+        return self._archive.read(self._stored_kind, self.name)[1]
 
     @cached_property
     def history(self) -> dict[str, Tensor]:
@@ -68,8 +69,8 @@ class SavedNetworks:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        kind = next((kind for kind in KINDS if self._archive.stored_seeds(kind, self.name)), "histories")
-        return tuple(self._arrays(kind)["seeds"].tolist())
+        """Those that were asked for and are there."""
+        return tuple(self._arrays(self._stored_kind)["seeds"].tolist())
 
     @property
     def failed(self) -> Tensor:
@@ -88,23 +89,18 @@ class SavedNetworks:
 
     def layers(self, kind: str) -> list[Tensor]:
         """Tracked layers, L × ``[S, out, in]``: "initial", "final", "importance", "normalized" or "mask"."""
-        arrays, number = self._arrays("importance"), 1
-        found = []
-        while f"{kind}_{number}" in arrays:
-            found.append(arrays[f"{kind}_{number}"])
-            number += 1
-        return found
+        arrays = self._arrays("importance")
+        return [arrays[name] for number in range(1, len(arrays)) if (name := f"{kind}_{number}") in arrays]
 
     def params(self, when: str = "final") -> Params:
         """Parameters at the "start" or at the end ("final"): name -> ``[S, *shape]``."""
-        return params_of(self._arrays("weights"), when)
+        return _params(self._arrays("weights"), when)
 
 
 class Archive:
-    """Reads and writes the arrays of a run. A file is opened once; what was read is kept.
+    """Reads and writes the arrays of a run. What was read of a file is kept; of those only checked, the seeds are.
 
     Args:
-        results: the directory.
         seeds: of the run; what is read is of these seeds alone.
         network: outline of the classifier.
         header: what every file says.
@@ -113,6 +109,7 @@ class Archive:
     def __init__(self, results: Results, seeds: Sequence[int], network: FeedforwardClassifier, header: Mapping):
         self.results, self.seeds, self.network, self.header = results, tuple(seeds), network, dict(header)
         self._files: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
+        self._seeds: dict[tuple[str, str], set[int]] = {}
 
     def phase1(self, domain: str, seeds: Sequence[int] | None = None) -> SavedNetworks:
         """Phase 1 of a domain; of other seeds than the run's where `seeds` says so."""
@@ -132,32 +129,41 @@ class Archive:
 
     def phase1_seeds(self, domain: str) -> set[int]:
         """Seeds whose Phase 1 of a domain is complete."""
-        return set.intersection(*(self.stored_seeds(kind, f"phase1_{domain}") for kind in KINDS))
+        return set.intersection(*(self._stored_seeds(kind, f"phase1_{domain}") for kind in KINDS))
 
     def phase2_seeds(self, holdout: str, arms: Iterable[str], weights: bool) -> set[int]:
         """Seeds whose Phase 2 of a holdout is complete for all arms, with their weights where asked for."""
-        kinds = ("histories", "weights") if weights else ("histories",)
-        stored = [self.stored_seeds(kind, f"phase2_{holdout}_{arm}") for kind in kinds for arm in arms]
-        return set.intersection(*stored, self.stored_seeds("importance", f"holdout_{holdout}"))
+        stored = [self._trained_seeds(f"phase2_{holdout}_{arm}", weights) for arm in arms]
+        return set.intersection(*stored, self._stored_seeds("importance", f"holdout_{holdout}"))
 
     def method_seeds(self, method: str, trial: int, holdouts: Sequence[str], weights: bool) -> set[int]:
         """Seeds whose training by a method is complete, with weights where asked for."""
-        kinds = ("histories", "weights") if weights else ("histories",)
-        return set.intersection(*(self.stored_seeds(kind, _method_name(method, trial, holdouts)) for kind in kinds))
+        return self._trained_seeds(_method_name(method, trial, holdouts), weights)
 
-    def stored_seeds(self, kind: str, name: str) -> set[int]:
+    def _trained_seeds(self, name: str, weights: bool) -> set[int]:
+        stored = self._stored_seeds("histories", name)
+        return stored & self._stored_seeds("weights", name) if weights else stored
+
+    def _stored_seeds(self, kind: str, name: str) -> set[int]:
         """Seeds that a file holds; none if it does not exist."""
-        return set(self.read(kind, name)[0]["seeds"].tolist()) if self.results.has(kind, name) else set()
+        if not self.results.has(kind, name):
+            return set()
+        if (kind, name) not in self._seeds:  # weights that are read for this alone are not kept: they are large
+            read = self._load if kind == "weights" else self.read
+            arrays, _ = self._files.get((kind, name)) or read(kind, name)
+            self._seeds[kind, name] = set(arrays["seeds"].tolist())
+        return self._seeds[kind, name]
 
     def read(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
-        """Arrays and header of a file, all of its seeds.
-
-        Raises:
-            InputError: there is no such file, or it is not of this project.
-        """
+        """Arrays and header of a file, all of its seeds, checked; see `storage.load_arrays`."""
         if (kind, name) not in self._files:
-            self._files[kind, name] = self.results.load(kind, name)
+            self._files[kind, name] = self._load(kind, name)
         return self._files[kind, name]
+
+    def _load(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict]:
+        arrays, header = self.results.load(kind, name)
+        check_arrays(kind, self.results.path(kind, name), arrays, header)
+        return arrays, header
 
     def save_domain(self, networks: DomainNetworks, percent: float) -> None:
         """Write Phase 1 of a domain, with the mask that it alone would give at `percent` per cent."""
@@ -175,14 +181,7 @@ class Archive:
         self._write("weights", name, networks.seeds, _weights(networks.failed, networks.final, networks.start), header)
 
     def save_holdout(self, networks: HoldoutNetworks, arms: Sequence[str], masks: HoldoutMasks, weights: bool) -> None:
-        """Write Phase 2 of a holdout: a file per arm, and the holdout's masks.
-
-        Args:
-            networks: S seeds × V arms.
-            arms: names of the arms, in the order of `networks`.
-            masks: of the holdout, at the run's settings.
-            weights: keep the weights.
-        """
+        """Write Phase 2 of a holdout: a file per arm (names in the order of `networks`), and the holdout's masks."""
         seeds, about = networks.seeds, self.header | {"phase": 2, "holdout": networks.holdout}
         layers = {"importance": masks.scores, "normalized": masks.normalized, "mask": masks.mask}
         for v, arm in enumerate(arms):
@@ -203,7 +202,6 @@ class Archive:
 
         Args:
             about: for the header: "algorithm", "trial", "holdouts" and what else is to be kept.
-            seeds: S seeds.
             history: name -> ``[S, …]``.
             params: final parameters, name -> ``[S, *shape]``; None = do not keep them.
         """
@@ -213,7 +211,8 @@ class Archive:
             self._write("weights", name, seeds, _weights(history["failed"], params), self.header | about)
 
     def _write(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
-        self._files.pop((kind, name), None)
+        for known in (self._files, self._seeds):
+            known.pop((kind, name), None)
         self.results.save(kind, name, seeds, arrays, header)
 
 
@@ -221,17 +220,23 @@ def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
     """Seeds, final parameters ``[S, *shape]``, failure codes ``[S]`` and header of a file of ``weights/``.
 
     Raises:
-        InputError: the file is missing or holds no networks.
+        InputError: the file is missing or damaged, or holds no networks.
     """
     arrays, header = load_arrays(path)
-    if not any(name.startswith("final.") for name in arrays):
+    params = _params(arrays, "final")
+    if not params:
         raise InputError(f"'{path}' holds no networks: give a file of results/weights/.")
-    seeds = arrays["seeds"]
-    return tuple(seeds.tolist()), params_of(arrays), arrays.get("failed", torch.zeros_like(seeds)), header
+    check_arrays("weights", Path(path), arrays, header)
+    sizes = [header["features"]["feature_size"], *header["hidden_sizes"], len(header["class_names"])]
+    wanted = {f"layers.{i}.weight": (b, a) for i, (a, b) in enumerate(pairwise(sizes))}
+    wanted |= {f"layers.{i}.bias": (b,) for i, b in enumerate(sizes[1:])}
+    found = {name: tuple(value.shape[1:]) for name, value in params.items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise damaged(f"'{path}'", f"{wrong[0]} is not as its header says")
+    return tuple(arrays["seeds"].tolist()), params, arrays.get("failed", torch.zeros_like(arrays["seeds"])), header
 
 
-def params_of(arrays: Mapping[str, Tensor], when: str = "final") -> Params:
-    """Parameters among the arrays of a weights file: name -> ``[S, *shape]``."""
+def _params(arrays: Mapping[str, Tensor], when: str) -> Params:
     return {name.removeprefix(f"{when}."): v for name, v in arrays.items() if name.startswith(f"{when}.")}
 
 

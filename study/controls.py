@@ -24,27 +24,17 @@ SWEPT = ("IMPORTANCE_THRESHOLD_PERCENTILE", "IMPORTANCE_AGGREGATION", "PH2_FREEZ
 
 
 class MaskSource(NamedTuple):
-    """What the masks of a holdout are made from.
+    """What the masks of a holdout are made from."""
 
-    Attributes:
-        holdout: names the random streams.
-        seeds: S seeds.
-        own: settings -> masks of these seeds.
-        next_seed: settings -> masks of each next seed (s + 1).
-    """
-
-    holdout: str
+    holdout: str  # names the random streams
     seeds: tuple[int, ...]
-    own: Callable[[Settings], HoldoutMasks]
-    next_seed: Callable[[Settings], HoldoutMasks]
+    own: Callable[[Settings], HoldoutMasks]  # masks of these seeds
+    next_seed: Callable[[Settings], HoldoutMasks]  # masks of each next seed (s + 1)
 
-    def per_seed(self, draw: Callable[[int, list[Tensor]], list[Tensor]], masks: HoldoutMasks) -> list[Tensor]:
-        """A mask for each seed from its importance mask, (seed, L × ``[out, in]``) -> L × bool, stacked over seeds."""
-        drawn = [draw(seed, [layer[s] for layer in masks.mask]) for s, seed in enumerate(self.seeds)]
+    def per_seed(self, draw: Callable[[int, str, list[Tensor]], list[Tensor]], masks: HoldoutMasks) -> list[Tensor]:
+        """A mask for each seed, stacked: `draw` makes it of seed, holdout and importance mask L × ``[out, in]``."""
+        drawn = [draw(seed, self.holdout, [layer[s] for layer in masks.mask]) for s, seed in enumerate(self.seeds)]
         return [torch.stack(layers) for layers in zip(*drawn, strict=True)]
-
-
-Made = tuple[Layers, Tensor | None]  # mask L × bool [S, out, in]; codes [S] of the seeds whose mask cannot be used
 
 
 def random_mask(seed: int, holdout: str, like: Layers, percent: float) -> list[Tensor]:
@@ -73,39 +63,28 @@ def permuted_mask(seed: int, holdout: str, mask: Layers) -> list[Tensor]:
     return [layer[orders[i + 1]][:, orders[i]] for i, layer in enumerate(mask)]
 
 
-def _every(source: MaskSource, settings: Settings) -> Made:
-    return [torch.ones_like(layer) for layer in source.own(settings).mask], None
+def _importance(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return masks.mask
 
 
-def _importance(source: MaskSource, settings: Settings) -> Made:
-    masks = source.own(settings)
-    return masks.mask, masks.failed
+def _every(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return [torch.ones_like(layer) for layer in masks.mask]
 
 
-def _random(source: MaskSource, settings: Settings) -> Made:
-    percent = settings.importance_threshold_percentile
-    draw = lambda seed, mask: random_mask(seed, source.holdout, mask, percent)  # noqa: E731
-    return source.per_seed(draw, source.own(settings)), None
+def _inverted(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return top_k_mask([-layer for layer in masks.scores], percent)
 
 
-def _random_layer(source: MaskSource, settings: Settings) -> Made:
-    masks = source.own(settings)
-    return source.per_seed(lambda seed, mask: random_layer_mask(seed, source.holdout, mask), masks), masks.failed
+def _random(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return source.per_seed(lambda seed, holdout, mask: random_mask(seed, holdout, mask, percent), masks)
 
 
-def _permuted(source: MaskSource, settings: Settings) -> Made:
-    masks = source.own(settings)
-    return source.per_seed(lambda seed, mask: permuted_mask(seed, source.holdout, mask), masks), masks.failed
+def _random_layer(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return source.per_seed(random_layer_mask, masks)
 
 
-def _inverted(source: MaskSource, settings: Settings) -> Made:
-    masks = source.own(settings)
-    return top_k_mask([-layer for layer in masks.scores], settings.importance_threshold_percentile), masks.failed
-
-
-def _other_seed(source: MaskSource, settings: Settings) -> Made:
-    masks = source.next_seed(settings)
-    return masks.mask, masks.failed
+def _permuted(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return source.per_seed(permuted_mask, masks)
 
 
 @dataclass(frozen=True)
@@ -113,30 +92,31 @@ class Control:
     """One way to choose the weights that learn at the full rate, and what happens to the others.
 
     Attributes:
-        mask: makes the mask.
+        mask: (masks by importance, their source, per cent kept) -> mask, L × bool ``[S, out, in]``.
         meaning: one line on what it keeps and what it breaks.
         frozen: the unmarked weights keep their start.
         prune: the unmarked weights are zero from the start and stay so.
         next_seed: the mask comes from Phase 1 of the next seed, which must be trained too.
-        saw_validation: with `PH1_DATA = "all"` the mask depends on the sources' validation images.
+        learned: the mask comes from an importance: there is none of a network that failed, and with
+            `PH1_DATA = "all"` it depends on the sources' validation images.
     """
 
-    mask: Callable[[MaskSource, Settings], Made]
+    mask: Callable[[HoldoutMasks, MaskSource, float], Layers]
     meaning: str
     frozen: bool = False
     prune: bool = False
     next_seed: bool = False
-    saw_validation: bool = True
+    learned: bool = True
 
 
 CONTROLS: Mapping[str, Control] = {
-    "erm": Control(_every, "every weight at the full rate", saw_validation=False),
+    "erm": Control(_every, "every weight at the full rate", learned=False),
     "importance": Control(_importance, "the weights that moved most"),
-    "random": Control(_random, "random positions", saw_validation=False),
+    "random": Control(_random, "random positions", learned=False),
     "random_layer": Control(_random_layer, "random positions, with the importance mask's count in each layer"),
     "inverted": Control(_inverted, "as many of the least important weights"),
     "permuted": Control(_permuted, "the importance mask with its hidden units permuted: structure kept, place broken"),
-    "other_seed": Control(_other_seed, "the importance mask of the next seed, from another start", next_seed=True),
+    "other_seed": Control(_importance, "the importance mask of the next seed, from another start", next_seed=True),
     "prune": Control(_importance, "the importance mask; the other weights are zero", prune=True),
     "frozen": Control(_importance, "the importance mask; the other weights keep their start", frozen=True),
 }
@@ -188,8 +168,9 @@ class Arm:
     def masking(self, source: MaskSource, settings: Settings) -> Masking:
         """Mask and schedule of this arm for the seeds of one holdout."""
         control, own = CONTROLS[self.control], self.settings(settings)
-        mask, failed = control.mask(source, own)
-        return Masking(mask, own, control.prune, failed)
+        masks = source.next_seed(own) if control.next_seed else source.own(own)
+        mask = control.mask(masks, source, own.importance_threshold_percentile)
+        return Masking(mask, own, control.prune, masks.failed if control.learned else None)
 
     @property
     def needs_next_seed(self) -> bool:
@@ -198,7 +179,7 @@ class Arm:
 
     def saw_validation(self, settings: Settings) -> bool:
         """Whether the mask depends on images that the networks are validated on."""
-        return CONTROLS[self.control].saw_validation and settings.ph1_data == "all"
+        return CONTROLS[self.control].learned and settings.ph1_data == "all"
 
 
 ERM, IMPORTANCE = Arm("erm"), Arm("importance")

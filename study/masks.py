@@ -48,10 +48,7 @@ def expected_overlap(count_a: int, count_b: int, n: int) -> float:
     """The IoU that chance gives: mean over masks with these counts, placed independently and uniformly on n weights.
 
     Exact: the intersection i is hypergeometric, and the value is ``Σ P(i) · i / (count_a + count_b − i)``. (The
-    often used ratio of expectations is not the same.)
-
-    Raises:
-        ValueError: a count outside 0 … n.
+    often used ratio of expectations is not the same.) A count outside 0 … n is a ValueError.
     """
     if not (0 <= count_a <= n and 0 <= count_b <= n):
         raise ValueError(f"Counts must lie in 0 … {n}, not {count_a} and {count_b}.")
@@ -68,12 +65,7 @@ def expected_overlap(count_a: int, count_b: int, n: int) -> float:
 
 
 def statistics_table(moved: Sequence[torch.Tensor], mask: Sequence[torch.Tensor]) -> pd.DataFrame:
-    """`layer_statistics` of a stack as a table: a row per layer and one for all, means over seeds that did not fail.
-
-    Args:
-        moved: importance, L × ``[S, out, in]``.
-        mask: L × bool ``[S, out, in]``.
-    """
+    """`layer_statistics` of a stack, L × ``[S, out, in]``, as a table: means over the seeds that did not fail."""
     ok = ~degenerate(moved)
     rows = layer_statistics([layer[ok] for layer in moved], [layer[ok] for layer in mask])
     means = [{name: v if name == "layer" else float(v.double().mean()) for name, v in row.items()} for row in rows]
@@ -81,11 +73,7 @@ def statistics_table(moved: Sequence[torch.Tensor], mask: Sequence[torch.Tensor]
 
 
 def overlap_table(masks: Mapping[str, Sequence[torch.Tensor]]) -> tuple[pd.DataFrame, float]:
-    """How far masks agree: mean IoU over seeds for every pair, and the IoU that chance gives.
-
-    Args:
-        masks: name -> L × bool ``[S, out, in]``, all of the same density.
-    """
+    """Mean IoU over seeds for every pair of masks (L × bool ``[S, out, in]``, of one density), and that of chance."""
     flat = flatten(next(iter(masks.values())))
 
     def agreement(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
@@ -101,8 +89,7 @@ def densities(mask: Layers) -> Mapping[str, Tensor]:
     """Share marked: overall and per layer, and how unevenly rows and columns are marked (standard deviation)."""
     flat = flatten(mask).double()
     values = {"overall": flat.mean(-1)}
-    for i, layer in enumerate(mask, start=1):
-        values[f"layer {i}"] = layer.double().mean((-2, -1))
+    values |= {f"layer {i}": layer.double().mean((-2, -1)) for i, layer in enumerate(mask, start=1)}
     values["spread of rows"] = torch.stack([m.double().mean(-1).std(-1, correction=0) for m in mask]).mean(0)
     values["spread of columns"] = torch.stack([m.double().mean(-2).std(-1, correction=0) for m in mask]).mean(0)
     return values

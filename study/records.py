@@ -15,19 +15,12 @@ MASKS_SAW_VALIDATION = "Phase 1 trained on all images, so the mask saw the valid
 
 
 class Counted(NamedTuple):
-    """What records are made from, of S networks.
-
-    Attributes:
-        seeds: S seeds.
-        validation_accuracy: ``[S, E]``.
-        correct: right answers, ``[S, E, domains, 2, classes]``.
-        failed: codes ``[S]``.
-    """
+    """What records are made from, of S networks."""
 
     seeds: Sequence[int]
-    validation_accuracy: Tensor
-    correct: Tensor
-    failed: Tensor
+    validation_accuracy: Tensor  # [S, E]
+    correct: Tensor  # right answers, [S, E, domains, 2, classes]
+    failed: Tensor  # codes [S]
 
 
 def make_records(
@@ -36,10 +29,8 @@ def make_records(
     """One record per selection rule and seed; with two holdouts the accuracies are those on the first of them.
 
     Args:
-        run: whose features, settings and split.
         name: of the arm or method.
         holdouts: domains left out of training.
-        counted: the networks' answers.
         more: further entries (a comparison's trial and hyperparameters).
         peeked: the masks depend on validation images, which is noted where validation selects.
     """

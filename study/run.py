@@ -1,24 +1,26 @@
 """What a study and a comparison share: features, settings, seeds, holdouts, a results directory, and the machine."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from operator import index
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 import config
 from config import InputError, Settings
 from dataset import find_dataset
-from engine import SplitFeatures, prepare_machine, side_by_side, stacks_at_a_time
+from engine import SplitFeatures, check_memory, prepare_machine, side_by_side, stacks_at_a_time, training_memory
 from features import get_features
 from models import FeedforwardClassifier
 from storage import FeatureSet, Results, environment
 from study.archive import Archive
+
+LARGEST_SEED = 10**15
 
 
 @dataclass(frozen=True)
@@ -40,28 +42,24 @@ class Execution:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.seeds_per_chunk < 1:
-            raise InputError(f"SEEDS_PER_CHUNK must be at least 1, not {self.seeds_per_chunk}.")
+        config.check("SEEDS_PER_CHUNK", self.seeds_per_chunk)
 
 
 class Run:
     """One set of settings on one set of features, written to one results directory.
 
     Args:
-        features: what the backbone made of the images.
-        settings: of training.
         results: a results directory; it becomes that of these settings and features.
         seeds: seed numbers. (A single seed is always strict.)
         holdouts: domains to leave out, each in turn; default all.
-        execution: how it is carried out.
 
     Attributes:
         data: the features on the device, with the split of every seed.
-        archive: reads and writes the run's files.
         facts: where the features come from, for headers; no paths.
 
     Raises:
-        InputError: invalid seeds, an unknown holdout, or a results directory created with other settings.
+        InputError: invalid seeds, an unknown holdout, or a results directory created with other settings or
+            with damaged records.
     """
 
     def __init__(
@@ -78,10 +76,18 @@ class Run:
         self.seeds, self.holdouts = check_seeds(seeds), check_holdouts(holdouts, features.domain_names)
         self.execution = execution or Execution()
         self.data = SplitFeatures.from_features(features, settings, self.execution.device)
-        self.facts = feature_facts(features)
-        self.archive = Archive(self.results, self.seeds, self.network, self._header())
-        with self.writing():
-            pass  # an unfit directory is refused now, not after Phase 1
+        self.facts = {key: getattr(features, key) for key in ("dataset", "fingerprint", "feature_size")}
+        self.facts |= {key: features.header.get(key) for key in ("model", "preprocessing", "counts")}
+        header = {  # of every file of networks, so that they can be used later
+            "class_names": list(features.class_names),
+            "domain_names": list(features.domain_names),
+            "hidden_sizes": list(settings.hidden_sizes),
+            "features": self.facts,
+            "settings": settings.hash,
+        }
+        self.archive = Archive(self.results, self.seeds, self.network, header)
+        with self.results:  # an unfit directory is refused now, not after Phase 1
+            self.results.claim(settings, self.facts)
 
     @classmethod
     def from_config(
@@ -103,7 +109,6 @@ class Run:
             directory: default `RESULTS_DIR`.
             overwrite: delete what an earlier run wrote to the results directory.
             verify: read all image files again, see `features.extract`.
-            strict: see `Execution`.
             check: raises an InputError for features that cannot be used; called before anything is deleted.
         """
         settings, execution = Settings.current(), current_execution(strict)
@@ -141,20 +146,20 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What the run was measured on, for titles of figures: backbone, size of the features, number of seeds."""
+        """For titles of figures: backbone, size of the features, number of seeds."""
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         return f"{self.features.model_name}, {self.features.feature_size}-d, {seeds}"
 
     @contextmanager
     def writing(self, units: Sequence = ()) -> Iterator[None]:
-        """Lock the results directory and make sure that it is that of these settings.
+        """Lock the results directory, make sure that it is that of these settings, note what trains `units` if any.
 
-        Args:
-            units: what is going to be trained; if there is any, the environment that trains it is noted.
+        Afterwards `settings.json` says what the directory holds.
         """
         with self.results:
             self.results.claim(self.settings, self.facts, self.environment if units else None)
             yield
+            self.results.note_contents()
 
     @cached_property
     def environment(self) -> dict[str, object]:
@@ -166,37 +171,37 @@ class Run:
         size = self.execution.seeds_per_chunk
         return [tuple(group) for _, group in groupby(sorted(seeds), key=lambda seed: seed // size)]
 
-    def side_by_side(self, phase: str, units: Sequence, train: Callable, epochs: int, floats_per_seed: int) -> Iterator:
+    def side_by_side(
+        self, phase: str, units: Sequence, train: Callable, epochs: int, floats_per_seed: int, unit: str = "epoch"
+    ) -> Iterator:
         """Results of `train` for each unit, in order; on a CPU as many at a time as cores and memory allow.
 
         Args:
-            phase: label of the progress bar.
             units: what to train, each with its chunk of seeds last.
             train: (unit, tick) -> result.
             epochs: of a unit, for the progress bar.
             floats_per_seed: numbers in the networks of one seed, for the memory.
+            unit: of the bar.
         """
         quiet = {} if self.execution.progress and units else {"disable": True}  # else as TQDM_DISABLE says
         seeds = max((len(unit[-1]) for unit in units), default=0)
         at_a_time = 1 if self.data.features.is_cuda else stacks_at_a_time(seeds, floats_per_seed)
-        with tqdm(total=len(units) * epochs, desc=phase, unit="epoch", **quiet) as bar:
+        with tqdm(total=len(units) * epochs, desc=phase, unit=unit, **quiet) as bar:
             yield from side_by_side(train, units, at_a_time, bar)
+
+    def check_memory(self, units: Sequence, networks: int) -> None:
+        """Refuse to train units (see `side_by_side`) of so many networks per seed if they do not fit into memory."""
+        batch = min(self.settings.batch_size, len(self.features))
+        computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
+        of_batch = batch * (self.features.feature_size + networks * computed)
+        seeds = max((len(unit[-1]) for unit in units), default=0)
+        check_memory(training_memory(seeds, networks * self.network.size, of_batch), self.execution.device)
 
     def records(self) -> list[dict]:
         """Records on disk of these seeds and holdouts."""
         known = {*self.holdouts}
         wanted = [r for r in self.results.records() if r["seed"] in self.seeds]
         return [r for r in wanted if r["holdout"] in known or known & {*r["holdout"].split("+")}]  # one, or a pair
-
-    def _header(self) -> dict[str, object]:
-        """What every file of networks says, so that it can be used later: names, sizes, features."""
-        return {
-            "class_names": list(self.features.class_names),
-            "domain_names": list(self.features.domain_names),
-            "hidden_sizes": list(self.settings.hidden_sizes),
-            "features": self.facts,
-            "settings": self.settings.hash,
-        }
 
 
 def current_execution(strict: bool = False) -> Execution:
@@ -208,18 +213,16 @@ def current_execution(strict: bool = False) -> Execution:
 def check_before_extraction(
     holdouts: Sequence[str] | str | None, places: Mapping[Results, Settings], overwrite: bool
 ) -> None:
-    """Refuse what can be refused before an extraction that may take long.
+    """Raise the `InputError` that `Run` would, before an extraction that may take long.
 
     Args:
-        holdouts: domains to leave out, or None.
-        places: results directories and the settings that they are for.
+        places: results directories -> the settings that they are for.
         overwrite: the directories are going to be cleared.
-
-    Raises:
-        InputError: an unknown holdout, or an unfit results directory.
     """
     if config.DATA_ROOT is not None:
         check_holdouts(holdouts, find_dataset(config.DATA_ROOT).domain_names)
+    elif config.changed("VIT_MODEL"):
+        raise InputError("VIT_MODEL needs DATA_ROOT: without images there is nothing to run a model on.")
     for results, settings in places.items():
         results.check(settings, overwrite)
 
@@ -227,11 +230,7 @@ def check_before_extraction(
 def clear_results(
     places: Iterable[Results], features: FeatureSet, settings: Settings, holdouts: Sequence[str] | str | None = None
 ) -> None:
-    """Delete what earlier runs wrote, once it is certain that a run on these features and holdouts can be made.
-
-    Raises:
-        InputError: such a run cannot be made; nothing is deleted then.
-    """
+    """Delete what earlier runs wrote; if no run on these features can be made, raise an `InputError` instead."""
     check_holdouts(holdouts, features.domain_names)
     SplitFeatures.from_features(features, settings)  # refuses domains that are too small to be split
     for results in places:
@@ -248,21 +247,15 @@ def check_holdouts(holdouts: Sequence[str] | str | None, domain_names: Sequence[
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """Seeds sorted, each once; an `InputError` if there is none or one is not a whole number from 0."""
+    """Seeds sorted, each once; an `InputError` if there is none, too many, or one is no whole number from 0."""
+    _, most = config.LIMITS["NUM_SEEDS"]
     try:
-        found = sorted({index(seed) for seed in seeds})
+        found = sorted({index(seed) for seed in islice(seeds, most + 1)})
     except TypeError:
         found = []
-    if not found or found[0] < 0:
-        raise InputError(f"Seeds must be whole numbers from 0, and one or more of them, not {seeds!r}.")
+    if not found or found[0] < 0 or found[-1] > LARGEST_SEED or len(found) > most:
+        raise InputError(
+            f"Seeds must be whole numbers from 0 to {LARGEST_SEED}, one of them or more and {most} at most, not "
+            f"{reprlib.repr(seeds)}."
+        )
     return tuple(found)
-
-
-def feature_facts(features: FeatureSet) -> dict[str, object]:
-    """Where features come from, for headers and settings.json; no paths."""
-    facts = {"dataset": features.dataset, "fingerprint": features.fingerprint, "feature_size": features.feature_size}
-    facts |= {key: features.header.get(key) for key in ("model", "preprocessing")}
-    classes, domains = features.class_names, features.domain_names
-    cells = features.domains.long() * len(classes) + features.labels.long()
-    counts = torch.bincount(cells, minlength=len(classes) * len(domains)).view(len(domains), -1).tolist()
-    return facts | {"counts": {d: dict(zip(classes, row, strict=True)) for d, row in zip(domains, counts, strict=True)}}

@@ -4,35 +4,32 @@ A study is resumable: it trains what its results directory does not hold yet, in
 chunk of seeds), and each unit is on disk before the next begins.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from config import Settings
+from study.archive import SavedNetworks
 from study.controls import ERM, IMPORTANCE, Arm, MaskSource, check_arms
 from study.records import SELECTIONS, Counted, make_records
-from study.report import report
+from study.report import report, unlearned
 from study.run import Run
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, train_holdout
-
-DEFAULT_ARMS = (ERM, IMPORTANCE)
 
 
 class Study:
     """Arms of Phase 2, compared on one run.
 
     Args:
-        run: features, settings, seeds, holdouts and results directory.
         arms: what to compare; default plain training and importance masking.
         keep_weights: write the weights of Phase 2; a study of many arms can do without them.
-
-    Raises:
-        InputError: something else than arms.
     """
 
-    def __init__(self, run: Run, arms: Sequence[Arm] = DEFAULT_ARMS, keep_weights: bool = True):
+    def __init__(self, run: Run, arms: Sequence[Arm] = (ERM, IMPORTANCE), keep_weights: bool = True):
         self.run, self.arms, self.keep_weights = run, check_arms(arms), keep_weights
 
     @property
@@ -55,6 +52,8 @@ class Study:
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
             return train_domain(run.data, *unit, run.settings, **options)
 
+        self._missing()  # what is damaged of Phase 2 is found now, not after Phase 1
+        run.check_memory(units, len(self.arms))  # Phase 2 needs the most
         with run.writing(units):
             floats, epochs = run.network.size, run.settings.ph1_num_epochs
             for networks in run.side_by_side("Phase 1", units, train, epochs, floats):
@@ -63,7 +62,7 @@ class Study:
     def phase2(self) -> None:
         """Train what is missing of Phase 2: all arms per holdout and seed, with masks from Phase 1."""
         run = self.run
-        units = [(holdout, chunk) for holdout in run.holdouts for chunk in run.chunks(self._missing_seeds(holdout))]
+        units = [(holdout, chunk) for holdout, seeds in self._missing().items() for chunk in run.chunks(seeds)]
 
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> tuple:
             holdout, seeds = unit
@@ -72,21 +71,46 @@ class Study:
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
             return train_holdout(run.data, holdout, seeds, maskings, **options), source.own(run.settings)
 
+        run.check_memory(units, len(self.arms))
         with run.writing(units):
             floats, epochs = run.network.size * len(self.arms), run.settings.ph2_num_epochs
             for networks, masks in run.side_by_side("Phase 2", units, train, epochs, floats):
                 self._save(networks, masks)
 
     def report(self) -> str:
-        """The answer as text, written to ``summary_report.txt`` as well."""
+        """The answer as text, of all that the directory holds; written to ``summary_report.txt`` as well."""
+        whole, results = self.whole(), self.run.results
         with self.run.writing():
-            text = report(self.run.records(), self.run.results.read_settings(), self.failures())
-            self.run.results.write_text("summary_report.txt", text)
+            text = report(whole.run.records(), results.read_settings(), whole.failures(), whole.warnings())
+            results.write_text("summary_report.txt", text)
         return text
+
+    def whole(self) -> "Study":
+        """These arms on all seeds and holdouts that the results directory holds, also of earlier runs."""
+        run, found = self.run, self._complete(self.run.results.records())
+        seeds = {*run.seeds, *(seed for _, seed in found)}
+        holdouts = {*run.holdouts, *(holdout for holdout, _ in found)}
+        if (len(seeds), len(holdouts)) == (len(run.seeds), len(run.holdouts)):
+            return self
+        names = [name for name in run.features.domain_names if name in holdouts]
+        every = Run(run.features, run.settings, run.results, sorted(seeds), names, run.execution)
+        return Study(every, self.arms, self.keep_weights)
 
     def records(self) -> list[dict]:
         """What is on disk of these arms, seeds and holdouts."""
         return [r for r in self.run.records() if r["algorithm"] in self.arm_names]
+
+    def warnings(self) -> list[str]:
+        """Sentences on networks that did not learn even the images that they were trained on."""
+        run, archive = self.run, self.run.archive
+
+        def last(networks: Iterable[SavedNetworks]) -> float:
+            return float(torch.cat([saved.curves["train_accuracy"][-1] for saved in networks]).nanmean())
+
+        phase1 = {"Phase 1": last(map(archive.phase1, run.domains))}
+        phase2 = {name: last(archive.phase2(holdout, name) for holdout in run.holdouts) for name in self.arm_names}
+        about = run.facts["counts"], run.settings
+        return unlearned(phase1, *about, "PH1_NUM_EPOCHS", "PH1_LEARNING_RATE") + unlearned(phase2, *about)
 
     def failures(self) -> list[str]:
         """One sentence per failed network, for the warning at the end."""
@@ -96,12 +120,18 @@ class Study:
             if record["failed"] and record["selection"] == "last"
         ]
 
-    def _missing_seeds(self, holdout: str) -> set[int]:
-        run = self.run
-        stored = run.archive.phase2_seeds(holdout, self.arm_names, self.keep_weights)
-        found = {(r["algorithm"], r["selection"], r["seed"]) for r in run.results.records() if r["holdout"] == holdout}
-        wanted = [(name, selection) for name in self.arm_names for selection in SELECTIONS]
-        return {s for s in run.seeds if s not in stored or any((*pair, s) not in found for pair in wanted)}
+    def _missing(self) -> dict[str, set[int]]:
+        """Seeds whose Phase 2 is not complete on disk, by holdout."""
+        run, recorded, missing = self.run, self._complete(self.run.records()), {}
+        for holdout in run.holdouts:
+            stored = run.archive.phase2_seeds(holdout, self.arm_names, self.keep_weights)
+            missing[holdout] = {seed for seed in run.seeds if seed not in stored or (holdout, seed) not in recorded}
+        return missing
+
+    def _complete(self, records: Iterable[Mapping]) -> set[tuple[str, int]]:
+        """Holdouts and seeds with all records of all arms."""
+        counts = Counter((r["holdout"], r["seed"]) for r in records if r["algorithm"] in self.arm_names)
+        return {pair for pair, count in counts.items() if count == len(self.arms) * len(SELECTIONS)}
 
     def _save(self, networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
         run = self.run
@@ -115,13 +145,7 @@ class Study:
 
 
 def mask_source(run: Run, holdouts: Sequence[str], seeds: Sequence[int]) -> MaskSource:
-    """Where the masks of some held-out domains come from: Phase 1 of the other domains, read when first asked for.
-
-    Args:
-        run: with Phase 1 on disk.
-        holdouts: domains left out, one or two.
-        seeds: S seeds.
-    """
+    """Where the masks of held-out domains (one or two) come from: Phase 1 of the others, read when first asked for."""
 
     def masks_of(numbers: Sequence[int]) -> Callable[[Settings], HoldoutMasks]:
         @cache

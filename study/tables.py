@@ -1,7 +1,7 @@
 """From records to answers: leave-one-domain-out tables, intervals over seeds, paired differences.
 
-Every interval is over seeds: it covers starts and batch orders, and is conditional on these images, this split and this
-backbone. It says nothing about other domains or data sets.
+Every interval is over seeds: it covers starts, batch orders and (with `SPLIT_SEED = "seed"`) splits, and is conditional
+on these images and this backbone. It says nothing about other domains or data sets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 
 AVERAGE = "average"
 WITHOUT_HARDEST = "average without hardest"
+FEWEST_SEEDS = 10  # for words such as "helps": below, intervals say little
 INTERVAL = ["n", "mean", "low", "high"]
 
 
@@ -28,15 +29,11 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
 
 
 def accuracy_table(
-    records: Sequence[Mapping],
-    selection: str = "last",
-    part: str = "full",
-    metric: str = "accuracy",
+    records: Sequence[Mapping], selection: str = "last", part: str = "full", metric: str = "accuracy"
 ) -> pd.DataFrame:
     """Accuracy of every result: one row per seed, columns (algorithm, holdout); NaN where missing or failed.
 
     Args:
-        records: as `storage.Results.records` gives them.
         selection: "last" epoch or "val" (best mean `out` accuracy of the sources).
         part: of the held-out domain: "full", "in" or "out".
         metric: "accuracy" or "balanced_accuracy"; fractions.
@@ -83,7 +80,6 @@ def lodo_table(records: Sequence[Mapping], **choice) -> pd.DataFrame:
     on which `erm` is worst, for all algorithms alike. A failed network leaves out its seed's averages.
 
     Args:
-        records: of one results directory.
         choice: `selection`, `part`, `metric` as in `accuracy_table`.
 
     Returns:
@@ -91,10 +87,8 @@ def lodo_table(records: Sequence[Mapping], **choice) -> pd.DataFrame:
     """
     table = accuracy_table(records, **choice)
     worst = hardest(table)
-    parts = [
-        _summarize(_with_averages(table[algorithm], worst)).assign(algorithm=algorithm)
-        for algorithm in table.columns.unique("algorithm")
-    ]
+    algorithms = table.columns.unique("algorithm")
+    parts = [_summarize(_with_averages(table[name], worst)).assign(algorithm=name) for name in algorithms]
     return pd.concat(parts, ignore_index=True)[["algorithm", "holdout", *INTERVAL]]
 
 
@@ -108,18 +102,16 @@ def paired_differences(records: Sequence[Mapping], algorithm: str, baseline: str
 
 
 def wide_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A tidy table (`lodo_table`) for reading: a row per algorithm, "mean ± half width" in per cent, "–" for none."""
+    """A tidy table (`lodo_table`) for reading: a row per algorithm, mean ± standard error in per cent, "–" for none."""
 
     def cell(row: pd.Series) -> str:
         if np.isnan(row["mean"]):
             return "–"
-        mean, half = 100 * row["mean"], 50 * (row["high"] - row["low"])
-        return f"{mean:.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:.1f}"
+        error = (row["high"] - row["low"]) / 2 / stdtrit(max(row["n"] - 1, 1), 0.975)
+        return f"{100 * row['mean']:.1f}" + (f" ± {100 * error:.1f}" if np.isfinite(error) else "")
 
-    text = table.assign(text=table.apply(cell, axis=1))
-    return text.pivot(index="algorithm", columns="holdout", values="text")[table["holdout"].unique()].rename_axis(
-        columns=None
-    )
+    text = table.assign(text=table.apply(cell, axis=1)).pivot(index="algorithm", columns="holdout", values="text")
+    return text[table["holdout"].unique()].rename_axis(columns=None)
 
 
 def levels(counts: Mapping[str, Mapping[str, int]]) -> tuple[float, dict[str, float]]:

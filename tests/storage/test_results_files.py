@@ -1,5 +1,6 @@
 """Files of results: arrays merged by seed, the same bytes everywhere, one writer at a time."""
 
+import inspect
 import json
 import os
 import re
@@ -23,7 +24,9 @@ from tests.factories import KINDS, ROOT, arrays_for, everything, stored_record
 @pytest.mark.parametrize("kind", KINDS)
 def test_arrays_come_back_as_they_were_saved(tmp_path, kind):
     results = Results(tmp_path / "r")
-    arrays, header = arrays_for([0, 1, 2]), {"class_names": ["dog", "Käfer"], "hidden_sizes": [2, 3], "domain": None}
+    stack = torch.arange(36.0).view(3, 3, 4)
+    views = {"x": stack[:, 0], "y": stack[:, 1], "z": stack[:, 1]}  # arms are slices of one stack, and may share memory
+    arrays, header = arrays_for([0, 1, 2]) | views, {"class_names": ["dog", "Käfer"], "sizes": [2, 3], "domain": None}
     results.save(kind, "phase1_art", range(3), arrays, header)
     loaded, about = results.load(kind, "phase1_art")
     assert about == header
@@ -37,19 +40,12 @@ def test_arrays_come_back_as_they_were_saved(tmp_path, kind):
     assert len(everything(tmp_path)) == 1  # no temporary files
 
 
-def test_an_array_that_older_seeds_lack_is_left_out(tmp_path):
-    results, arrays = Results(tmp_path), arrays_for([1])
-    results.save("weights", "a", [0], {"loss": arrays["loss"]}, {})
-    results.save("weights", "a", [1], arrays, {})
-    assert set(results.load("weights", "a")[0]) == {"seeds", "loss"}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeds_are_merged_replaced_and_sorted(tmp_path, kind):
     results = Results(tmp_path)
     results.save(kind, "a", [7, 3], arrays_for([7, 3]), {"run": 1})
     results.save(kind, "a", [5, 0, 7], arrays_for([5, 0, 7], offset=0.25), {"run": 2})
-    results.save(kind, "b", [1], arrays_for([1]), {})  # another file, another matter
+    results.save(kind, "b", [1], {"loss": arrays_for([1])["loss"]}, {})  # another file, another matter
     loaded, header = results.load(kind, "a")
     assert loaded["seeds"].tolist() == [0, 3, 5, 7]
     assert header == {"run": 2}
@@ -57,6 +53,8 @@ def test_seeds_are_merged_replaced_and_sorted(tmp_path, kind):
     for row, from_second in enumerate([True, False, True, True]):
         expected = new if from_second else old
         assert all(torch.equal(loaded[name][row], expected[name][row]) for name in expected)
+    results.save(kind, "b", [0], arrays_for([0]), {})  # what older seeds lack is left out
+    assert set(results.load(kind, "b")[0]) == {"seeds", "loss"}
 
 
 def test_the_files_are_plain_npz_and_safetensors(tmp_path):
@@ -72,17 +70,6 @@ def test_the_files_are_plain_npz_and_safetensors(tmp_path):
             assert json.loads(str(file["header"])) == {"x": 1}
     with safe_open(tmp_path / "weights" / "a.safetensors", "np") as file:
         assert file.get_tensor("layers.1.weight")[1, 0].tolist() == [10, 11, 12]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_views_of_one_tensor_can_be_saved(tmp_path, kind):
-    """As a study does: arms are slices of one stack, and start and final may share memory."""
-    stack = torch.arange(24.0).view(2, 3, 4)
-    Results(tmp_path).save(kind, "a", [0, 1], {"x": stack[:, 0], "y": stack[:, 1], "z": stack[:, 1]}, {})
-    loaded, _ = Results(tmp_path).load(kind, "a")
-    assert torch.equal(loaded["x"], stack[:, 0])
-    assert torch.equal(loaded["y"], stack[:, 1])
-    assert torch.equal(loaded["z"], stack[:, 1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +98,18 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, kind, monkeypatch):
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, kind, name, small_disk):
+    results = Results(tmp_path)
+    results.save(kind, "old", [0], {"x": torch.rand(1, 999)}, {})
+    before = everything(tmp_path)
+    with small_disk(5000), pytest.raises(InputError, match=name) as caught:  # of one seed there are 4 kB
+        results.save(kind, name, [1, 2], {"x": torch.rand(2, 999)}, {})
+    assert "\n" not in str(caught.value)
+    assert everything(tmp_path) == before
+
+
 def test_foreign_files_are_refused(tmp_path):
     files = {name: tmp_path / name for name in ("text.npz", "text.safetensors", "objects.npz", "bare.npz", "torn.npz")}
     files["text.npz"].write_text("hello")
@@ -122,7 +121,7 @@ def test_foreign_files_are_refused(tmp_path):
     files["torn.npz"].write_bytes(whole.read_bytes()[:100])
     bare = tmp_path / "bare.safetensors"
     save_file({"a": torch.zeros(3)}, bare)
-    for path in (*files.values(), bare):
+    for path in (*files.values(), bare, tmp_path, tmp_path / "missing.npz"):
         with pytest.raises(InputError, match=re.escape(str(path))) as caught:
             load_arrays(path)
         assert "\n" not in str(caught.value), path
@@ -139,22 +138,28 @@ def test_pickled_objects_are_never_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="There is no file"):
-        Results(tmp_path).load("weights", "phase1_art")
-    with pytest.raises(InputError, match="There is no file"):
-        load_arrays(tmp_path)
+def write(directory):
+    """One of everything, here and in another process."""
+    import torch
+
+    from config import Settings
+    from storage import Results, record_key
+
+    arrays = {f"a{i}": torch.arange(12.0).view(2, 3, 2) + i for i in range(8)} | {"mask": torch.tensor([True, False])}
+    features = {"fingerprint": "abc", "counts": dict.fromkeys("xyz", 1)}
+    with Results(directory) as results:
+        results.claim(Settings.current(), features, {"versions": {}, "device": "cpu", "threads": 1, "commit": None})
+        for kind in ("weights", "histories", "importance"):
+            results.save(kind, "a", [1, 0], arrays, {f"key{i}": i for i in range(8)})
+        identity = dict.fromkeys(("features", "algorithm", "settings", "holdout", "seed", "selection"), "x")
+        results.append([{"key": record_key(identity), **identity, "accuracy": {"full": 1 / 3}}])
+        results.write_text("summary_report.txt", "ä\n")
 
 
-WRITE = """
-import sys, time, datetime
-sys.path.insert(0, sys.argv[1])
-import torch
-from config import Settings
-from storage import Results, record_key
-shift = float(sys.argv[3])
+TOMORROW = """
+import datetime, time
 real = {name: getattr(time, name) for name in ("time", "localtime", "gmtime")}
-time.time = lambda: real["time"]() + shift
+time.time = lambda: real["time"]() + 86_400
 time.time_ns = lambda: int(time.time() * 1e9)
 time.localtime = lambda seconds=None: real["localtime"](time.time() if seconds is None else seconds)
 time.gmtime = lambda seconds=None: real["gmtime"](time.time() if seconds is None else seconds)
@@ -162,27 +167,15 @@ class Later(datetime.datetime):
     @classmethod
     def now(cls, tz=None): return cls.fromtimestamp(time.time(), tz)
 datetime.datetime = Later
-arrays = {f"a{i}": torch.arange(12.0).view(2, 3, 2) + i for i in range(8)} | {"mask": torch.tensor([True, False])}
-header = {f"key{i}": i for i in range(8)}
-features = {"fingerprint": "abc", "counts": {name: 1 for name in "xyz"}}
-with Results(sys.argv[2]) as results:
-    results.claim(Settings.current(), features, {"versions": {}, "device": "cpu", "threads": 1, "commit": None})
-    for kind in ("weights", "histories", "importance"):
-        results.save(kind, "a", [1, 0], arrays, header)
-    identity = dict(features="abc", algorithm="erm", settings="1", holdout="art", seed=0, selection="last")
-    results.append([{"key": record_key(identity), **identity, "accuracy": {"full": 1 / 3}}])
-    results.write_text("summary_report.txt", "ä\\n")
 """
 
 
 def test_equal_runs_give_equal_bytes(tmp_path):
     """In another folder, another process, with another hash seed and a day later."""
-    children = []
-    for name, seed, shift in (("one", "1", 0), ("two", "2", 86_400)):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", WRITE, str(ROOT), str(tmp_path / name), str(shift)]
-        children.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    assert [child.communicate()[1] for child in children] == ["", ""]
+    write(tmp_path / "one")
+    code = f"{TOMORROW}\n{inspect.getsource(write)}\nwrite({str(tmp_path / 'two')!r})"
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=ROOT, check=True)
     one, two = everything(tmp_path / "one"), everything(tmp_path / "two")
     names = {"settings.json", "records.jsonl", "summary_report.txt", "weights/a.safetensors", "histories/a.npz"}
     assert set(one) == names | {"importance/a.npz"}
@@ -228,28 +221,16 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
     assert child.exitcode == 0
 
 
-def test_a_second_writer_in_the_same_process_is_refused_too(tmp_path):
-    with Results(tmp_path), pytest.raises(InputError, match="Another run"), Results(tmp_path):
-        pass
-
-
-def test_an_error_gives_the_directory_free(tmp_path):
-    def fail():
-        with Results(tmp_path):
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    with Results(tmp_path) as results:
-        assert isinstance(results, Results)
-
-
-def test_reading_needs_no_lock(tmp_path):
-    with Results(tmp_path) as writer:
+def test_a_writer_in_the_same_process_is_refused_and_a_reader_is_not(tmp_path):
+    with pytest.raises(KeyError), Results(tmp_path):
+        raise KeyError
+    with Results(tmp_path) as writer:  # the error gave it free
         writer.append([stored_record()])
         writer.save("weights", "a", [0], arrays_for([0]), {})
         assert Results(tmp_path).records() == [stored_record()]
         assert Results(tmp_path).load("weights", "a")[0]["seeds"].tolist() == [0]
+        with pytest.raises(InputError, match="Another run"), Results(tmp_path):
+            pass
 
 
 def test_a_text_is_written_whole_in_utf_8(tmp_path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from study import Study
+from study import Execution, Study
 from tests.factories import LEARNING, make_run, save_blobs
 
 
@@ -29,8 +29,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
-    """Plain training and importance masking, four seeds, three holdouts. Read it, don't write to it."""
-    study = Study(make_run(data, tmp_path_factory.mktemp("finished"), settings=LEARNING))
+    """Plain training and importance masking, four seeds by two, three holdouts. Read it, don't write to it."""
+    in_twos = Execution(progress=False, seeds_per_chunk=2)
+    study = Study(make_run(data, tmp_path_factory.mktemp("finished"), settings=LEARNING, execution=in_twos))
     with pytest.MonkeyPatch.context() as patched:  # set up before what is of a module
         patched.setenv("GIT_DIR", os.devnull)
         study.train()

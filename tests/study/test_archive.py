@@ -1,9 +1,13 @@
 """The files of a run, read back: rows of the seeds asked for, each file opened once, what is not there."""
 
+import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from config import InputError
 from importance import flatten
@@ -69,9 +73,14 @@ def test_rows_are_of_the_seeds_asked_for(finished, data):
 
 
 def test_shapes(finished):
-    saved, masks = finished.run.archive.phase2("photo", "erm"), finished.run.archive.masks("photo")
-    assert [tuple(layer.shape) for layer in masks.layers("mask")] == [(4, 5, 6), (4, 4, 5)]
+    archive = finished.run.archive
+    saved = archive.phase2("photo", "erm")
+    assert [tuple(layer.shape) for layer in archive.masks("photo").layers("mask")] == [(4, 5, 6), (4, 4, 5)]
     assert {curve.shape for curve in saved.curves.values()} == {(3, 4)}
+    assert saved.history["correct"].shape == (4, 3, 3, 2, 3)  # seeds, epochs, domains, in/out, classes
+    assert (saved.history["correct"] <= finished.run.data.totals).all()
+    assert {saved.history[name].shape for name in ("loss", "train_accuracy", "validation_accuracy")} == {(4, 3)}
+    assert archive.phase1("art").history["loss"].shape == (4, 2)
     assert saved.params("start")["layers.0.weight"].shape == (4, 6, 8)
     assert saved.failed.tolist() == [0] * 4
     assert saved.ok.all()
@@ -93,7 +102,8 @@ def test_what_is_not_there(finished, data, tmp_path):
 def test_what_a_method_of_the_field_trained(data, tmp_path, weights):
     run = make_run(data, tmp_path, [2, 5])
     about = {"algorithm": "Mixup", "trial": 3, "holdouts": ["art", "photo"], "hyperparameters": {"alpha": 0.2}}
-    history = {"loss": torch.rand(2, 3), "failed": torch.tensor([0, 2])}
+    history = {"loss": torch.rand(2, 3), "validation_accuracy": torch.rand(2, 3), "failed": torch.tensor([0, 2])}
+    history |= {"correct": torch.zeros(2, 3, *run.data.cell_shape, dtype=torch.long)}
     params = {"layers.0.bias": torch.rand(2, 6)}
     run.archive.save_method(about, run.seeds, history, params if weights else None)
     assert {path.name for path in tmp_path.glob("*/*")} == {"compare_Mixup_3_art+photo.npz"} | (
@@ -110,6 +120,74 @@ def test_what_a_method_of_the_field_trained(data, tmp_path, weights):
     assert archive.method_seeds("Mixup", 3, ["art", "photo"], weights=True) == ({2, 5} if weights else set())
     if weights:
         assert torch.equal(saved.params()["layers.0.bias"], params["layers.0.bias"])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("histories/phase2_photo_erm", {"seeds": None}, "seeds"),
+        ("histories/phase2_photo_erm", {"seeds": torch.zeros(4, dtype=torch.long)}, "seeds"),
+        ("histories/phase2_photo_erm", {"correct": None}, "correct"),
+        ("histories/phase2_photo_erm", {"correct": torch.zeros(4, 3, 3, 2, 9, dtype=torch.long)}, "correct"),
+        ("histories/phase2_photo_erm", {"loss": torch.zeros(4, 9)}, "accuracy"),
+        ("histories/phase1_art", {"failed": None}, "failed"),
+        ("histories/phase1_art", {"failed": torch.zeros(4)}, "failed"),
+        ("importance/holdout_photo", {"mask_1": torch.zeros(4, 5, 6)}, "mask_1"),
+        ("importance/phase1_art", {"importance_2": torch.zeros(4, 5)}, "importance_2"),
+        ("weights/phase1_art", {"start.layers.0.bias": torch.zeros(3, 6)}, "layers.0.bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_arrays_of_another_form_are_named(finished, data, tmp_path, file, change, named):
+    kind, name = file.split("/")
+    arrays, header = finished.run.results.load(kind, name)
+    archive = make_run(data, tmp_path, settings=LEARNING).archive
+    write(tmp_path, kind, name, arrays | change, header)
+    with pytest.raises(InputError, match=rf"{name}.*{re.escape(named)}"):
+        archive.read(kind, name)
+
+
+def write(directory, kind, name, arrays, header):
+    """Any arrays (those that are None are left out) and header, as a file of this kind."""
+    path = Results(directory).path(kind, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {key: value for key, value in arrays.items() if value is not None}
+    if kind == "weights":
+        save_file(arrays, path, {"header": json.dumps(header)})
+    else:
+        np.savez(path, header=json.dumps(header), **{key: value.numpy() for key, value in arrays.items()})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"features": None}, "features"),
+        ({"features": {"feature_size": "8"}}, "feature_size"),
+        ({"features": {"feature_size": 9, "model": None, "preprocessing": None}}, "layers.0.weight"),
+        ({"features": {"feature_size": 8, "model": "vit", "preprocessing": None}}, "model"),
+        ({"class_names": 3}, "class_names"),
+        ({"class_names": ["cat", 1, "owl"]}, "class_names[1]"),
+        ({"hidden_sizes": [6, 5]}, "layers.2"),
+        ({"hidden_sizes": [6, 5, 10**20]}, "layers.2"),
+        ({"hidden_sizes": "6"}, "hidden_sizes"),
+        ({"final.layers.1.bias": None}, "layers.1.bias"),
+        ({"final.layers.1.bias": torch.zeros(4, 9)}, "layers.1.bias"),
+        ({"final.layers.9.bias": torch.zeros(4, 9)}, "layers.9.bias"),
+        ({"final.layers.1.bias": torch.zeros(4, 5, dtype=torch.long)}, "layers.1.bias"),
+        ({"failed": torch.zeros(4, 2)}, "failed"),
+        ({"seeds": torch.zeros(0, dtype=torch.long)}, "seeds"),
+    ],
+    ids=str,
+)
+def test_a_weights_file_that_is_not_what_it_says_is_refused(finished, tmp_path, change, named):
+    arrays, header = finished.run.results.load("weights", "phase1_art")
+    for key, value in change.items():
+        (header if key in header else arrays)[key] = value
+    path = write(tmp_path, "weights", "phase1_art", arrays, header)
+    with pytest.raises(InputError, match=rf"phase1_art.*{re.escape(named)}") as caught:
+        load_networks(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_networks_of_a_weights_file(finished):

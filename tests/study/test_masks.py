@@ -16,20 +16,6 @@ def layers(values):
     return unflatten(torch.from_numpy(values), like)
 
 
-def test_statistics_by_hand():
-    moved = [torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.0], [4.0, 6.0]])]
-    mask = [torch.tensor([[False, True]]), torch.tensor([[True, False], [True, True]])]
-    first, second, overall = layer_statistics(moved, mask)
-    assert (first["layer"], second["layer"], overall["layer"]) == ("1", "2", "overall")
-    assert [int(row["weights"]) for row in (first, second, overall)] == [2, 4, 6]
-    assert [int(row["marked"]) for row in (first, second, overall)] == [1, 3, 4]
-    assert [int(row["zero"]) for row in (first, second, overall)] == [1, 2, 3]
-    assert [int(row["marked_zero"]) for row in (first, second, overall)] == [0, 1, 1]
-    assert float(second["density"]) == 0.75
-    assert (float(overall["min"]), float(overall["max"]), float(overall["mean"])) == (0, 6, 2)
-    assert float(second["std"]) == pytest.approx(np.std([0, 0, 4, 6]))
-
-
 def test_statistics_of_a_stack_are_those_of_its_networks():
     values = np.random.default_rng(0).random((3, 26))
     mask = top_k_mask(layers(values))
@@ -37,18 +23,16 @@ def test_statistics_of_a_stack_are_those_of_its_networks():
     for s in range(3):
         for row, alone in zip(together, layer_statistics(layers(values[s]), [m[s] for m in mask]), strict=True):
             for key in row.keys() - {"layer"}:
-                torch.testing.assert_close(row[key][s], alone[key], rtol=1e-12, atol=0)
-
-
-def test_statistics_of_an_importance_and_the_mask_of_another_network_are_refused():
+                assert row[key].dtype == alone[key].dtype
+                np.testing.assert_allclose(row[key][s], alone[key], rtol=1e-12, equal_nan=False, err_msg=key)
     with pytest.raises(ValueError, match="shapes"):
-        layer_statistics([torch.zeros(2, 2)], [torch.zeros(2, 3, dtype=torch.bool)])
+        layer_statistics(layers(values), mask[:-1])
 
 
 def test_statistics_table_by_hand_and_without_the_networks_that_say_nothing():
     moved = [torch.tensor([[[0.0, 1.0]], [[2.0, 3.0]], [[0.0, 0.0]]]), torch.tensor([[[5.0]], [[4.0]], [[0.0]]])]
     mask = [
-        torch.tensor([[[False, True]], [[False, False]], [[False] * 2]]),
+        torch.tensor([[[True, True]], [[False, False]], [[False] * 2]]),
         torch.tensor([[[True]], [[True]], [[False]]]),
     ]
     table = statistics_table(moved, mask)  # the third of three seeds moved nothing
@@ -58,10 +42,10 @@ def test_statistics_table_by_hand_and_without_the_networks_that_say_nothing():
     assert table["std"].tolist() == pytest.approx([0.5, 0, (np.std([0, 1, 5]) + np.std([2, 3, 4])) / 2])
     assert table["min"].tolist() == [1, 4.5, 1]
     assert table["max"].tolist() == [2, 4.5, 4.5]
-    assert table["marked"].tolist() == [0.5, 1, 1.5]
-    assert table["density"].tolist() == pytest.approx([0.25, 1, (2 / 3 + 1 / 3) / 2])
+    assert table["marked"].tolist() == [1, 1, 2]
+    assert table["density"].tolist() == pytest.approx([0.5, 1, (3 / 3 + 1 / 3) / 2])
     assert table["zero"].tolist() == [0.5, 0, 0.5]
-    assert table["marked_zero"].tolist() == [0, 0, 0]
+    assert table["marked_zero"].tolist() == [0.5, 0, 0.5]
 
 
 def test_overlap_by_hand():
@@ -101,21 +85,26 @@ def marked(*networks):
     return [mask]
 
 
-def test_overlap_table_by_hand():
-    table, chance = overlap_table(
-        {"a": marked((0, 1), (0, 1)), "b": marked((0, 1), (1, 2)), "c": marked((4, 5), (0, 5))}
-    )
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [
+        (
+            {"a": marked((0, 1), (0, 1)), "b": marked((0, 1), (1, 2)), "c": marked((4, 5), (0, 5))},
+            [[1, (1 + 1 / 3) / 2, 1 / 6], [(1 + 1 / 3) / 2, 1, 0], [1 / 6, 0, 1]],
+        ),
+        # The mask of a failed network is empty; two such are no agreement, and one is no disagreement.
+        (
+            {"a": marked((0, 1), ()), "b": marked((1, 2), ()), "c": marked((0, 1), (3, 4))},
+            [[1, 1 / 3, 1], [1 / 3, 1, 1 / 3], [1, 1 / 3, 1]],
+        ),
+    ],
+    ids=["by hand", "without a mask"],
+)
+def test_overlap_table(masks, expected):
+    table, chance = overlap_table(masks)
     assert table.index.tolist() == table.columns.tolist() == ["a", "b", "c"]
-    expected = [[1, (1 + 1 / 3) / 2, 1 / 6], [(1 + 1 / 3) / 2, 1, 0], [1 / 6, 0, 1]]
     np.testing.assert_allclose(table.to_numpy(), expected)
     # 2 of 6 marked twice: 15 pairs of positions, 1 of them shared whole, 8 by half, 6 not at all
-    assert chance == pytest.approx((1 * 1 + 8 / 3) / 15)
-
-
-def test_overlap_table_leaves_out_networks_without_a_mask():
-    """The mask of a failed network is empty; two such are no agreement, and one is no disagreement."""
-    table, chance = overlap_table({"a": marked((0, 1), ()), "b": marked((1, 2), ()), "c": marked((0, 1), (3, 4))})
-    np.testing.assert_allclose(table.to_numpy(), [[1, 1 / 3, 1], [1 / 3, 1, 1 / 3], [1, 1 / 3, 1]])
     assert chance == pytest.approx((1 * 1 + 8 / 3) / 15)
 
 
