@@ -1,24 +1,39 @@
-"""Every figure of a run, drawn from its results directory; the notebook and the command line show the same ones."""
+"""The figures of a run: from its files and records to arrays, which `visualization` draws; and all of them at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import visualization as draw
+from config import InputError, Settings
 from dataset import find_dataset, load_image
-from engine import classify
+from engine import accuracies, classify
 from importance import flatten
+from storage import FeatureSet, Results
 from study.archive import SavedNetworks
 from study.masks import overlap_table
-from study.run import Run
+from study.run import Execution, Run
 from study.study import Study
 from study.tables import AVERAGE, levels, lodo_table, paired_differences
+from visualization import Figure
 
 MIN_POINTS = 4  # fewer are no picture
-
+PHASE1_START = "from Phase 1's start".replace(" ", "\N{NO-BREAK SPACE}")
+LEFT_OUT = "all images of the held-out domain, last epoch"
+WORDS = {  # control -> what figures call it
+    "erm": "ERM",
+    "importance": "importance mask",
+    "random": "random mask",
+    "random_layer": "random mask, layer by layer",
+    "inverted": "inverted mask",
+    "permuted": "permuted mask",
+    "other_seed": "mask of another seed",
+    "prune": "mask, the others pruned",
+    "frozen": "mask, the others frozen",
+}
 # What is drawn of tracked layers: kind of number -> (how it is drawn, words for the title)
 DOMAIN_GRIDS = {
     "initial": ("weights", "initial weights"),
@@ -27,20 +42,25 @@ DOMAIN_GRIDS = {
     "mask": ("mask", "mask"),
 }
 HOLDOUT_GRIDS = {
-    "importance": ("importance", "importance, aggregated over source domains"),
-    "normalized": ("importance", "aggregated importance, normalized"),
+    "normalized": ("importance", "importance, aggregated over source domains"),
     "mask": ("mask", "mask"),
 }
 
 
+def in_words(arm: str) -> str:
+    """Name of an arm, as in records, in plain words."""
+    control, _, start = arm.partition("@")
+    return WORDS.get(control, control) + (f", {PHASE1_START}" if start == "phase1" else "")
+
+
 def domain_grids(run: Run, domain: str, kind: str, seed: int | None = None) -> Figure:
     """Grids of the tracked layers after Phase 1 on one domain: a kind of `DOMAIN_GRIDS`; seed as in `layer_grids`."""
-    return layer_grids(run.archive.phase1(domain), f"Phase 1 on {domain}", kind, DOMAIN_GRIDS[kind], seed)
+    return layer_grids(run.archive.phase1(domain), f"Phase 1 on {draw.plain(domain)}", kind, DOMAIN_GRIDS[kind], seed)
 
 
 def holdout_grids(run: Run, holdout: str, kind: str, seed: int | None = None) -> Figure:
     """Grids of the importance or mask of a holdout: a kind of `HOLDOUT_GRIDS`; seed as in `layer_grids`."""
-    return layer_grids(run.archive.masks(holdout), f"holdout {holdout}", kind, HOLDOUT_GRIDS[kind], seed)
+    return layer_grids(run.archive.masks(holdout), f"Holdout {draw.plain(holdout)}", kind, HOLDOUT_GRIDS[kind], seed)
 
 
 def layer_grids(
@@ -51,43 +71,61 @@ def layer_grids(
     Args:
         networks: from the archive.
         whose: words for the title.
-        kind: of the layers, see `SavedNetworks.layers`.
+        kind: of the layers, see `SavedNetworks.layers`. Initial and final weights have the same colours.
         drawn: how they are drawn, and words for the title.
         seed: which network; default the first. Use -1 for the mean over all seeds (of a mask: the share marked).
     """
     (style, words), seeds = drawn, networks.seeds
     seed = seeds[0] if seed is None else seed
-    layers = networks.layers(kind)
-    if seed == -1:
-        layers, of = [layer.float().nanmean(0) for layer in layers], f"mean over {len(seeds)} seeds"
-        style = "importance" if style == "mask" else style
-    else:
-        layers, of = [layer[seeds.index(seed)] for layer in layers], f"seed {seed}"
-    limits = (0.0, float(flatten(layers).max())) if kind == "importance" else None
-    return draw.weight_grids(layers, f"{whose}: {words} ({of})", style, limits)
+
+    def layers(of: str) -> list[torch.Tensor]:
+        stacks = networks.layers(of)
+        return [s.float().nanmean(0) if seed == -1 else s[seeds.index(seed)] for s in stacks]
+
+    limits = None
+    if style == "weights":
+        bound = float(torch.cat([flatten(layers("initial")), flatten(layers("final"))]).abs().nan_to_num(0).max())
+        limits = (-bound, bound)
+    if seed == -1 and style == "mask":
+        style, words = "importance", "share of the seeds that mark a weight"
+    of = f"mean over {len(seeds)} seeds" if seed == -1 else f"seed {seed}"
+    return draw.weight_grids(layers(kind), f"{whose}: {words} ({of})", style, limits)
 
 
 def phase1_curves(run: Run) -> Figure:
-    """Loss and accuracies of Phase 1, one line per domain."""
+    """Loss and accuracies of Phase 1, one line per domain; whether it was trained on what validates it is said."""
     curves = {domain: run.archive.phase1(domain).curves for domain in run.domains}
-    return draw.training_curves(curves, f"Phase 1 on single domains ({run.title})")
+    seen = run.settings.ph1_data == "all"
+    validation = f"validation accuracy\n(images {'trained on, too' if seen else 'not trained on'})"
+    title = f"Phase 1 on single domains ({run.title})"
+    return draw.training_curves(curves, title, names={"validation_accuracy": validation})
 
 
 def phase2_curves(study: Study, holdout: str) -> Figure:
     """Loss and accuracies of Phase 2 for one holdout, one line per arm, freeze epoch marked."""
-    run, settings = study.run, study.run.settings
-    curves = {name: run.archive.phase2(holdout, name).curves for name in study.arm_names}
+    run, settings, curves = study.run, study.run.settings, {}
+    domain = run.data.domain_names.index(holdout)
+    for name in study.arm_names:
+        networks = run.archive.phase2(holdout, name)
+        right = accuracies(networks.history["correct"], run.data.totals.cpu())["full"][..., domain]
+        curves[in_words(name)] = networks.curves | {"held_out_accuracy": right.T}
     freeze = settings.ph2_freeze_epoch if settings.ph2_freeze_epoch < settings.ph2_num_epochs else None
-    return draw.training_curves(curves, f"Phase 2, holdout {holdout} ({run.title})", freeze)
+    names = {
+        "validation_accuracy": "validation accuracy (sources' `out` part)",
+        "held_out_accuracy": f"accuracy on the held-out {draw.plain(holdout)}",
+    }
+    return draw.training_curves(curves, f"Phase 2, holdout {draw.plain(holdout)} ({run.title})", freeze, names=names)
 
 
 def overlap_figure(run: Run) -> Figure:
     """Agreement of the masks that the single domains would give, beside chance."""
-    masks = {domain: run.archive.phase1(domain).layers("mask") for domain in run.domains}
+    shared = set.intersection(*({*run.archive.phase1(domain).seeds} for domain in run.domains))
+    masks = {domain: run.archive.phase1(domain, sorted(shared)).layers("mask") for domain in run.domains}
     title = f"Overlap (IoU) of the masks of single domains ({run.title})"
     if not any(layer.any() for layers in masks.values() for layer in layers):
         percent = run.settings.importance_threshold_percentile
-        return sentence_figure(f"No mask marks a weight ({percent:g} % are kept): there is no overlap to show.", title)
+        sentence = f"No mask marks a weight ({percent:g} % are kept): there is no overlap to show."
+        return draw.sentence_figure(sentence, title)
     table, chance = overlap_table(masks)
     return draw.overlap_matrix(table.to_numpy(), list(table), title, chance)
 
@@ -98,21 +136,25 @@ def accuracy_figure(study: Study) -> Figure:
     chance, majority = levels(run.facts["counts"])
     table = lodo_table(study.records())
     table = table[table["holdout"].isin([*run.features.domain_names, AVERAGE])]
-    title = f"Accuracy on the held-out domain, last epoch, all its images ({run.title})"
+    table = table.assign(algorithm=table["algorithm"].map(in_words))
+    title = f"Accuracy on {LEFT_OUT} ({run.title})"
     return draw.accuracy_bars(table, title, chance, {d: m for d, m in majority.items() if d in run.holdouts})
 
 
 def difference_figure(study: Study) -> Figure:
     """Paired difference of importance and erm per holdout and on average."""
     table = paired_differences(study.records(), "importance", "erm").rename(columns={"holdout": "label"})
-    return draw.difference_plot(table, f"importance − erm, paired by seed, 95 % t interval ({study.run.title})")
+    title = f"Importance mask − ERM on {LEFT_OUT}, 95 % t interval ({study.run.title})"
+    return draw.difference_plot(table, title)
 
 
-def confusion_figure(study: Study, arm: str) -> Figure:
-    """Confusion matrices of one arm on every holdout, all seeds together."""
-    matrices = {holdout: confusion(study.run, holdout, arm) for holdout in study.run.holdouts}
-    title = f"Confusion on the held-out domain: {arm} ({study.run.title})"
-    return draw.confusion_matrices(matrices, study.run.features.class_names, title)
+def confusion_figure(study: Study, arm: str, baseline: str | None = None) -> Figure:
+    """Confusion matrices of one arm on every holdout, all seeds together; or what it adds to those of another."""
+    run = study.run
+    counts, base = ({h: confusion(run, h, name) for h in run.holdouts} if name else None for name in (arm, baseline))
+    what = in_words(arm) + (f" − {in_words(baseline)}" if baseline else "")
+    title = f"Confusion on {LEFT_OUT}: {what} ({run.title})"
+    return draw.confusion_matrices(counts, run.features.class_names, title, base)
 
 
 def confusion(run: Run, holdout: str, arm: str) -> np.ndarray:
@@ -121,16 +163,14 @@ def confusion(run: Run, holdout: str, arm: str) -> np.ndarray:
     Returns:
         int64 ``[classes, classes]``, rows are the true class; failed networks are left out.
     """
-    from sklearn.metrics import confusion_matrix  # takes half a second to import, which only figures need
-
     networks, classes = run.archive.phase2(holdout, arm), len(run.features.class_names)
     if not networks.ok.any():
         return np.zeros((classes, classes), dtype=np.int64)
     rows = run.data.all_rows([holdout])
     params = {name: value[networks.ok] for name, value in networks.params().items()}
-    predicted = classify(params, run.data.features[rows]).flatten().cpu()
-    true = run.data.labels[rows].cpu().repeat(int(networks.ok.sum()))
-    return confusion_matrix(true, predicted, labels=range(classes))
+    predicted = classify(params, run.data.features[rows]).cpu()  # [S, N]
+    cells = run.data.labels[rows].cpu().long() * classes + predicted
+    return torch.bincount(cells.flatten(), minlength=classes**2).view(classes, classes).numpy()
 
 
 def projection_figure(run: Run) -> Figure:
@@ -139,18 +179,11 @@ def projection_figure(run: Run) -> Figure:
     names = data.class_names, data.domain_names
     title = f"Features of {data.dataset} ({data.model_name}, {data.feature_size}-d), t-SNE"
     if data.feature_size < 2:
-        return sentence_figure("t-SNE needs two dimensions or more; these features have one.", title)
+        return draw.sentence_figure("t-SNE needs two dimensions or more; these features have one.", title)
     if len(features) < MIN_POINTS or torch.equal(features, features[:1].expand_as(features)):
-        return sentence_figure(f"t-SNE needs {MIN_POINTS} images or more, and features that are not all equal.", title)
+        sentence = f"t-SNE needs {MIN_POINTS} images or more, and features that are not all equal."
+        return draw.sentence_figure(sentence, title)
     return draw.feature_projection(features, data.labels, data.domains, *names, title)
-
-
-@draw.styled
-def sentence_figure(sentence: str, title: str) -> Figure:
-    """In place of a figure that cannot be: its title, and why."""
-    figure = draw.new_figure(7.0, 1.6, title)
-    figure.text(0.5, 0.35, sentence, ha="center", va="center", wrap=True)
-    return figure
 
 
 def sample_figure(root: str | Path) -> Figure:
@@ -172,26 +205,52 @@ def all_figures(study: Study, data_root: str | Path | None = None) -> Iterator[t
         study: trained.
         data_root: folder of the images, for a sheet of samples.
     """
-    run = study.run
+    run, arms = study.run, study.arm_names
     if data_root is not None:
         yield "samples", lambda: sample_figure(data_root)
     yield "features", lambda: projection_figure(run)
     yield "phase1_curves", lambda: phase1_curves(run)
     for domain in run.domains:
         for kind in DOMAIN_GRIDS:
-            yield f"phase1_{domain}_{kind}", lambda domain=domain, kind=kind: domain_grids(run, domain, kind)
+            yield f"phase1_{domain}_{kind}", partial(domain_grids, run, domain, kind)
     for holdout in run.holdouts:
         for kind in HOLDOUT_GRIDS:
-            yield f"holdout_{holdout}_{kind}", lambda holdout=holdout, kind=kind: holdout_grids(run, holdout, kind)
+            yield f"holdout_{holdout}_{kind}", partial(holdout_grids, run, holdout, kind)
     yield "mask_overlap", lambda: overlap_figure(run)
     for holdout in run.holdouts:
-        yield f"phase2_curves_{holdout}", lambda holdout=holdout: phase2_curves(study, holdout)
+        yield f"phase2_curves_{holdout}", partial(phase2_curves, study, holdout)
     yield "accuracy", lambda: accuracy_figure(study)
-    yield "difference", lambda: difference_figure(study)
-    for arm in study.arm_names:
-        yield f"confusion_{arm}", lambda arm=arm: confusion_figure(study, arm)
+    if {"importance", "erm"} <= {*arms}:
+        yield "difference", lambda: difference_figure(study)
+        yield "confusion_difference", lambda: confusion_figure(study, "importance", "erm")
+    for arm in arms:
+        yield f"confusion_{arm}", partial(confusion_figure, study, arm)
 
 
-def save_all(study: Study, data_root: str | Path | None = None) -> list[Path]:
+def save_all(
+    study: Study, data_root: str | Path | None = None, only: Sequence[str] | None = None, format: str = "png"
+) -> list[Path]:
     """Draw every figure into ``plots/`` of the results directory, see `visualization.save_each`."""
-    return draw.save_each(all_figures(study, data_root), study.run.results.directory / "plots")
+    return draw.save_each(all_figures(study, data_root), study.run.results.directory / "plots", only, format)
+
+
+def study_of(results: Results, features: Callable[[], FeatureSet]) -> Study:
+    """The study that the directory of a `run` holds, by its records.
+
+    Args:
+        results: the directory.
+        features: returns the features that it was made with; called once results were found.
+
+    Raises:
+        InputError: there is no run, or it was made with other features.
+    """
+    records, about = results.records(), results.read_settings()
+    if not records or about is None:
+        raise InputError(f"'{results.directory}' holds no results: give another --results-dir.")
+    data = features()
+    if data.fingerprint != about["features"]["fingerprint"]:
+        raise InputError("The results were made with other features: give them with --features or --data-root.")
+    settings = Settings.current(**{name.lower(): value for name, value in about["settings"].items()})
+    held_out, seeds = {record["holdout"] for record in records}, sorted({record["seed"] for record in records})
+    holdouts = [name for name in data.domain_names if name in held_out]
+    return Study(Run(data, settings, results, seeds, holdouts, Execution(progress=False)))

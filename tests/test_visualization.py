@@ -1,5 +1,6 @@
 """Figures are checked by what they draw: numbers, places, colours, and that nothing hides or cuts anything."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -18,14 +19,16 @@ from PIL import Image
 from scipy import stats
 
 import visualization as v
+from config import InputError
+from evidence import MARGIN
 from tests.figure_cases import (
     CLASSES,
     DOMAINS,
     FIGURES,
-    TEN,
     bars_table,
     differences,
     history,
+    many_differences,
     points,
     random_layers,
     sweep,
@@ -68,7 +71,16 @@ def grids(figure) -> list:
     return [ax for ax in figure.axes if ax not in bars]
 
 
-WITH_BAR = ("weights", "importance", "summed", "mask", "equal", "confusion", "overlap")
+def legend(figure) -> list[str]:
+    return [text.replace("\xa0", " ") for text in words(figure.legends[0].get_texts())]
+
+
+def words(texts) -> list[str]:
+    return [text.get_text() for text in texts]
+
+
+BARS = {"panels wide": 2} | dict.fromkeys(("summed", "mask", "panels"), 1)
+WITHOUT_NUMBERS = ("samples", "confusion 22", "weights wide", "panels wide")
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -80,41 +92,42 @@ def test_every_text_is_inside_and_readable_and_a_colour_bar_covers_nothing(name,
     assert not outside.any(), f"'{texts[np.argmax(outside.any(axis=1))][0]}' is cut off"
     low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    pairs = np.argwhere(np.triu(np.all(high - low > 1, axis=2), k=1))
+    pairs = np.argwhere(np.triu(np.all(high - low > 2, axis=2), k=1))
     assert not len(pairs), f"'{texts[pairs[0][0]][0]}' lies on '{texts[pairs[0][1]][0]}'"
+    assert not any("nan" in text or text.startswith("-") for text, _, _ in texts)
+    assert figure.get_figwidth() < v.WIDTH + 1e-6 or name in ("bars many", "samples many")
     bars = colour_bars(figure)
-    assert len(bars) == name.startswith(WITH_BAR)
+    assert len(bars) == BARS.get(name, name.startswith(("weights", "confusion", "overlap")))
     for ax in grids(figure):
         assert not any(bar.get_tightbbox().overlaps(ax.get_tightbbox()) for bar in bars)
         for shown in [*ax.images, *(c for c in ax.collections if isinstance(c, EllipseCollection))]:
             numbers = [text for text in ax.texts if text.get_text()]
-            assert not numbers or name not in ("confusion 25", "weights wide")  # more than 20 rows
+            assert bool(numbers) == (not name.startswith(WITHOUT_NUMBERS))
             if numbers:
-                colors = shown.to_rgba(np.ma.filled(shown.get_array().astype(float), np.nan)).reshape(-1, 4)
+                colors = shown.to_rgba(shown.get_array().compressed().astype(float)).reshape(-1, 4)
                 assert len(numbers) == len(colors)
                 for number, color in zip(numbers, colors, strict=True):
                     assert contrast(number.get_color(), color[:3]) >= 4.5
 
 
-@pytest.mark.parametrize("shapes", [TEN, [(8, 10), (6, 8)], [(1, 3)]])
+@pytest.mark.parametrize("shapes", [[(3, 3)] * 3, [(8, 10), (6, 8)], [(1, 3)]])
 def test_grid_draws_one_numbered_circle_per_weight_in_its_place(shapes, monkeypatch):
     layers = random_layers(*shapes, scale=0.5)
     before = [layer.clone() for layer in layers]
     figure = v.weight_grids(layers, "W")
     texts = {id(text): box for _, box, text in drawn_texts(figure, monkeypatch)}
     assert all(torch.equal(a, b) for a, b in zip(layers, before, strict=True))
-    assert [ax.get_title() for ax in grids(figure)] == [
-        f"hidden {i} → hidden {i + 1}" for i in range(1, len(shapes) + 1)
-    ]
-    for ax, layer in zip(grids(figure), layers, strict=True):
+    for number, (ax, layer) in enumerate(zip(grids(figure), layers, strict=True), start=1):
+        assert ax.get_title() == f"hidden {number} → hidden {number + 1}"
         (circles,) = ax.collections
         assert len(circles.get_offsets()) == layer.numel() == len(ax.texts)
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("from unit", "to unit")
+        assert ax.get_xlabel() == "from unit"
+        assert ax.get_ylabel() == ("to unit" if number % 2 else "")  # two beside each other
         assert ax.yaxis_inverted()
-        for number in ax.texts:
-            x, y = number.get_position()
-            assert float(number.get_text()) == pytest.approx(float(layer[y - 1, x - 1]), abs=0.0501)
-            box, diameter = texts[id(number)], np.diff(ax.transData.transform([[0, 0], [0.94, 0]])[:, 0])[0]
+        for text in ax.texts:
+            x, y = text.get_position()
+            assert float(text.get_text().replace("−", "-")) == pytest.approx(float(layer[y - 1, x - 1]), abs=0.0501)
+            box, diameter = texts[id(text)], np.diff(ax.transData.transform([[0, 0], [0.96, 0]])[:, 0])[0]
             assert box[2] - box[0] < diameter
         values = {tuple(place): value for place, value in zip(circles.get_offsets(), circles.get_array(), strict=True)}
         assert values[layer.shape[1], 1] == pytest.approx(float(layer[0, -1]))
@@ -125,32 +138,38 @@ def test_grid_draws_one_numbered_circle_per_weight_in_its_place(shapes, monkeypa
 
 def test_grid_numbers_scales_and_gaps():
     layer = torch.tensor([[0.123, -0.123, -0.001], [-1.23, 12.34, float("nan")]])
-    figure = v.weight_grids([layer], "W")
-    assert [text.get_text() for text in figure.axes[0].texts] == ["0.12", "-.12", "0.00", "-1.2", "12.3"]
+    figure = v.weight_grids([layer], "W", limits=(-20, 20))
+    assert words(figure.axes[0].texts) == ["0.12", "−0.12", "0.00", "−1.2", "12.3"]
+    assert figure.axes[0].collections[0].get_clim() == (-20, 20)
     mask = v.weight_grids([layer > 0], "M", "mask")
-    assert [text.get_text() for text in mask.axes[0].texts] == ["1", "0", "0", "0", "1", "0"]
+    assert words(mask.axes[0].texts) == ["1", "0", "0", "0", "1", "0"]
     FigureCanvasAgg(mask).draw()
     assert len({tuple(color) for color in mask.axes[0].collections[0].get_facecolor()}) == 2
-    labels = " ".join(label.get_text() for label in mask.axes[-1].get_yticklabels()).replace("\n", " ")
+    labels = " ".join(words(mask.axes[-1].get_yticklabels())).replace("\n", " ")
     assert labels == "0 not important 1 important"
     for limits, wanted in ((None, (0, 1)), ((0, 3), (0, 3))):
         summed = v.weight_grids([torch.full((2, 2), 3.0)], "I", "importance", limits)
         assert summed.axes[0].collections[0].get_clim() == wanted
         (bar,) = [shown.colorbar for shown in summed.axes[0].collections]
         assert bar.extend == ("max" if limits is None else "neither")
+    equal = v.weight_grids([torch.zeros(2, 2)], "All equal").axes[0].collections[0]
+    assert equal.get_clim() == (-1, 1)
     with pytest.raises(ValueError, match="kind"):
         v.weight_grids([layer], "W", "weight")
 
 
 @pytest.mark.parametrize("bands", ["t95", "std", "range"])
 def test_curves_are_means_over_the_seeds_that_did_not_fail_with_bands(bands):
-    values = history(seeds=6)
+    values = history(seeds=6, level=0.995, keys=("loss", "validation_accuracy"))
     values["loss"][4:, 2] = np.nan
+    values["loss"][9] *= np.arange(6)  # the band of t and std would go below 0
     before = {key: array.copy() for key, array in values.items()}
-    figure = v.training_curves({"erm": values}, "T", freeze_epoch=7, bands=bands)
+    names = {"validation_accuracy": "of images trained on"}
+    figure = v.training_curves({"erm": values}, "T", 7, bands, names)
     assert all(np.array_equal(values[key], before[key], equal_nan=True) for key in values)
-    assert [ax.get_title() for ax in figure.axes] == ["training loss", "training accuracy", "validation accuracy"]
-    for ax, key, scale in zip(figure.axes, values, (1, 100, 100), strict=True):
+    assert [ax.get_title() for ax in figure.axes] == ["training loss", "of images trained on"]
+    for ax, key in zip(figure.axes, values, strict=True):
+        scale, most = (1, np.inf) if key == "loss" else (100, 100)
         kept = scale * np.delete(values[key], 2, axis=1)
         curve, freeze = ax.lines
         np.testing.assert_array_equal(curve.get_xdata(), np.arange(1, 11))
@@ -163,10 +182,8 @@ def test_curves_are_means_over_the_seeds_that_did_not_fail_with_bands(bands):
             "std": (kept.mean(1) - kept.std(1, ddof=1), kept.mean(1) + kept.std(1, ddof=1)),
             "range": (kept.min(1), kept.max(1)),
         }[bands]
-        np.testing.assert_allclose([low, high], wanted, rtol=1e-9)
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["erm (5 of 6 seeds)", "unimportant weights frozen after epoch 7"]
-    assert figure.axes[1].get_ylim() == figure.axes[2].get_ylim()
+        np.testing.assert_allclose([low, high], np.clip(wanted, 0, most), rtol=1e-9)
+    assert legend(figure) == ["erm (5 of 6 seeds)", "unmarked weights frozen after epoch 7"]
 
 
 def test_curves_of_one_seed_no_seed_and_other_lengths():
@@ -175,7 +192,7 @@ def test_curves_of_one_seed_no_seed_and_other_lengths():
     (ax,) = figure.axes
     assert len(ax.lines) == 1  # no line of the dead, none for a freeze that never comes
     assert not ax.collections  # no band of one seed
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dead (0 of 2 seeds)", "one"]
+    assert legend(figure) == ["dead (0 of 2 seeds)", "one"]
     assert figure.legends[0].get_title().get_text() == "one seed"
     for bad in ({}, {"a": {}}):
         with pytest.raises(ValueError, match="histories"):
@@ -185,46 +202,50 @@ def test_curves_of_one_seed_no_seed_and_other_lengths():
 
 
 def test_series_differ_by_more_than_colour():
-    figure = v.training_curves({str(i): {"loss": np.ones((2, 1)) * i} for i in range(20)}, "T")
-    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    looks = [tuple(v.line_style(i)[key] for key in ("color", "marker")) for i in range(20)]
     assert len(set(looks)) == 20
-    assert all(contrast(color, "white") >= 2.2 for color, _ in looks)
-    figure = v.accuracy_bars(bars_table(list("abcdefgh"), ["x"]), "B")
-    assert len({patch.get_hatch() for patch in figure.axes[0].patches}) == 8
+    assert all(contrast(color, "white") >= 2.2 for color in (*v.COLORS, *v.OTHER_COLORS))
+    assert not {*v.COLORS} & {*v.OTHER_COLORS}
+    assert len({v.bar_style(i)["hatch"] for i in range(8)}) == 8
 
 
 def test_bars_show_means_intervals_and_references():
-    table = bars_table(["importance", "erm"], ["average", *DOMAINS[:2]])
+    table = bars_table(["importance", "erm"], ["average", *DOMAINS[:2]], half=0.3)
     table.loc[table["algorithm"] == "erm", ["low", "high"]] = np.nan
+    table.loc[5, "mean"] = np.nan
     before = table.copy()
     figure = v.accuracy_bars(table, "B", chance=0.25, majority={"cartoon": 0.31})
     pd.testing.assert_frame_equal(table, before)
     (ax,) = figure.axes
-    ticks = [label.get_text() for label in ax.get_xticklabels()]
-    assert ticks == ["art_painting", "cartoon", "average"]
+    ticks = words(ax.get_xticklabels())
+    assert ticks == ["art painting", "cartoon", "average"]
     found = {}
     for bars, algorithm in zip([c for c in ax.containers if hasattr(c, "patches")], ["importance", "erm"], strict=True):
         for bar in bars:
             middle = bar.get_x() + bar.get_width() / 2
-            found[algorithm, ticks[int(np.argmin(abs(ax.get_xticks() - middle)))]] = bar.get_height()
+            holdout = ["art_painting", "cartoon", "average"][int(np.argmin(abs(ax.get_xticks() - middle)))]
+            found[algorithm, holdout] = bar.get_height()
     keys = zip(table["algorithm"], table["holdout"], strict=True)
-    assert found == pytest.approx(dict(zip(keys, 100 * table["mean"], strict=True)))
+    assert found == pytest.approx(dict(zip(keys, 100 * table["mean"], strict=True)), nan_ok=True)
     intervals = [c for c in ax.containers if not hasattr(c, "patches")]
     ends = np.array([segment[:, 1] for c in intervals for segment in c.lines[2][0].get_segments()])
-    np.testing.assert_allclose(ends, 100 * table.loc[table["algorithm"] == "importance", ["low", "high"]])
-    assert [t.get_text() for t in ax.texts] == [f"{100 * mean:.1f}" for mean in table["mean"]]
+    wanted = np.clip(100 * table.loc[table["algorithm"] == "importance", ["low", "high"]], 0, 100)
+    np.testing.assert_allclose(ends, wanted)  # an interval may end beyond what is possible
+    assert wanted.to_numpy().max() == 100 == ax.get_ylim()[1]
+    assert words(ax.texts) == [f"{100 * mean:.1f}" for mean in table["mean"][:5]]
     assert set(next(line for line in ax.lines if line.get_linestyle() == "--").get_ydata()) == {25}
-    (marks,) = [c.get_segments() for c in ax.collections if c.get_zorder() == 4]
-    np.testing.assert_allclose(marks[0][:, 1], 31)
-    assert marks[0][0, 0] < ax.get_xticks()[1] < marks[0][1, 0]
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["importance", "erm", "chance (25.0 %)", "share of the largest class"]
-    assert ax.get_ylim()[0] == 0
+    (marks,) = [c for c in ax.collections if c.get_zorder() == 4]
+    assert all(c.lines[2][0].get_zorder() > 4 for c in intervals)  # no line hides an interval
+    np.testing.assert_allclose(marks.get_segments()[0][:, 1], 31)
+    assert marks.get_segments()[0][0, 0] < ax.get_xticks()[1] < marks.get_segments()[0][1, 0]
+    assert legend(figure) == ["importance", "erm", "chance (25.0 %)", "share of the largest class"]
+    assert "t interval" in figure.legends[0].get_title().get_text().replace("\xa0", " ")
 
 
 def test_confusion_is_per_cent_of_the_true_class():
     matrix = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 1, 2]])
-    figure = v.confusion_matrices({"photo": matrix, "sketch": matrix}, ["a", "b", "c"], "C")
+    names = ["a", "b", "c"]
+    figure = v.confusion_matrices({"photo": matrix, "sketch": matrix}, names, "C")
     assert matrix.sum() == 14
     first, second = grids(figure)
     assert first.get_title() == "held out: photo"
@@ -233,9 +254,15 @@ def test_confusion_is_per_cent_of_the_true_class():
     row = {(0, 0): "80", (1, 0): "20", (2, 0): "0", (0, 2): "25", (1, 2): "25", (2, 2): "50"}
     assert numbers == row  # (column, row); nothing in the empty row
     assert first.images[0].get_clim() == (0, 100)
-    for count, shape in ((3, (1, 3)), (4, (2, 2)), (5, (2, 3))):
-        panels = v.confusion_matrices({str(i): matrix for i in range(count)}, ["a", "b", "c"], "C")
-        assert panels.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    other = torch.tensor([[2, 8, 0], [5, 0, 0], [1, 1, 2]])
+    ax, _ = v.confusion_matrices({"photo": matrix}, names, "D", {"photo": other}).axes
+    assert words(ax.texts) == ["+60", "−60", "0", "0", "0", "0"]
+    assert ax.images[0].get_clim() == (-60, 60)
+
+
+def marks(ax) -> list:
+    """Means of a forest plot: lines of one point."""
+    return [line for line in ax.lines if len(line.get_xdata()) == 1]
 
 
 def test_difference_plot_shows_points_intervals_and_numbers():
@@ -247,33 +274,61 @@ def test_difference_plot_shows_points_intervals_and_numbers():
     for row, (interval, mean) in enumerate(zip(rest[::2], rest[1::2], strict=True)):
         np.testing.assert_allclose(interval.get_xdata(), 100 * table.loc[row, ["low", "high"]].to_numpy(float))
         np.testing.assert_allclose([*mean.get_xdata(), *mean.get_ydata()], [100 * table.loc[row, "mean"], row])
+        assert interval.get_marker() == "|"
+        assert interval.get_markersize() > mean.get_markersize()  # a short interval is seen behind its mark
     assert rest[1].get_marker() == rest[5].get_marker() != rest[3].get_marker()
-    texts = [text.get_text() for text in ax.texts]
-    assert texts == ["+1.20 [-0.10, +2.50]", "-20.00 [-31.00, -10.00]", "+0.00 [+0.00, +0.00]", "mean [low, high]"]
+    texts = words(ax.texts)
+    assert texts[:4] == ["+1.20 [−0.10, +2.50]", "−20.00 [−31.00, −10.00]", "0.00 [0.00, 0.00]", "mean [low, high]"]
+    assert texts[4:] == ["← worse", "better →"]
     assert ax.yaxis_inverted()
     assert "points" in ax.get_xlabel()
+    assert legend(figure) == ["a", "b", "within ±0.5 points"]
+    drawn = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.legends[0].get_lines()]
+    assert drawn == [(line.get_color(), line.get_marker(), "-") for line in (rest[1], rest[3])]
+    assert v.MARGIN == MARGIN
+    (band,) = ax.patches
+    assert (band.get_x(), band.get_width()) == pytest.approx((-0.5, 1))
+    assert not v.difference_plot(table, "D", margin=0).axes[0].patches
     table[["low", "high"]] = np.nan
     assert v.difference_plot(table, "D").axes[0].texts[0].get_text() == "+1.20"
 
 
+def test_rows_of_a_label_are_drawn_together_and_groups_keep_their_colours():
+    table = differences(label=["x", "y", "x"], group=pd.Categorical(["b", "c", "c"], ["a", "b", "c"]))
+    (ax,) = v.difference_plot(table, "D").axes
+    assert words(ax.get_yticklabels()) == ["x", "y"]
+    assert [round(float(line.get_ydata()[0])) for line in marks(ax)] == [0, 1, 0]
+    assert [line.get_color() for line in marks(ax)] == [v.COLORS[i] for i in (1, 2, 2)]
+
+
+def test_differences_far_from_all_others_become_an_arrow():
+    (ax,) = v.difference_plot(many_differences(), "D").axes
+    low, high = ax.get_xlim()
+    assert -3 < low < high < 3
+    first, *others, last = marks(ax)
+    assert (first.get_marker(), last.get_marker()) == (">", "<")
+    assert (first.get_xdata()[0], last.get_xdata()[0]) == (high, low)
+    assert all(low < line.get_xdata()[0] < high for line in others)
+    assert {"31.0", "−15.4", "−15.40 [−15.70, −15.00]"} <= {*words(ax.texts)}
+
+
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_projection_is_the_same_every_time_and_takes_from_every_class(method, tmp_path):
-    features, labels, domains = points(400)
+    features, labels, domains = points(200)
     copy, state = features.clone(), np.random.get_state()[1].copy()
     for name in ("a.png", "b.png"):
-        figure = v.feature_projection(features, labels, domains, CLASSES, DOMAINS, "P", method, max_points=90)
+        figure = v.feature_projection(features, labels, domains, CLASSES, DOMAINS, "P", method, max_points=60)
         v.save(figure, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert torch.equal(features, copy)
     assert np.array_equal(np.random.get_state()[1], state)
     for ax, names, index in zip(figure.axes, (DOMAINS, CLASSES), (domains, labels), strict=True):
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == names
+        assert words(ax.get_legend().get_texts()) == [name.replace("_", " ") for name in names]
         parts = [len(part.get_offsets()) for part in ax.collections]
-        assert sum(parts) == 90
-        expected = np.bincount(index, minlength=len(names)) * 90 / 400
+        assert sum(parts) == 60
         assert min(parts) > 0
         if names is DOMAINS:
-            np.testing.assert_allclose(parts, expected, atol=1)
+            np.testing.assert_allclose(parts, np.bincount(index, minlength=4) * 60 / 200, atol=1)
     left, right = (np.concatenate([part.get_offsets() for part in ax.collections]) for ax in figure.axes)
     np.testing.assert_allclose(np.sort(left, axis=0), np.sort(right, axis=0))
 
@@ -286,32 +341,19 @@ def test_projection_pca_is_that_of_numpy_and_methods_are_checked():
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(np.sort(abs(x), axis=0), np.sort(abs(u * s)[:, :2], axis=0), rtol=1e-3, atol=1e-3)
     assert f"({100 * s[0] ** 2 / (s**2).sum():.0f} % of variance)" in figure.axes[0].get_xlabel()
+    few = v.feature_projection(features[:5], labels[:5], domains[:5], CLASSES, DOMAINS, "P")
+    assert "5 of 5 images" in few.axes[0].get_title()
     with pytest.raises(ValueError, match="method"):
         v.feature_projection(features, labels, domains, CLASSES, DOMAINS, "P", "umap")
 
 
-def test_tsne_of_very_few_points():
-    features, labels, domains = points(5)
-    figure = v.feature_projection(features, labels, domains, CLASSES, DOMAINS, "P")
-    assert "5 of 5 images" in figure.axes[0].get_title()
-
-
 @pytest.mark.parametrize("features", [np.zeros((30, 5)), np.arange(30.0)[:, None]])
-def test_what_has_no_projection_is_refused(features):
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_what_has_no_projection_is_refused(features, method):
     """Equal points make scikit-learn's t-SNE crash the process."""
     labels = np.zeros(30, int)
-    for method in ("tsne", "pca"):
-        with pytest.raises(ValueError, match="projection"):
-            v.feature_projection(features, labels, labels, ["a"], ["b"], "P", method)
-
-
-def test_numbers_that_are_not_known_are_not_written(monkeypatch):
-    table = differences()
-    table[["mean", "low", "high"]] = np.nan
-    bars = bars_table(["erm"], ["a", "b"])
-    bars.loc[0, ["mean", "low", "high"]] = np.nan
-    for figure in (v.difference_plot(table, "D"), v.accuracy_bars(bars, "A")):
-        assert not any("nan" in text for text, _, _ in drawn_texts(figure, monkeypatch))
+    with pytest.raises(ValueError, match="projection"):
+        v.feature_projection(features, labels, labels, ["a"], ["b"], "P", method)
 
 
 def test_sample_sheet_places_images_by_domain_and_class():
@@ -320,87 +362,144 @@ def test_sample_sheet_places_images_by_domain_and_class():
     axes = np.array(figure.axes).reshape(2, 2)
     assert [ax.get_title() for ax in axes[0]] == ["dog", "cat"]
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["photo", "sketch"]
-    assert axes[0, 0].images[0].get_array()[0, 0].tolist() == [255, 0, 0]
-    assert axes[0, 1].images[0].get_array()[0, 0].tolist() == [0, 255, 0]
-    assert axes[1, 1].images[0].get_array()[0, 0].tolist() == [7, 7, 7]
+    pixels = [ax.images[0].get_array()[0, 0].tolist() for ax in (*axes[0], axes[1, 1])]
+    assert pixels == [[255, 0, 0], [0, 255, 0], [7, 7, 7]]
     assert not axes[1, 0].images
 
 
-def test_overlap_matrix_names_and_marks_chance():
-    values = np.array([[1.0, 0.25], [0.5, 1.0]])
-    figure = v.overlap_matrix(values, ["a", "b"], "Overlap of masks", chance=0.43)
-    ax, bar = figure.axes
-    numbers = {text.get_position(): text.get_text() for text in ax.texts}
-    assert numbers == {(0, 0): "1.00", (1, 0): "0.25", (0, 1): "0.50", (1, 1): "1.00"}
-    assert figure.get_suptitle() == "Overlap of masks\n(chance 0.43)"
-    assert any(set(line.get_ydata()) == {0.43} for line in bar.lines)
-    assert ax.images[0].get_clim() == (0, 1)
+def test_overlap_is_coloured_from_chance_without_the_diagonal():
+    ax, bar = v.overlap_matrix(np.array([[1.0, 0.25], [0.5, 1.0]]), ["a", "b"], "Overlap", chance=0.43).axes
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {(1, 0): "0.25", (0, 1): "0.50"}
+    assert "chance: 0.43" in bar.get_ylabel()
+    assert ax.images[0].get_clim() == (0.43, 1)
+    assert ax.images[0].colorbar.extend == "min"
 
 
 def test_curves_by_setting():
     table = sweep([60, 20, 40])
-    baselines = {"erm": (0.7, 0.68, 0.73), "majority": (0.2, np.nan, np.nan)}
+    baselines = {"erm": (0.7, 0.68, 0.73), "same": (0.7, 0.68, 0.73), "majority": (0.2, np.nan, np.nan)}
     figure = v.accuracy_curves_by_setting(table, "setting", "S", "kept (%)", baselines, default=60)
     (ax,) = figure.axes
-    first, _, erm, majority, default = ax.lines
-    assert list(first.get_xdata()) == [20, 40, 60]
-    np.testing.assert_allclose(first.get_ydata(), [100 * (0.6 + 1 / 9), 100 * (0.6 + 2 / 9), 60])
-    assert (erm.get_ydata()[0], majority.get_ydata()[0], default.get_xdata()[0]) == pytest.approx((70, 20, 60))
-    band = ax.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((57, 80))
-    (span,) = ax.patches
-    assert (span.get_y(), span.get_height()) == pytest.approx((68, 5))
-    assert [t.get_text() for t in figure.legends[0].get_texts()][2:] == ["erm", "majority", "default (60)"]
+    first, second, *beside = [container.lines for container in ax.containers]
+    for (curve, _, (intervals,)), aside in ((first, -1), (second, 1)):  # the two coincide, and lie beside each other
+        assert (np.sign((curve.get_xdata() - np.array([20, 40, 60])).astype(float)) == aside).all()
+        np.testing.assert_allclose(np.asarray(curve.get_ydata(), float), [100 * (0.6 + 1 / 9), 100 * (0.6 + 2 / 9), 60])
+        assert intervals.get_segments()[2][:, 1] == pytest.approx((57, 80))
+    places = [curve.get_xdata()[0] for curve, _, _ in beside]
+    assert len({*places}) == 3
+    assert min(places) > 60
+    assert [curve.get_ydata()[0] for curve, _, _ in beside] == pytest.approx([70, 70, 20])
+    lines = [line.get_ydata()[0] for line in ax.lines if list(line.get_xdata()) == [0, 1]]
+    assert lines == pytest.approx([70, 70, 20])
+    assert any(list(line.get_xdata()) == [60, 60] for line in ax.lines)
+    assert legend(figure)[2:] == ["erm", "same", "majority", "default (60)"]
     (ax,) = v.accuracy_curves_by_setting(sweep(["sum", "mean"]), "setting", "S", "how", default="mean").axes
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["sum", "mean"]
-    assert list(ax.lines[-1].get_xdata()) == [1, 1]
+    assert words(ax.get_xticklabels()) == ["sum", "mean"]
+    assert any(list(line.get_xdata()) == [1, 1] for line in ax.lines)
 
 
-def test_a_saved_file_is_complete_the_same_each_time_and_without_dates(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "figure.png"
+def test_titles_are_not_broken_inside_an_interval():
+    for width in range(10, 60):
+        lines = v.wrap("Average accuracy minus ERM's, paired by seed, 95 % t interval (20 seeds)", width).splitlines()
+        assert any("95 % t interval" in line.replace("\xa0", " ") for line in lines) or width < 15
+    long = (
+        FIGURES["weights small"]().get_suptitle()
+        + v.new_figure(5, 1, "word " * 13 + "(a model, 5 seeds)").get_suptitle()
+    )
+    assert long.endswith("\n(a model, 5 seeds)")
+
+
+@pytest.mark.parametrize("ending", v.FORMATS)
+def test_a_saved_file_is_complete_the_same_each_time_and_without_dates(tmp_path, monkeypatch, ending):
+    path = tmp_path / "new" / f"figure.{ending}"
     v.save(FIGURES["overlap"](), path)
     first = path.read_bytes()
     figure = FIGURES["overlap"]()
     v.save(figure, path)
     v.save(figure, path)
     assert path.read_bytes() == first
-    with Image.open(path) as image:
-        assert image.info.keys() <= {"dpi"}
-        assert image.info["dpi"] == pytest.approx((120, 120), abs=0.1)
+    if ending == "png":
+        with Image.open(path) as image:
+            assert image.info.keys() <= {"dpi", "Comment"}
+            assert image.info["dpi"] == pytest.approx((192, 192), abs=0.1)
     monkeypatch.setattr(figure, "savefig", lambda file, **_: (Path(file).write_bytes(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         v.save(figure, path)
     assert path.read_bytes() == first
-    assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_only_what_is_asked_for_and_has_changed_is_drawn(tmp_path, monkeypatch, caplog):
+    saved, save = [], v.save
+    monkeypatch.setattr(v, "save", lambda figure, path: (saved.append(path.name), save(figure, path)))
+    image = Image.new("L", (2, 2))
+
+    def draw(value=0.5, only=None, format="png"):
+        figures = {
+            "overlap": lambda: v.overlap_matrix(torch.tensor([[1, value], [value, 1]]), ["a", "b"], "O"),
+            "samples": lambda: v.sample_sheet({"a": {"b": image}}, "S"),
+            "bars": lambda: v.accuracy_bars(bars_table(["a"], ["b"]), "B", majority={"b": 0.2}),
+        }
+        saved.clear()
+        paths = v.save_each(figures.items(), tmp_path, only, format)
+        return [path.name for path in paths], list(saved)
+
+    every = ["overlap.png", "samples.png", "bars.png"]
+    assert draw() == (every, every)
+    assert draw() == (every, [])
+    assert draw(0.25) == (every, ["overlap.png"])
+    assert draw(0.25, ["bars"], "pdf") == (["bars.pdf"], ["bars.pdf"])
+    assert draw(0.75, ["ov", "bars"]) == (["overlap.png", "bars.png"], ["overlap.png"])
+    for only, format in ((["forest"], "png"), (None, "gif")):
+        with pytest.raises(InputError, match=r"forest|gif"):
+            draw(only=only, format=format)
+    with caplog.at_level(logging.WARNING):
+        assert draw(None) == (["samples.png", "bars.png"], [])
+    assert "'overlap'" in caplog.text
+    assert not (tmp_path / "overlap.png").exists()  # one of earlier data would be taken for this one's
+
+
+def test_a_full_disk_ends_the_drawing_and_keeps_what_is_there(tmp_path, monkeypatch):
+    figures = dict.fromkeys(("a", "b"), FIGURES["overlap"])
+    (tmp_path / "a.png").write_text("earlier")
+    monkeypatch.setattr(os, "fsync", lambda _: os.write(-1, b"x"))  # an OSError
+    with pytest.raises(InputError, match=r"a\.png"):
+        v.save_each(figures.items(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_style_of_the_user_neither_matters_nor_changes(tmp_path):
-    v.save(FIGURES["curves"](), tmp_path / "a.png")
+    v.save(FIGURES["curves one"](), tmp_path / "a.png")
     with matplotlib.rc_context({"text.color": "red", "axes.facecolor": "black", "font.size": 20, "axes.grid": True}):
-        v.save(FIGURES["curves"](), tmp_path / "b.png")
+        v.save(FIGURES["curves one"](), tmp_path / "b.png")
         assert matplotlib.rcParams["font.size"] == 20
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_notebooks_show_a_figure_once():
+def test_notebooks_show_a_figure_once_with_twice_as_many_pixels():
     from IPython.core.formatters import DisplayFormatter
 
-    data, _ = DisplayFormatter().format(FIGURES["overlap"]())
+    figure = FIGURES["overlap"]()
+    data, about = DisplayFormatter().format(figure)
     assert data["image/png"].startswith(b"\x89PNG")
+    assert int.from_bytes(data["image/png"][16:20]) == pytest.approx(2 * about["image/png"]["width"], abs=2)
+    assert data["image/png"][25] == 6  # true colours
     assert "text/html" not in data
 
 
 def test_no_pyplot_no_backend_no_output(tmp_path):
+    """Not even where the environment names a backend that does not exist."""
     code = f"""
-import sys, matplotlib, numpy as np, visualization as v
+import os, sys, visualization as v, matplotlib, numpy as np
 assert "sklearn" not in sys.modules and "torch" not in sys.modules
 v.save(v.weight_grids([np.eye(3)], "W"), {str(tmp_path / "w.png")!r})
 v.overlap_matrix(np.eye(3), list("abc"), "O")._repr_png_()
 v.training_curves({{"a": {{"loss": np.ones((3, 2))}}}}, "T")
 assert "matplotlib.pyplot" not in sys.modules
 assert matplotlib.get_backend(auto_select=False) is None
+assert os.environ["MPLBACKEND"] == "nonsense"
 """
     command, folder = [sys.executable, "-W", "error", "-c", code], Path(v.__file__).parent
-    variables = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
-    run = subprocess.run(command, cwd=folder, capture_output=True, env=variables)
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    run = subprocess.run(command, cwd=folder, capture_output=True, env=environment)
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")

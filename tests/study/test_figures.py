@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix
 
+from config import InputError
 from models import FeedforwardClassifier
 from storage import Results, load_features, save_features
 from study import Study, figures
@@ -16,7 +17,7 @@ from tests.factories import LEARNING, blobs, make_run
 
 
 def words(figure):
-    return " ".join(text.get_text() for text in figure.texts)
+    return " ".join(text.get_text() for text in figure.texts).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def small_run(folder, scale=1.0, settings=LEARNING, **kinds):
@@ -35,7 +36,7 @@ def test_features_without_a_projection_are_told(tmp_path, kind, why):
 
 
 def test_all_figures_of_networks_that_learn_nothing_are_drawn(tmp_path, caplog):
-    study = Study(small_run(tmp_path, scale=0.0))
+    study = Study(small_run(tmp_path, scale=0.0, settings=replace(LEARNING, hidden_sizes=(3, 2))))
     study.train()
     with caplog.at_level(logging.WARNING):
         paths = figures.save_all(study)
@@ -54,12 +55,14 @@ def test_masks_that_mark_nothing_have_a_sentence_in_place_of_their_overlap(finis
 
 
 @pytest.fixture
-def _undrawn(monkeypatch):
-    """Figures take a second each to draw: what they are made from is looked up, and a file is written."""
+def drawn(monkeypatch):
+    """Figures take a second each to draw: what they would be drawn from is noted, and a file is written."""
+    noted = []
     kinds = ("weight_grids", "training_curves", "overlap_matrix", "accuracy_bars", "difference_plot")
     for name in (*kinds, "confusion_matrices", "feature_projection"):
-        monkeypatch.setattr(f"visualization.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"visualization.{name}", lambda *given, **options: noted.append((*given, options)))
     monkeypatch.setattr("visualization.save", lambda figure, path: path.write_text("drawn"))
+    return noted
 
 
 @pytest.fixture
@@ -70,14 +73,24 @@ def copied(finished, data, tmp_path):
     return Study(make_run(data, tmp_path, settings=LEARNING))
 
 
-@pytest.mark.usefixtures("_undrawn")
-def test_a_figure_that_fails_is_named_and_the_others_are_drawn(copied, tmp_path, monkeypatch, caplog):
+@pytest.mark.usefixtures("drawn")
+def test_a_figure_that_fails_is_named_and_the_others_are_drawn_from_files_opened_once(
+    copied, tmp_path, monkeypatch, caplog
+):
     def fail(*_):
         raise np.linalg.LinAlgError("two\nlines")
 
+    opened, load = [], Results.load
+
+    def noted(self, kind, name):
+        opened.append((kind, name))
+        return load(self, kind, name)
+
     monkeypatch.setattr(figures, "overlap_figure", fail)
+    monkeypatch.setattr(Results, "load", noted)
     lost = tmp_path / "plots" / "mask_overlap.png"
     lost.write_text("of an earlier run")
+    copied.report()
     with caplog.at_level(logging.WARNING):
         paths = figures.save_all(copied)
     assert [path.stem for path in paths] == [n for n, _ in figures.all_figures(copied) if n != "mask_overlap"]
@@ -86,20 +99,12 @@ def test_a_figure_that_fails_is_named_and_the_others_are_drawn(copied, tmp_path,
     (message,) = (record.getMessage() for record in caplog.records)
     assert "'mask_overlap'" in message
     assert "(two lines)" in message
-
-
-@pytest.mark.usefixtures("_undrawn")
-def test_report_and_figures_open_each_file_once(copied, monkeypatch):
-    opened, load = [], Results.load
-
-    def noted(self, kind, name):
-        opened.append((kind, name))
-        return load(self, kind, name)
-
-    monkeypatch.setattr(Results, "load", noted)
-    copied.report()
-    assert len(figures.save_all(copied)) == len(list(figures.all_figures(copied)))
     assert len(opened) == len(set(opened)) > 10
+    chosen = figures.save_all(copied, only=["accuracy", "phase1_art_"], format="pdf")
+    assert [path.name for path in chosen] == [
+        *(f"phase1_art_{kind}.pdf" for kind in figures.DOMAIN_GRIDS),
+        "accuracy.pdf",
+    ]
 
 
 def test_the_names_of_all_figures(finished, tmp_path):
@@ -107,30 +112,56 @@ def test_the_names_of_all_figures(finished, tmp_path):
     domains = finished.run.domains
     assert len(names) == len(set(names))
     assert set(names) == {
-        "features", "phase1_curves", "mask_overlap", "accuracy", "difference", "confusion_erm", "confusion_importance",
+        "features", "phase1_curves", "mask_overlap", "accuracy", "difference",
+        *(f"confusion_{of}" for of in ("erm", "importance", "difference")),
         *(f"phase1_{domain}_{kind}" for domain in domains for kind in ("initial", "final", "normalized", "mask")),
-        *(f"holdout_{domain}_{kind}" for domain in domains for kind in ("importance", "normalized", "mask")),
+        *(f"holdout_{domain}_{kind}" for domain in domains for kind in ("normalized", "mask")),
         *(f"phase2_curves_{domain}" for domain in domains),
     }  # fmt: skip
     assert next(iter(figures.all_figures(finished, tmp_path)))[0] == "samples"
 
 
 @pytest.mark.parametrize(("seed", "said"), [(None, "seed 0"), (2, "seed 2"), (-1, "mean over 4 seeds")])
-def test_grids_are_of_one_seed_or_of_the_mean(finished, monkeypatch, seed, said):
-    drawn = []
-    monkeypatch.setattr("visualization.weight_grids", lambda layers, title, *_: drawn.append((layers, title)))
-    figures.domain_grids(finished.run, "art", "final", seed)
+def test_grids_are_of_one_seed_or_of_the_mean_and_share_their_colours(finished, drawn, seed, said):
+    def of(networks, kind):
+        layers = networks.layers(kind)
+        return [layer.float().mean(0) if seed == -1 else layer[seed or 0].float() for layer in layers]
+
+    art, masks = finished.run.archive.phase1("art"), finished.run.archive.masks("art")
+    for kind in ("initial", "final"):
+        figures.domain_grids(finished.run, "art", kind, seed)
     figures.holdout_grids(finished.run, "art", "mask", seed)
-    (final, title), (mask, other) = drawn
-    assert "art" in title
-    assert said in title
-    assert said in other
-    for found, stack in (
-        (final, finished.run.archive.phase1("art").layers("final")),
-        (mask, finished.run.archive.masks("art").layers("mask")),
-    ):
-        for layer, every in zip(found, stack, strict=True):
-            torch.testing.assert_close(layer.float(), every.float().mean(0) if seed == -1 else every[seed or 0].float())
+    bound = max(float(layer.abs().max()) for kind in ("initial", "final") for layer in of(art, kind))
+    stacks = of(art, "initial"), of(art, "final"), of(masks, "mask")
+    for (found, title, style, limits, _), stack in zip(drawn, stacks, strict=True):
+        assert "art" in title
+        assert said in title
+        assert limits == (pytest.approx((-bound, bound)) if style == "weights" else None)
+        for layer, wanted in zip(found, stack, strict=True):
+            torch.testing.assert_close(layer.float(), wanted)
+    assert [call[2] for call in drawn] == ["weights", "weights", "importance" if seed == -1 else "mask"]
+
+
+@pytest.mark.parametrize(("part", "said"), [("all", "images trained on"), ("in", "not trained on")])
+def test_curves_of_phase1_say_whether_validation_was_trained_on(data, finished, drawn, tmp_path, part, said):
+    run = make_run(data, tmp_path, settings=replace(LEARNING, ph1_data=part))
+    run.archive = finished.run.archive
+    figures.phase1_curves(run)
+    assert said in drawn[0][-1]["names"]["validation_accuracy"]
+
+
+def test_curves_of_phase2_end_at_the_accuracies_of_the_records(finished, drawn):
+    figures.phase2_curves(finished, "photo")
+    curves, _, freeze, _ = drawn[0]
+    assert freeze == 2
+    for arm, label in (("erm", "ERM"), ("importance", "importance mask")):
+        last = {
+            r["seed"]: r["accuracy"]["full"]
+            for r in finished.records()
+            if (r["algorithm"], r["holdout"], r["selection"]) == (arm, "photo", "last")
+        }
+        assert curves[label]["held_out_accuracy"].shape == (3, 4)
+        assert curves[label]["held_out_accuracy"][-1].tolist() == pytest.approx([last[seed] for seed in range(4)])
 
 
 def answers(run, holdout, arm, seed):
@@ -149,12 +180,15 @@ def summed(run, holdout, arm, seeds):
     return sum(matrices)
 
 
-@pytest.mark.parametrize("holdout", ["art", "photo"])
-def test_confusion_is_summed_over_seeds_and_all_images_of_the_domain(finished, holdout):
-    found = figures.confusion(finished.run, holdout, "erm")
-    assert (found == summed(finished.run, holdout, "erm", range(4))).all()
-    assert found.sum() == 4 * 90
-    assert (found != found.T).any()  # else rows and columns could be swapped unseen
+def test_confusion_is_summed_over_seeds_and_all_images_of_the_domain(finished, drawn):
+    figures.confusion_figure(finished, "importance", "erm")
+    counts, _, title, baseline, _ = drawn[0]
+    assert "importance mask − ERM" in title
+    for arm, found in (("importance", counts), ("erm", baseline)):
+        for holdout in ("art", "photo"):
+            assert (found[holdout] == summed(finished.run, holdout, arm, range(4))).all()
+            assert found[holdout].sum() == 4 * 90
+            assert (found[holdout] != found[holdout].T).any()  # else rows and columns could be swapped unseen
 
 
 @pytest.mark.parametrize("failed", [[0, 2, 0, -1], [1, 1, 1, 1]])
@@ -165,3 +199,14 @@ def test_confusion_leaves_out_networks_that_failed(finished, copied, failed):
     found = figures.confusion(copied.run, "art", "erm")
     ok = [seed for seed in range(4) if not failed[seed]]
     assert (found == (summed(finished.run, "art", "erm", ok) if ok else np.zeros((3, 3)))).all()
+
+
+def test_a_study_is_found_again_in_its_directory(finished, data, tmp_path):
+    study = figures.study_of(finished.run.results, lambda: data)
+    assert (study.run.seeds, study.run.holdouts) == (finished.run.seeds, finished.run.holdouts)
+    assert study.run.settings == finished.run.settings
+    with pytest.raises(InputError, match="holds no results"):
+        figures.study_of(Results(tmp_path), lambda: pytest.fail("it looked for features"))
+    other = small_run(tmp_path).features
+    with pytest.raises(InputError, match="--features"):
+        figures.study_of(finished.run.results, lambda: other)

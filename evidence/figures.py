@@ -1,0 +1,100 @@
+"""Figures of the protocol, from the tables (CSV) that its directory holds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from config import InputError
+from storage import Results
+from study import Run
+from study.figures import in_words
+from visualization import Figure, accuracy_curves_by_setting, difference_plot, overlap_matrix, save_each
+
+LENGTHS = ("contrasts", "contrasts_longer")
+SWEPT_NUMBERS = {  # those with a figure, and its words
+    "IMPORTANCE_THRESHOLD_PERCENTILE": "per cent of the weights kept as important",
+    "PH2_FREEZE_EPOCH": "epochs after which the other weights are frozen",
+}
+
+
+def all_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of every figure: forest plot of the family, overlap of the masks, and the swept numbers.
+
+    Raises:
+        InputError: the directory holds no complete study.
+    """
+    directory = Path(directory)
+    places = sorted(directory.glob("epochs_*"), key=lambda path: int(path.name.removeprefix("epochs_")))
+    about = [Results(place).read_settings() for place in places]
+    if len(about) != 2 or None in about or not (directory / "report.txt").is_file():
+        raise InputError(f"'{directory}' holds no complete study: run study first, or give --results-dir.")
+    yield "forest", lambda: _forest(directory, about)
+    yield "overlap", lambda: _overlap(directory, about[0])
+    for setting in SWEPT_NUMBERS:
+        yield setting.lower(), partial(_sweep, directory, setting, about[0]["settings"])
+
+
+def save_all(directory: str | Path, only: Sequence[str] | None = None, format: str = "png") -> list[Path]:
+    """Draw every figure into the directory itself, see `visualization.save_each`."""
+    return save_each(all_figures(directory), directory, only, format)
+
+
+def forest_figure(table: pd.DataFrame, run: Run) -> Figure:
+    """Forest plot of a `contrasts.family_table`, with a column "group" of several."""
+    return _forest_plot(table, run.title)
+
+
+def _forest_plot(table: pd.DataFrame, measured: str) -> Figure:
+    words = {name: _contrast(name) for name in table["contrast"]}
+    title = f"Paired differences, mean over the holdouts, 95 % bootstrap interval ({measured})"
+    return difference_plot(table.assign(label=table["contrast"].map(words)), title)
+
+
+def _contrast(name: str) -> str:
+    """A contrast in plain words: "importance mask − ERM, from Phase 1's start"."""
+    first, second = (in_words(arm) for arm in name.split(" − "))
+    return f"{first.split(',')[0]} − {second}"
+
+
+def _title(about: Mapping, seeds: int) -> str:
+    """As `Run.title`."""
+    facts = about["features"]
+    model = facts["model"]["name"] if facts["model"] else "a model that is not named"
+    return f"{model.split('/')[-1]}, {facts['feature_size']}-d, {seeds} seeds"
+
+
+def _forest(directory: Path, about: Sequence[Mapping]) -> Figure:
+    tables = [pd.read_csv(directory / f"{name}.csv") for name in LENGTHS]
+    groups = [f"{study['settings']['PH2_NUM_EPOCHS']} epochs" for study in about]
+    rows = pd.concat([table.assign(group=group) for table, group in zip(tables, groups, strict=True)])
+    return _forest_plot(rows, _title(about[0], rows["n"].max()))
+
+
+def _overlap(directory: Path, about: Mapping) -> Figure:
+    tables = "domain_overlap", "seed_stability"
+    table, stability = (pd.read_csv(directory / f"{name}.csv", index_col=0) for name in tables)
+    seeds = pd.read_csv(directory / "contrasts.csv")["n"].max()
+    title = f"Overlap (IoU) of the masks of single domains ({_title(about, seeds)})"
+    return overlap_matrix(table.to_numpy(), list(table), title, stability["chance"].iloc[0])
+
+
+def _sweep(directory: Path, setting: str, settings: Mapping) -> Figure:
+    """Accuracy against a swept number; what does not depend on it as lines."""
+    table = pd.read_csv(directory / "sweep.csv", keep_default_na=False)
+    probe = pd.read_csv(directory / "linear_probe.csv")["full"].mean()
+    default, base = settings[setting], table[table["setting"] == ""]
+    points = table[table["setting"] == setting].assign(x=lambda t: t["value"].astype(float))
+    if not (points["x"] == default).any():  # that of the arm in which nothing is changed
+        points = pd.concat([points, base[base["algorithm"] == "importance"].assign(x=float(default))])
+    points = points.assign(algorithm=points["algorithm"].map(in_words))
+    at = f" at {settings['IMPORTANCE_THRESHOLD_PERCENTILE']:g} %"  # the density of the other masks is not swept
+    lines = {
+        in_words(row["algorithm"]) + (at if row["algorithm"] != "erm" else ""): tuple(row[["mean", "low", "high"]])
+        for _, row in base[base["algorithm"] != "importance"].iterrows()
+    }
+    lines["linear probe"] = (probe, float("nan"), float("nan"))
+    words, seeds = SWEPT_NUMBERS[setting], table["n"].max()
+    title = f"Exploratory: accuracy by {words} (mean over the holdouts, {seeds} seeds)"
+    return accuracy_curves_by_setting(points, "x", title, words, lines, default)
