@@ -11,16 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from evidence.statistics import family
-from study import (
-    AVERAGE,
-    CONTROLS,
-    WITHOUT_HARDEST,
-    Arm,
-    Study,
-    accuracy_table,
-    paired_differences,
-    t_interval,
-)
+from study import AVERAGE, CONTROLS, WITHOUT_HARDEST, Arm, Study, accuracy_table, paired_differences, t_interval
 
 BASELINES = ("erm", "random", "permuted")
 STARTS = (None, "phase1")  # as the settings say, and from Phase 1's start
@@ -38,11 +29,7 @@ class Contrast(NamedTuple):
         return f"{self.arm.name} − {self.baseline.name}"
 
     def differences(self, averages: pd.DataFrame) -> pd.Series:
-        """Accuracy of the arm minus that of the baseline, by seed.
-
-        Args:
-            averages: see `seed_averages`.
-        """
+        """Accuracy of the arm minus that of the baseline, by seed, from `seed_averages`."""
         return averages[self.arm.name] - averages[self.baseline.name]
 
 
@@ -80,11 +67,8 @@ def others_table(records: Sequence[Mapping]) -> pd.DataFrame:
 
 def domains_table(records: Sequence[Mapping], epochs: int) -> pd.DataFrame:
     """Exploratory: the family's contrasts on each domain: epochs, contrast, holdout, n, mean, low, high (fractions)."""
-    tables = []
-    for contrast in FAMILY:
-        table = paired_differences(records, contrast.arm.name, contrast.baseline.name)
-        tables.append(table.assign(epochs=epochs, contrast=contrast.name))
-    table = pd.concat(tables, ignore_index=True)
+    tables = {c.name: paired_differences(records, c.arm.name, c.baseline.name) for c in FAMILY}
+    table = pd.concat(tables, names=["contrast", None]).reset_index("contrast").assign(epochs=epochs)
     single = table[~table["holdout"].isin([AVERAGE, WITHOUT_HARDEST])]
     return single[["epochs", "contrast", "holdout", "n", "mean", "low", "high"]]
 
@@ -103,18 +87,26 @@ def sweep_table(records: Sequence[Mapping], arms: Sequence[Arm]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=["algorithm", "setting", "value", "n", "mean", "low", "high"])
 
 
-def source_averages(study: Study) -> pd.DataFrame:
-    """Accuracy on the sources' `out` part after the last epoch, averaged over the holdouts: seeds × arms of the family.
+def splits_table(records: Mapping[int, Sequence[Mapping]]) -> pd.DataFrame:
+    """Exploratory: how the answer depends on the split, from the records of studies of one split each.
 
-    Args:
-        study: trained, with these arms.
+    Returns:
+        split (its seed), n (seeds), erm (accuracy averaged over the holdouts), and mean, low, high of `importance` −
+        `erm` (95 % t interval over seeds); fractions.
     """
+    rows = []
+    for split, own in records.items():
+        averages = seed_averages(own)
+        values = FAMILY[0].differences(averages).dropna()
+        rows.append((split, len(values), averages["erm"].mean(), *t_interval(values)))
+    return pd.DataFrame(rows, columns=["split", "n", "erm", "mean", "low", "high"])
+
+
+def source_averages(study: Study) -> pd.DataFrame:
+    """Accuracy on the sources' `out` part, last epoch, averaged over the holdouts: seeds × arms of the family."""
     found = {}
     for arm in FAMILY_ARMS:
-        each = []
-        for holdout in study.run.holdouts:
-            networks = study.run.archive.phase2(holdout, arm.name)
-            last = networks.curves["validation_accuracy"][-1]  # NaN for failed networks
-            each.append(pd.Series(last.numpy(), index=networks.seeds))
-        found[arm.name] = pd.concat(each, axis=1).mean(axis=1, skipna=False)
+        networks = [study.run.archive.phase2(holdout, arm.name) for holdout in study.run.holdouts]
+        last = [pd.Series(n.curves["validation_accuracy"][-1].numpy(), index=n.seeds) for n in networks]
+        found[arm.name] = pd.concat(last, axis=1).mean(axis=1, skipna=False)  # NaN for failed networks
     return pd.DataFrame(found).rename_axis("seed")

@@ -26,13 +26,7 @@ from study import (
 
 
 def hidden_activations(network: FeedforwardClassifier, params: Params, features: Tensor) -> list[Tensor]:
-    """Activations of one network's hidden layers, ``[N, units]`` each.
-
-    Args:
-        network: the module, with or without weights of its own.
-        params: name -> tensor of a single network.
-        features: ``[N, D]``.
-    """
+    """Activations of a network's hidden layers, ``[N, units]`` each, with these parameters, on features ``[N, D]``."""
     hidden: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, inputs: hidden.append(*inputs)) for layer in network.layers[1:]]
     try:
@@ -47,10 +41,7 @@ def match_units(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[np.ndarray]:
     """For each hidden layer, the unit of network b that corresponds to each unit of network a.
 
     The Hungarian assignment that maximizes the correlation of activations over the same images; a dead unit
-    correlates 0 with every other. (After Li et al., "Convergent Learning", 2016.)
-
-    Args:
-        a, b: activations per layer, ``[N, units]``.
+    correlates 0 with every other. (After Li et al., "Convergent Learning", 2016.) Activations are ``[N, units]``.
     """
     matches = []
     for x, y in zip(a, b, strict=True):
@@ -87,18 +78,12 @@ def seed_stability(run: Run, pairs: int = 20) -> pd.DataFrame:
     Returns:
         A row per domain: pairs, by_position, matched, matched_sd (over pairs), renamed (that is, permuted), chance.
     """
-    rows, chance, kinds = {}, chance_overlap(run), ["by_position", "matched", "renamed"]
+    rows, kinds = {}, ["by_position", "matched", "renamed"]
     for domain in run.domains:
         found = pd.DataFrame(_pair_overlaps(run, domain, pairs), columns=kinds, dtype=float)
-        rows[domain] = {
-            "pairs": len(found),
-            "by_position": found["by_position"].mean(),
-            "matched": found["matched"].mean(),
-            "matched_sd": found["matched"].std(),
-            "renamed": found["renamed"].mean(),
-            "chance": chance,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("domain")
+        rows[domain] = {"pairs": len(found), **found.mean(), "matched_sd": found["matched"].std()}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("domain").assign(chance=chance_overlap(run))
+    return table[["pairs", "by_position", "matched", "matched_sd", "renamed", "chance"]]
 
 
 def _pair_overlaps(run: Run, domain: str, pairs: int) -> list[tuple[float, float, float]]:
@@ -156,9 +141,7 @@ def mask_density(run: Run) -> pd.DataFrame:
 def spread_by_chance(mask: Layers, holdout: str) -> dict[str, float]:
     """Mean spread of row and of column densities of masks with as many random positions in each layer.
 
-    Args:
-        mask: L × bool ``[S, out, in]``.
-        holdout: names the random stream.
+    `mask` is L × bool ``[S, out, in]``; the holdout names the random stream.
     """
     each = [random_layer_mask(s, holdout, [layer[s] for layer in mask]) for s in range(len(mask[0]))]
     found = densities([torch.stack(layers) for layers in zip(*each, strict=True)]) if each else {}

@@ -16,13 +16,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from config import InputError
-from evidence.report import interval, probe_sentence, summary
-from evidence.statistics import MARGIN
+from evidence.report import family_shown, interval, probe_sentence, splits_shown, summary, verdict_counts
 from storage import Results, atomic_write
 from study import finding, levels, lodo_table, paired_differences, wide_table
 
 WIDTH = 120
-NO_DIFFERENCE = f"makes no difference larger than {100 * MARGIN:g} points"
 PAGES = ("README.md", "docs/*.md")
 PLACE = re.compile(r"(<!-- (?:table|text): ([\w-]+) -->\n).*?(^<!-- end -->$)", re.DOTALL | re.MULTILINE)
 CHOICES = {  # what else could have been the headline: words -> which records
@@ -66,7 +64,7 @@ BENCHMARKS = {
         },
         lambda row: row["contender"].startswith("matmul"),
     ),
-    "whole": Benchmark("training_cpu", "study", {"seeds": "seeds", "arms": "variants", "seconds": "seconds"}),
+    "whole": Benchmark("whole_cpu", "results", {"command": "command", "first": "first", "again": "again"}),
     "methods": Benchmark(
         "methods_cpu",
         "results",
@@ -96,16 +94,13 @@ def write_pages(root: str | Path, tables: Mapping[str, str]) -> list[Path]:
         tables: name -> Markdown, see `results_tables`, `benchmark_tables` and `field.docs.comparison_tables`.
 
     Returns:
-        The pages that changed.
-
-    Raises:
-        InputError: a page marks a place for a table that is not among them.
+        The pages that changed; an `InputError` if one marks a place for a table that is not among them.
     """
     changed = []
     for path in sorted(path for pattern in PAGES for path in Path(root).glob(pattern)):
         before = path.read_text("utf-8")
         try:
-            after = fill(before, tables)
+            after = PLACE.sub(lambda found: f"{found[1]}{tables[found[2]].strip()}\n{found[3]}", before)
         except KeyError as error:
             raise InputError(f"'{path}' has a place for {error}; there are {', '.join(sorted(tables))}.") from None
         if after != before:
@@ -113,11 +108,6 @@ def write_pages(root: str | Path, tables: Mapping[str, str]) -> list[Path]:
                 temporary.write_text(after, encoding="utf-8", newline="\n")
             changed.append(path)
     return changed
-
-
-def fill(page: str, tables: Mapping[str, str]) -> str:
-    """A page with its marked places filled; KeyError for one that has no table."""
-    return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]].strip()}\n{found[3]}", page)
 
 
 def results_tables(root: str | Path) -> dict[str, str]:
@@ -132,6 +122,7 @@ def results_tables(root: str | Path) -> dict[str, str]:
         "accuracy": _accuracies(lodo_table(records)),
         "choices": _choices(records),
         "contrasts": _contrasts(study, epochs),
+        "splits": _splits(study["splits"]),
         "study-findings": "\n".join(paragraph(text, "- ") for text in summary(study, epochs)),
         "arms": _accuracies(study["accuracy"]),
     }
@@ -170,10 +161,8 @@ def markdown_table(align: str, header: Sequence[str], rows: Iterable[Sequence[ob
 
 def paragraph(text: str, bullet: str = "") -> str:
     """Text on lines of the pages' width, after a bullet if there is one."""
-    lines = textwrap.wrap(
-        text, WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False
-    )
-    return "\n".join(lines)
+    indent = " " * len(bullet)
+    return textwrap.fill(text, WIDTH, initial_indent=bullet, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def minus(text: str) -> str:
@@ -212,8 +201,7 @@ def _setting(about: Mapping, records: Sequence[Mapping], study: Mapping[str, pd.
 def _finding(records: Sequence[Mapping], study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
     """The README's three sentences: the run, the study's contrasts, and how far the features alone go."""
     family = pd.concat([study["contrasts"], study["contrasts_longer"]])
-    verdicts = {"helps": "helps", "hurts": "hurts", "no difference": NO_DIFFERENCE, "undecided": "is undecided"}
-    counts = {words: family["verdict"].str.startswith(start).sum() for start, words in verdicts.items()}
+    counts = verdict_counts(family)
     *most, last = (f"{words} in {count}" for words, count in counts.items() if count or words == "helps")
     return [
         minus(finding(records)),
@@ -225,13 +213,9 @@ def _finding(records: Sequence[Mapping], study: Mapping[str, pd.DataFrame], epoc
 
 
 def _accuracies(table: pd.DataFrame) -> str:
-    """A `study.lodo_table` as Markdown."""
-    wide = wide_table(table)
-    rows = ([name, *cells] for name, cells in zip(wide.index, wide.to_numpy(), strict=True))
-    order = list(dict.fromkeys(table["algorithm"]))
-    return markdown_table(
-        "l" + "r" * wide.shape[1], ["arm", *wide.columns], sorted(rows, key=lambda row: order.index(row[0]))
-    )
+    """A `study.lodo_table` as Markdown, with its arms in the order given."""
+    wide = wide_table(table).loc[list(dict.fromkeys(table["algorithm"]))]
+    return markdown_table("l" + "r" * wide.shape[1], ["arm", *wide.columns], wide.reset_index().to_numpy())
 
 
 def _choices(records: Sequence[Mapping]) -> str:
@@ -244,9 +228,11 @@ def _choices(records: Sequence[Mapping]) -> str:
 
 
 def _contrasts(study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> str:
-    rows = [
-        [row.contrast, count, interval(row), f"{row.p_holm:.2g}", row.verdict]
-        for count, name in zip(epochs, ("contrasts", "contrasts_longer"), strict=True)
-        for row in study[name].itertuples()
-    ]
-    return markdown_table("lrrrl", ["contrast", "epochs", "difference (points)", "p", "verdict"], rows)
+    tables = [family_shown(study[name]) for name in ("contrasts", "contrasts_longer")]
+    shown = pd.concat(dict(zip(epochs, tables, strict=True)), names=["epochs"]).reset_index()
+    return markdown_table("rlrrrl", [*shown], shown.to_numpy())
+
+
+def _splits(table: pd.DataFrame) -> str:
+    columns = ["split", "seeds", "erm (%)", "importance − erm (points)"]
+    return markdown_table("rrrr", columns, splits_shown(table).reset_index().to_numpy())

@@ -1,9 +1,10 @@
 """The comparison fixed in advance: which studies are run, and what is written about them.
 
-Three studies on the same features. The *short* one has every control from both starts, at the settings' own number of
+Studies on the same features. The *short* one has every control from both starts, at the settings' own number of
 epochs of Phase 2. An arm that learns less is at a disadvantage while networks still improve, so the *long* one repeats
 the confirmatory family (`contrasts.FAMILY`) with three times the epochs. The *sweep*, which is exploratory, changes one
-setting at a time.
+setting at a time, and the *splits* are small studies that share one split among all seeds, each another one: how much
+the answer depends on the split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 import config
 from config import AGGREGATIONS, InputError, Settings
@@ -23,9 +23,11 @@ from evidence.contrasts import (
     others_table,
     seed_averages,
     source_averages,
+    splits_table,
     sweep_table,
 )
-from evidence.linear_probe import linear_probe
+from evidence.figures import save_all
+from evidence.linear_probe import kept_probe
 from evidence.report import report
 from features import get_features
 from storage import Results
@@ -42,18 +44,14 @@ from study import (
     current_execution,
     lodo_table,
 )
-from visualization import accuracy_curves_by_setting, difference_plot, overlap_matrix, save
 
 LONGER = 3  # times the epochs, for the repetition
 SWEEP_SEEDS = 50  # of the exploratory sweep, at most, unless said otherwise
+SPLITS, SPLIT_SEEDS = range(5), 25  # splits that all seeds of a small study share, and its seeds, at most
 SWEEPS: Mapping[str, Sequence] = {
     "IMPORTANCE_THRESHOLD_PERCENTILE": tuple(range(10, 100, 10)),
     "PH2_FREEZE_EPOCH": tuple(range(11)),
     "IMPORTANCE_AGGREGATION": AGGREGATIONS,
-}
-SWEPT_NUMBERS = {  # those with a figure, and its words
-    "IMPORTANCE_THRESHOLD_PERCENTILE": "per cent of the weights kept as important",
-    "PH2_FREEZE_EPOCH": "epochs after which the other weights are frozen",
 }
 
 
@@ -74,21 +72,14 @@ def sweep_arms() -> tuple[Arm, ...]:
 
 
 def places(settings: Settings, directory: str | Path) -> tuple[tuple[Path, Settings], ...]:
-    """Results directory and settings of the short study, the long one and the sweep."""
+    """Results directory and settings of the short study, the long one, the sweep and each split."""
     directory, longer = Path(directory), scaled(settings, LONGER)
     return (
         (directory / f"epochs_{settings.ph2_num_epochs}", settings),
         (directory / f"epochs_{longer.ph2_num_epochs}", longer),
         (directory / "sweep", settings),
+        *((directory / "splits" / str(split), replace(settings, split_seed=split)) for split in SPLITS),
     )
-
-
-def check_start(settings: Settings) -> None:
-    """An `InputError` unless arms without a start of their own start fresh."""
-    if settings.ph2_init != "fresh":
-        raise InputError(
-            f"The controls are trained from both starts: PH2_INIT must be 'fresh' here, not '{settings.ph2_init}'."
-        )
 
 
 class Protocol:
@@ -96,11 +87,12 @@ class Protocol:
 
     Args:
         run: features, settings, seeds and holdouts of the family, and how it is carried out.
-        directory: gets ``epochs_<n>/`` for the two lengths, ``sweep/`` and the report's files.
+        directory: gets ``epochs_<n>/`` for the two lengths, ``sweep/``, ``splits/<n>/`` and the report's files.
         sweep_seeds: seeds of the exploratory sweep; default the first 50 of the run's.
 
     Attributes:
         short, long, sweep: the studies.
+        splits: the small studies, one for each of `SPLITS`.
 
     Raises:
         InputError: fewer than two seeds, `PH2_INIT` other than "fresh", or an unfit directory.
@@ -110,8 +102,9 @@ class Protocol:
         sweep_seeds = run.seeds[:SWEEP_SEEDS] if sweep_seeds is None else check_seeds(sweep_seeds)
         _check(run.settings, run.seeds, sweep_seeds)
         self.results = Results(directory)
-        arms = (BOTH_STARTS, run.seeds), (FAMILY_ARMS, run.seeds), (sweep_arms(), sweep_seeds)
-        self.short, self.long, self.sweep = (
+        arms = [(BOTH_STARTS, run.seeds), (FAMILY_ARMS, run.seeds), (sweep_arms(), sweep_seeds)]
+        arms += [((ERM, IMPORTANCE), run.seeds[:SPLIT_SEEDS])] * len(SPLITS)
+        self.short, self.long, self.sweep, *self.splits = (
             Study(run.beside(place, settings, seeds), own, keep_weights=False)
             for (place, settings), (own, seeds) in zip(places(run.settings, self.results.directory), arms, strict=True)
         )
@@ -154,91 +147,53 @@ class Protocol:
 
     def train(self) -> None:
         """Train what is missing, in the order of importance."""
-        for study in (self.short, self.long, self.sweep):
+        for study in (self.short, self.long, self.sweep, *self.splits):
             study.train()
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Everything the report says in numbers, by file name."""
-        run, short, long = self.short.run, self.short.records(), self.long.records()
-        domains = [domains_table(records, count) for records, count in zip((short, long), self.epochs, strict=True)]
-        return {
-            "contrasts": family_table(short),
-            "contrasts_longer": family_table(long),
-            "accuracy": lodo_table(short),
-            "accuracy_longer": lodo_table(long),
+        run, tables, domains = self.short.run, {}, []
+        for ending, study, epochs in zip(("", "_longer"), (self.short, self.long), self.epochs, strict=True):
+            records = study.records()
+            tables[f"contrasts{ending}"] = family_table(records)
+            tables[f"accuracy{ending}"] = lodo_table(records)
+            tables[f"seeds{ending}"] = seed_averages(records)
+            tables[f"sources{ending}"] = source_averages(study)
+            domains.append(domains_table(records, epochs))
+        return tables | {
+            "controls": others_table(self.short.records()),
+            "per_domain": pd.concat(domains),
             "sweep": sweep_table(self.sweep.records(), self.sweep.arms),
-            "linear_probe": linear_probe(run.data, run.holdouts),
+            "splits": splits_table({split: study.records() for split, study in zip(SPLITS, self.splits, strict=True)}),
+            "linear_probe": kept_probe(run),
             "seed_stability": diagnostics.seed_stability(run),
             "zero_importance": diagnostics.zero_importance(run),
             "mask_density": diagnostics.mask_density(run),
             "domain_overlap": diagnostics.domain_overlap(run),
-            "seeds": seed_averages(short),
-            "seeds_longer": seed_averages(long),
-            "controls": others_table(short),
-            "per_domain": pd.concat(domains),
-            "sources": source_averages(self.short),
-            "sources_longer": source_averages(self.long),
         }
 
     def write(self) -> str:
-        """Write tables (CSV), figures and ``report.txt``; returns the report."""
+        """Write tables (CSV) and ``report.txt``; returns the report."""
         tables = self.tables()
         with self.results:
             for name, table in tables.items():
                 text = table.to_csv(float_format="%.6g", index=table.index.name is not None)
                 self.results.write_text(f"{name}.csv", text)
-            for name, figure in self.figures(tables).items():
-                save(figure, self.results.directory / f"{name}.png")
-            text = report(tables, self.short, self.long, self.sweep)
+            text = report(tables, self.short, self.long, [self.sweep, *self.splits])
             self.results.write_text("report.txt", text)
         return text
 
-    def figures(self, tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
-        """Forest plot of the family, overlap of the masks, accuracy against each swept number; by file name."""
-        run, overlap = self.short.run, tables["domain_overlap"]
-        lengths = zip(("contrasts", "contrasts_longer"), self.epochs, strict=True)
-        rows = pd.concat([tables[name].assign(group=f"{count} epochs") for name, count in lengths])
-        title = f"Overlap (IoU) of the masks of single domains ({run.title})"
-        drawn = {
-            "forest": forest_figure(rows, run),
-            "overlap": overlap_matrix(overlap.to_numpy(), list(overlap), title, diagnostics.chance_overlap(run)),
-        }
-        probe = tables["linear_probe"]["full"].mean()
-        return drawn | {
-            setting.lower(): sweep_figure(tables["sweep"], setting, self.sweep.run.settings, probe)
-            for setting in SWEPT_NUMBERS
-        }
+    def save_figures(self) -> None:
+        """Draw the tables that `write` has written, into the same directory."""
+        with self.results:
+            save_all(self.results.directory)
 
 
 def _check(settings: Settings, seeds: Sequence[int], sweep_seeds: Sequence[int]) -> None:
-    """Refuse what the protocol cannot answer."""
+    """Refuse a single seed, and arms without a start of their own that do not start fresh."""
     if len(seeds) < 2 or len(sweep_seeds) < 2:
         raise InputError("A study compares over seeds: --seeds and --sweep-seeds must be at least 2.")
-    check_start(settings)
-
-
-def forest_figure(table: pd.DataFrame, run: Run) -> Figure:
-    """Forest plot of a `contrasts.family_table`, with a column "group" of several."""
-    title = f"Paired differences, mean over the holdouts, 95 % bootstrap interval ({run.title})"
-    return difference_plot(table.rename(columns={"contrast": "label"}), title)
-
-
-def sweep_figure(table: pd.DataFrame, setting: str, settings: Settings, probe: float) -> Figure:
-    """Accuracy against a swept number; what does not depend on it as lines.
-
-    Args:
-        table: see `contrasts.sweep_table`.
-        setting: one of `SWEPT_NUMBERS`.
-        settings: of the sweep.
-        probe: accuracy of the linear probe, mean over the holdouts.
-    """
-    points = table[table["setting"] == setting].assign(x=lambda t: t["value"].astype(float))
-    unchanged = table[(table["setting"] == "") & (table["algorithm"] != "importance")].set_index("algorithm")
-    at = f" at {settings.importance_threshold_percentile:g} %"  # the density of the other masks is not swept
-    lines = {
-        name + (at if name != "erm" else ""): tuple(row[["mean", "low", "high"]]) for name, row in unchanged.iterrows()
-    }
-    lines["linear probe"] = (probe, probe, probe)
-    words, seeds = SWEPT_NUMBERS[setting], table["n"].max()
-    title = f"EXPLORATORY: accuracy, mean over the holdouts, 95 % t bands ({seeds} seeds), against {words}"
-    return accuracy_curves_by_setting(points, "x", title, words, lines, getattr(settings, setting.lower()))
+    if settings.ph2_init != "fresh":
+        raise InputError(
+            f"The controls are trained from both starts: PH2_INIT must be 'fresh' here, not '{settings.ph2_init}'."
+        )

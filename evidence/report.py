@@ -5,54 +5,59 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from evidence.contrasts import OTHERS
+from evidence.contrasts import FAMILY, OTHERS
 from evidence.diagnostics import chance_overlap
-from evidence.statistics import MARGIN
-from study import AVERAGE, ERM, IMPORTANCE, Arm, Study, levels, t_interval, wide_table
+from evidence.linear_probe import probe_words
+from evidence.statistics import LEVEL, MARGIN
+from study import (
+    AVERAGE,
+    ERM,
+    FEWEST_SEEDS,
+    IMPORTANCE,
+    Arm,
+    Study,
+    bottleneck,
+    covered,
+    levels,
+    t_interval,
+    wide_table,
+)
 
-SIGNIFICANT = 0.05  # of the Holm-corrected p
-EXPLANATION = """\
+VERDICTS = {  # how `Verdict.text` begins -> the words of a sentence
+    "helps": "helps",
+    "hurts": "hurts",
+    "no difference": f"makes no difference larger than {100 * MARGIN:g} points",
+    "undecided": "is undecided",
+    "too few seeds": "has too few seeds",
+}
+EXPLANATION = f"""\
 Intervals (95 %; of the family percentile bootstrap over seeds, of the other tables Student's t) cover
-starts and batch orders, and are conditional on these images, this split and this backbone. The words
-follow the interval of each contrast alone; a claim about the family rests on the Holm-corrected p. With
-a fresh start the units mean nothing that a mask could know: a difference there can only come from the
-structure of the mask."""
+{{covered}}.
+The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over
+the family of six, and {FEWEST_SEEDS} seeds. With a fresh start the units mean nothing that a mask could know: a
+difference there can only come from the structure of the mask."""
 LENGTH_ARMS = (ERM, IMPORTANCE, Arm("erm", "phase1"), Arm("importance", "phase1"))  # shown at both lengths
 
 
-def sentences(table: pd.DataFrame, epochs: int) -> list[str]:
-    """One computed sentence per contrast."""
-    return [
-        f"{epochs} epochs, {row.contrast}: {row.verdict}; {100 * row.mean:+.2f} points "
-        f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}], Holm-corrected p = {row.p_holm:.3g}, {row.n} seeds."
-        for row in table.itertuples()
-    ]
+def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
+    """How often each verdict was reached (of a `statistics.family`): words -> contrasts."""
+    return {words: int(table["verdict"].str.startswith(start).sum()) for start, words in VERDICTS.items()}
 
 
 def family_sentence(table: pd.DataFrame, epochs: int) -> str:
-    """How often each verdict was reached, and which contrasts stand after Holm's correction.
-
-    Args:
-        table: see `statistics.family`.
-        epochs: of Phase 2.
-    """
-    small = f"makes no difference larger than {100 * MARGIN:g} points"
-    kinds = {"helps": "helps", "hurts": "hurts", small: "no difference"}
-    parts = [f"{words} in {table['verdict'].str.startswith(start).sum()}" for words, start in kinds.items()]
-    parts.append(f"is undecided in {table['verdict'].str.startswith('undecided').sum()}")
-    text = f"At {epochs} epochs importance masking {', '.join(parts[:-1])} and {parts[-1]} of {len(table)} contrasts"
-    chosen = table[table["p_holm"] < SIGNIFICANT]
+    """How often each verdict was reached (of a `statistics.family`), and what stands after Holm's correction."""
+    counts = verdict_counts(table)
+    *most, last = (f"{words} in {n}" for words, n in counts.items() if n or not words.startswith("has"))
+    chosen = table[table["p_holm"] < LEVEL]
     stand = ", ".join(f"{row.contrast} ({'above' if row.mean > 0 else 'below'} 0)" for row in chosen.itertuples())
-    return f"{text}; after Holm's correction (p < {SIGNIFICANT}) stand: {stand or 'none'}."
+    return (
+        f"At {epochs} epochs importance masking {', '.join(most)} and {last} of {len(table)} contrasts; "
+        f"after Holm's correction (p < {LEVEL}) stand: {stand or 'none'}."
+    )
 
 
 def controls_sentence(table: pd.DataFrame, epochs: int) -> str:
-    """Which controls outside the family importance masking is above and below.
-
-    Args:
-        table: see `contrasts.others_table`.
-        epochs: of Phase 2.
-    """
+    """Which controls outside the family (of a `contrasts.others_table`) importance masking is above and below."""
     baselines = {contrast.name: contrast.baseline.name for contrast in OTHERS}
 
     def named(rows: pd.DataFrame) -> str:
@@ -66,12 +71,9 @@ def controls_sentence(table: pd.DataFrame, epochs: int) -> str:
 
 
 def length_sentence(held_out: pd.DataFrame, sources: pd.DataFrame, epochs: tuple[int, int]) -> str:
-    """What more training changes, on the held-out domains and on the sources.
+    """What more training changes, on the held-out domains and on the `out` part of the sources.
 
-    Args:
-        held_out: accuracy at the greater minus that at the smaller length, seeds × arms, fractions.
-        sources: the same on the `out` part of the source domains.
-        epochs: the two lengths.
+    Tables hold accuracy at the greater minus that at the smaller of the two lengths: seeds × arms, fractions.
     """
     parts = []
     for arm in held_out:
@@ -138,72 +140,72 @@ def summary(tables: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list
     ]
 
 
-def report(tables: Mapping[str, pd.DataFrame], short: Study, long: Study, sweep: Study) -> str:
-    """The finding in plain sentences, then the tables.
+def cautions(tables: Mapping[str, pd.DataFrame], short: Study) -> list[str]:
+    """Sentences on networks that did not learn, and on a classifier that is far below a linear one."""
+    lengths = (tables[name] for name in ("accuracy", "accuracy_longer"))
+    best = max(table.loc[table["holdout"] == AVERAGE, "mean"].max() for table in lengths)
+    return short.warnings() + bottleneck(best, tables["linear_probe"]["full"].mean(), short.run.settings)
 
-    Args:
-        tables: see `protocol.Protocol.tables`.
-        short, long, sweep: the protocol's studies, trained.
-    """
-    run = short.run
+
+def report(tables: Mapping[str, pd.DataFrame], short: Study, long: Study, others: Sequence[Study]) -> str:
+    """The finding in plain sentences, then the tables (see `Protocol.tables`) of the protocol's studies, trained."""
+    run, probe = short.run, tables["linear_probe"]
     epochs = run.settings.ph2_num_epochs, long.run.settings.ph2_num_epochs
+    accuracy = probe.groupby(level=0)[["full", "in", "out"]].mean()
+    sweep_title = (
+        f"EXPLORATORY: one setting at a time, {tables['sweep']['n'].max()} seeds, accuracy averaged over the holdouts; "
+        "the best point is not a result"
+    )
     lines = [
         "Does importance masking help?",
         "",
         f"{run.features.describe()}; {len(run.seeds)} seeds, {len(run.holdouts)} held-out domains.",
         "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed.",
         "",
-        *(line for text in summary(tables, epochs) for line in textwrap.wrap(text, 118)),
+        *(line for text in summary(tables, epochs) + cautions(tables, short) for line in textwrap.wrap(text, 118)),
         "",
-        *sentences(tables["contrasts"], epochs[0]),
-        *sentences(tables["contrasts_longer"], epochs[1]),
-        "",
-        *EXPLANATION.splitlines(),
-        *_confirmatory(tables, epochs),
+        *EXPLANATION.format(covered=covered(run.settings.split_seed)).splitlines(),
+        *_section(f"Confirmatory family, {epochs[0]} epochs", family_shown(tables["contrasts"])),
+        *_section(f"Confirmatory family, {epochs[1]} epochs", family_shown(tables["contrasts_longer"])),
+        *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
+        *_section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
+        *_section(f"Linear probe ({probe_words(probe)}; %)", (100 * accuracy.astype(float)).round(2)),
         f"Chance is {100 * levels(run.facts['counts'])[0]:.1f} %.",
-        *_exploratory(tables, epochs),
+        *_section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
+        *_section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),
+        *_section(f"EXPLORATORY: one split for all seeds, {FAMILY[0].name} (points)", splits_shown(tables["splits"])),
+        *_section(sweep_title, tables["sweep"].round(4)),
         *_section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
         f"Chance: {chance_overlap(run):.3f}",
         *_section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
         *_section("Weights that never moved", tables["zero_importance"].round(3)),
         *_section("Density of the masks", tables["mask_density"].round(3)),
     ]
-    if failures := [text for study in (short, long, sweep) for text in study.failures()]:
+    if failures := [text for study in (short, long, *others) for text in study.failures()]:
         lines += [f"{len(failures)} networks failed and are left out, first: {failures[0]}."]
     return "\n".join(lines) + "\n"
 
 
-def _confirmatory(tables: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
-    """The family, the accuracies, and the linear probe."""
-    return [
-        *_section(f"Confirmatory family, {epochs[0]} epochs (points)", _points(tables["contrasts"])),
-        *_section(f"Confirmatory family, {epochs[1]} epochs (points)", _points(tables["contrasts_longer"])),
-        *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
-        *_section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
-        *_section("Linear probe (logistic regression on the features; deterministic)", tables["linear_probe"].round(4)),
-    ]
-
-
-def _exploratory(tables: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
-    """Other controls, single domains, and the sweep."""
-    sweep = tables["sweep"]
-    return [
-        *_section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
-        *_section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),
-        *_section(
-            f"EXPLORATORY: one setting at a time, {sweep['n'].max()} seeds, accuracy averaged over the holdouts; "
-            "the best point is not a result",
-            sweep.round(4),
-        ),
-    ]
+def family_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `statistics.family` for reading: a row per contrast with its difference in points, corrected p and verdict."""
+    shown = table.set_index("contrast").assign(difference=[interval(row) for row in table.itertuples()])
+    shown = shown.assign(p=shown["p_holm"].map("{:.2g}".format))
+    return shown[["difference", "p", "n", "verdict"]].rename(
+        columns={"difference": "difference (points)", "p": "corrected p", "n": "seeds"}
+    )
 
 
 def _points(table: pd.DataFrame) -> pd.DataFrame:
     """Differences in points, for reading."""
-    shown = table.assign(**{name: (100 * table[name]).round(2) for name in ("mean", "low", "high")})
-    return shown.assign(
-        **{name: shown[name].map("{:.2g}".format) for name in ("p", "p_holm") if name in shown}
-    ).set_index("contrast")
+    return table.set_index("contrast").assign(difference=[interval(row) for row in table.itertuples()])[
+        ["n", "difference"]
+    ]
+
+
+def splits_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`contrasts.splits_table` for reading: accuracy in per cent, the difference in points with its interval."""
+    shown = table.set_index("split").assign(difference=[interval(row) for row in table.itertuples()])
+    return shown.assign(erm=(100 * shown["erm"]).round(1))[["n", "erm", "difference"]].rename(columns={"n": "seeds"})
 
 
 def _by_domain(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
 `differences` is everywhere an array ``[n]`` of one accuracy difference per seed (arm minus baseline, on the same seed,
 start and batches), as a fraction: 0.005 is half a point. NaN stands for a failed network and is left out; infinite
-values and other shapes are a ValueError. The same input always gives the same output.
+values, other shapes and arguments outside the ranges named are a ValueError. The same input always gives the same
+output.
 
 Seeds are the only thing repeated, so every answer is conditional on the images, the backbone and, where all seeds
 share one, the split.
@@ -10,14 +11,17 @@ share one, the split.
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from study import FEWEST_SEEDS
+
 DECIMALS = 12  # of a fraction; far below one image in a million, far above the rounding of an average
+LEVEL = 0.05  # of the corrected p
 MARGIN = 0.005  # smallest difference of practical interest: half a point
 BATCH = 1000  # resamples held in memory at once
 MOST_EXACT = 50  # non-zero differences without ties for which scipy's exact distribution is used
@@ -54,9 +58,6 @@ def bootstrap_interval(
 
     Returns:
         (low, high), fractions: NaN for fewer than two values, the value itself twice where all are equal.
-
-    Raises:
-        ValueError: a confidence outside (0, 1), or no resamples.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"The confidence is {confidence}; it must lie between 0 and 1.")
@@ -78,9 +79,6 @@ def wilcoxon_p(differences: ArrayLike) -> float:
     Zeros are left out before ranking (scipy's ``zero_method="wilcox"``); tied sizes share their mean rank. The p is
     exact for up to 50 non-zero values without ties and, by enumerating all signs, for up to 13 with ties; otherwise it
     is the normal approximation, corrected for ties but not for continuity.
-
-    Args:
-        differences: ``[n]``, fractions.
 
     Returns:
         p in [0, 1]; 1 if every difference is zero, NaN if there is none. It cannot fall below 2 / 2**n: five seeds or
@@ -114,9 +112,6 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
     Returns:
         ``[m]`` in the order given, never below the p-value and never above 1.
-
-    Raises:
-        ValueError: a p-value outside [0, 1], or not one axis.
     """
     p_values = np.asarray(p_values, dtype=float)
     if p_values.ndim != 1:
@@ -127,10 +122,8 @@ def holm(p_values: ArrayLike) -> np.ndarray:
         raise ValueError("A p-value is not between 0 and 1.")
     order = np.argsort(family_p, kind="stable")
     stepped = family_p[order] * np.arange(len(order), 0, -1)
-    adjusted = np.empty_like(family_p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1)
     result = np.full_like(p_values, np.nan)
-    result[made] = adjusted
+    result[np.flatnonzero(made)[order]] = np.minimum(np.maximum.accumulate(stepped), 1)
     return result
 
 
@@ -155,9 +148,6 @@ def seeds_needed(differences: ArrayLike, effect: float, alpha: float = 0.05, pow
 
     Returns:
         Total number of seeds; at least 2, and 2 if all differences are equal.
-
-    Raises:
-        ValueError: fewer than two differences, an effect that is not positive, or not 0 < alpha < power < 1.
     """
     values = _valid(differences)
     if len(values) < 2:
@@ -183,6 +173,7 @@ class Verdict:
         mean: of the differences, a fraction.
         interval95, interval90: bootstrap intervals of the mean, (low, high), fractions.
         p: of the Wilcoxon test, of this contrast alone.
+        p_holm: the same, corrected for the family that the contrast belongs to; of a contrast alone equal to `p`.
         seeds_needed: to detect a difference as large as the margin with power 0.8; None for fewer than two seeds.
         margin: smallest difference of practical interest, a fraction.
 
@@ -194,21 +185,22 @@ class Verdict:
     interval95: tuple[float, float]
     interval90: tuple[float, float]
     p: float
+    p_holm: float
     seeds_needed: int | None
     margin: float = MARGIN
 
     @property
     def text(self) -> str:
         """The verdict in words, differences in points; see `verdict` for the rule."""
-        if self.interval95[0] > 0:
+        if self.n < FEWEST_SEEDS:
+            return f"too few seeds ({self.n}; a verdict needs {FEWEST_SEEDS})"
+        if self.p_holm < LEVEL and self.interval95[0] > 0:
             return "helps"
-        if self.interval95[1] < 0:
+        if self.p_holm < LEVEL and self.interval95[1] < 0:
             return "hurts"
         if -self.margin <= self.interval90[0] and self.interval90[1] <= self.margin:
             size = f"{100 * self.margin:.6g}"
             return f"no difference larger than {size} {'point' if size == '1' else 'points'}"
-        if self.seeds_needed is None:
-            return "undecided (two seeds or more are needed)"
         if self.seeds_needed > self.n:
             return f"undecided (about {self.seeds_needed} seeds would decide)"
         # power 0.8 leaves one study in five undecided, so these seeds may be enough and have failed to decide
@@ -218,29 +210,25 @@ class Verdict:
 def verdict(differences: ArrayLike, margin: float = MARGIN, resamples: int = 10_000, seed: int = 0) -> Verdict:
     """Summarize one contrast in numbers and words.
 
-    In this order: "helps" or "hurts" if the 95 % bootstrap interval lies strictly on one side of zero; "no difference
-    larger than …" if the 90 % interval lies within ±margin, bounds included, which is two one-sided tests at 5 %
-    (Schuirmann, 1987, J. Pharmacokinetics and Biopharmaceutics 15); otherwise "undecided". A difference that is shown
-    but smaller than the margin is "helps" or "hurts", and the interval says how small it is.
-
-    The words follow the interval, not p, and are not corrected for the number of contrasts (see `family`). With fewer
-    than about ten seeds the interval is too short (see `bootstrap_interval`), and the words are too bold.
+    In this order: "too few seeds" for fewer than `study.FEWEST_SEEDS`, where the bootstrap interval is too short;
+    "helps" or "hurts" if the 95 % interval lies strictly on one side of zero and p, corrected for the contrast's
+    family, is below 0.05; "no difference larger than …" if the 90 % interval lies within ±margin, bounds included,
+    which is two one-sided tests at 5 % (Schuirmann, 1987, J. Pharmacokinetics and Biopharmaceutics 15); otherwise
+    "undecided". A difference that is shown but smaller than the margin is "helps" or "hurts", and the interval says how
+    small it is.
 
     Args:
         differences: ``[n]``, fractions.
         margin: smallest difference of practical interest, a fraction above 0.
         resamples, seed: of the bootstrap.
-
-    Raises:
-        ValueError: a margin that is not positive.
     """
     if not margin > 0:
         raise ValueError(f"The margin is {margin}; it must be above 0.")
     values = _valid(differences)
     intervals = (bootstrap_interval(values, confidence, resamples, seed) for confidence in (0.95, 0.9))
     needed = seeds_needed(values, margin) if len(values) > 1 else None
-    mean = float(values.mean()) if len(values) else float("nan")
-    return Verdict(len(values), mean, *intervals, wilcoxon_p(values), needed, margin)
+    mean, p = float(values.mean()) if len(values) else float("nan"), wilcoxon_p(values)
+    return Verdict(len(values), mean, *intervals, p, p, needed, margin)
 
 
 def family(
@@ -256,20 +244,13 @@ def family(
 
     Returns:
         A row per contrast in the order given: contrast, n (seeds without a failure), mean, low, high (95 % bootstrap;
-        fractions), p (Wilcoxon), p_holm (over these contrasts), verdict (text). Intervals and verdicts are of each
-        contrast alone: a claim about the whole family rests on p_holm.
+        fractions), p (Wilcoxon), p_holm (over these contrasts), verdict (text). Intervals are of each contrast
+        alone.
     """
     verdicts = [verdict(values, margin, resamples, seed) for values in differences.values()]
-    p_values = [v.p for v in verdicts]
-    return pd.DataFrame(
-        {
-            "contrast": list(differences),
-            "n": [v.n for v in verdicts],
-            "mean": [v.mean for v in verdicts],
-            "low": [v.interval95[0] for v in verdicts],
-            "high": [v.interval95[1] for v in verdicts],
-            "p": p_values,
-            "p_holm": holm(p_values),
-            "verdict": [v.text for v in verdicts],
-        }
-    )
+    corrected = holm([v.p for v in verdicts])
+    verdicts = [replace(v, p_holm=float(p)) for v, p in zip(verdicts, corrected, strict=True)]
+    rows = [
+        (name, v.n, v.mean, *v.interval95, v.p, v.p_holm, v.text) for name, v in zip(differences, verdicts, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["contrast", "n", "mean", "low", "high", "p", "p_holm", "verdict"])

@@ -3,12 +3,13 @@
 Figures are in `study.figures`, which imports matplotlib and is therefore not imported here.
 """
 
+import storage  # noqa: F401 - first: it says if a module of another project hides one of this
 from study.archive import Archive, SavedNetworks, load_networks
 from study.controls import BOTH_STARTS, CONTROLS, ERM, IMPORTANCE, Arm, MaskSource, permuted_mask, random_layer_mask
 from study.masks import densities, expected_overlap, layer_statistics, overlap, overlap_table, statistics_table
 from study.predict import predict_images
 from study.records import SELECTIONS, Counted, make_records
-from study.report import finding
+from study.report import bottleneck, covered, finding, unlearned
 from study.run import (
     Execution,
     Run,
@@ -21,6 +22,7 @@ from study.run import (
 from study.study import Study, mask_source
 from study.tables import (
     AVERAGE,
+    FEWEST_SEEDS,
     WITHOUT_HARDEST,
     accuracy_table,
     levels,
@@ -35,6 +37,7 @@ __all__ = [
     "BOTH_STARTS",
     "CONTROLS",
     "ERM",
+    "FEWEST_SEEDS",
     "IMPORTANCE",
     "SELECTIONS",
     "WITHOUT_HARDEST",
@@ -47,10 +50,12 @@ __all__ = [
     "SavedNetworks",
     "Study",
     "accuracy_table",
+    "bottleneck",
     "check_before_extraction",
     "check_holdouts",
     "check_seeds",
     "clear_results",
+    "covered",
     "current_execution",
     "densities",
     "expected_overlap",
@@ -69,5 +74,6 @@ __all__ = [
     "random_layer_mask",
     "statistics_table",
     "t_interval",
+    "unlearned",
     "wide_table",
 ]

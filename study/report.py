@@ -1,11 +1,14 @@
 """The answer of a run as text."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from config import Settings
 from study.tables import (
     AVERAGE,
+    FEWEST_SEEDS,
     INTERVAL,
     WITHOUT_HARDEST,
     accuracy_table,
@@ -15,6 +18,12 @@ from study.tables import (
     paired_differences,
     wide_table,
 )
+
+LEARNED = 0.1  # of the way from the share of the largest class to 1: training accuracy of networks that have learned
+FAR = 0.05  # accuracy by which a linear probe is far above a network
+
+
+UNITS = "In tables ± is the standard error over seeds; intervals are 95 % t intervals over seeds: they cover {}."
 
 
 def finding(records: Sequence[Mapping], algorithm: str = "importance", baseline: str = "erm") -> str:
@@ -26,28 +35,72 @@ def finding(records: Sequence[Mapping], algorithm: str = "importance", baseline:
         failed = {r["seed"] for r in records if r["failed"] and r["algorithm"] in (algorithm, baseline)}
         if not failed:
             return "One seed gives no interval: use more seeds for an answer."
-        return (
-            f"One usable seed is left, networks of {len(failed)} others failed: that gives no interval and no answer."
-        )
+        others = f"networks of {len(failed)} others failed"
+        return f"One usable seed is left, {others}: that gives no interval and no answer."
     n, mean, low, high = (differences[name] * (1 if name == "n" else 100) for name in INTERVAL)
     interval = f"{mean:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, {n:.0f} seeds)"
     holdouts = {record["holdout"] for record in records}
     subject = f"averaged over the {len(holdouts)} held-out domains" if len(holdouts) > 1 else f"on {min(holdouts)}"
-    if low > 0:
-        return f"Importance masking helps here: {interval} against {baseline}, {subject}."
-    if high < 0:
-        return f"Importance masking hurts here: {interval} against {baseline}, {subject}."
-    return f"No difference is shown: importance masking changes accuracy by {interval} against {baseline}, {subject}."
+    verdict = "No difference is shown: importance masking changes accuracy by"
+    if n < FEWEST_SEEDS:
+        verdict = f"Too few seeds for a verdict ({FEWEST_SEEDS} are needed): importance masking changes accuracy by"
+    elif low > 0 or high < 0:
+        verdict = f"Importance masking {'helps' if low > 0 else 'hurts'} here:"
+    return f"{verdict} {interval} against {baseline}, {subject}."
 
 
-def report(records: Sequence[Mapping], about: Mapping, failures: Sequence[str] = ()) -> str:
-    """The whole answer as text.
+def covered(split_seed: int | str) -> str:
+    """What intervals over seeds cover, and what not, for the setting `SPLIT_SEED`."""
+    if split_seed == "seed":
+        return "starts, batch orders and splits, and are conditional on these images and this backbone"
+    return "starts and batch orders, and are conditional on these images, this split and this backbone"
+
+
+def unlearned(
+    trained: Mapping[str, float],
+    counts: Mapping[str, Mapping[str, int]],
+    settings: Settings,
+    *names: str,
+) -> list[str]:
+    """A warning if networks are hardly better on their own training images than a constant answer.
 
     Args:
-        records: of one results directory.
-        about: its settings.json.
-        failures: one sentence per failed network.
+        trained: what the networks are -> accuracy on the images that they were trained on, mean over seeds.
+        counts: domain -> class -> number of images.
+        names: of the settings to raise; default those of Phase 2.
     """
+    majority = float(np.mean([*levels(counts)[1].values()]))
+    found = {name: share for name, share in trained.items() if share - majority < LEARNED * (1 - majority)}
+    if not found:
+        return []
+    names = names or ("PH2_NUM_EPOCHS", "PH2_LR_IMPORTANT")
+    return [
+        f"Warning: networks did not learn ({', '.join(found)}): they classify {100 * max(found.values()):.1f} % of "
+        f"their training images correctly at most, and {100 * majority:.1f} % are of the largest class. What is "
+        f"compared with them means little: raise {_now(settings, *names)}."
+    ]
+
+
+def bottleneck(best: float, probe: float, settings: Settings) -> list[str]:
+    """A warning if the accuracy of a linear probe is far above that of the best network."""
+    if not probe - best > FAR:
+        return []
+    return [
+        f"Warning: the classifier is the bottleneck: logistic regression on the same features is "
+        f"{100 * (probe - best):.1f} points above the best network. Raise "
+        f"{_now(settings, 'PH2_NUM_EPOCHS', 'HIDDEN_SIZES')}."
+    ]
+
+
+def _now(settings: Settings, *names: str) -> str:
+    """Settings with their values, in words."""
+    return " or ".join(f"{name} (now {settings.as_dict()[name]})" for name in names)
+
+
+def report(
+    records: Sequence[Mapping], about: Mapping, failures: Sequence[str] = (), warnings: Sequence[str] = ()
+) -> str:
+    """The whole answer of a results directory as text; `about`: its settings.json; a sentence per failed network."""
     facts = about["features"]
     chance, majority = levels(facts["counts"])
     model = facts["model"]["name"] if facts["model"] else "a model that is not named"
@@ -56,9 +109,11 @@ def report(records: Sequence[Mapping], about: Mapping, failures: Sequence[str] =
         "",
         f"Features: {facts['dataset']}, {model}, {facts['feature_size']}-d (fingerprint {facts['fingerprint']})",
         "",
-        finding(records),
-        "Intervals are 95 % t intervals over seeds: they cover starts and batch orders, and are conditional on these",
-        "images, this split and this backbone.",
+        *(
+            line
+            for text in (finding(records), UNITS.format(covered(about["settings"]["SPLIT_SEED"])), *warnings)
+            for line in textwrap.wrap(text, 110)
+        ),
     ]
     for selection, part, metric in (
         ("last", "full", "accuracy"),

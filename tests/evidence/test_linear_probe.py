@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from config import Settings
 from engine import SplitFeatures
-from evidence.linear_probe import STRENGTHS, linear_probe
-from tests.factories import blobs, split_blobs
+from evidence.linear_probe import STRENGTHS, kept_probe, linear_probe
+from tests.factories import SMALL, blobs, make_run, save_blobs, split_blobs
 
-FEW = (1e-4, 1e-2, 1.0, 100.0)
+FEW = (1e-4, 1e-2, 1.0)  # so few that none is left out because two before it were no better
 
 
 def noisy(seed=0, noise=2.5):
@@ -34,7 +35,7 @@ def by_hand(data, holdout, strengths, seed=0):
     train = (d != target) & inside
     tried = []
     for strength in strengths:
-        model = LogisticRegression(C=strength, max_iter=10_000).fit(x[train], y[train])
+        model = LogisticRegression(C=strength, max_iter=10_000, tol=1e-8).fit(x[train], y[train])
         right = model.predict(x) == y
         each = [right[(d == source) & ~inside].mean() for source in range(len(data.domain_names)) if source != target]
         pooled = right[(d != target) & ~inside].mean()
@@ -93,15 +94,21 @@ def test_the_smallest_of_equals_is_taken():
     np.testing.assert_allclose(STRENGTHS, [1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100])
 
 
-def test_the_held_out_domain_influences_neither_c_nor_the_fit(monkeypatch):
-    fitted, fit = [], LogisticRegression.fit
+@pytest.fixture
+def fitted(monkeypatch):
+    """Coefficients of every logistic regression that is fitted."""
+    found, fit = [], LogisticRegression.fit
 
     def watched(self, x, y):
         fit(self, x, y)
-        fitted.append(self.coef_.copy())
+        found.append(self.coef_.copy())
         return self
 
     monkeypatch.setattr(LogisticRegression, "fit", watched)
+    return found
+
+
+def test_the_held_out_domain_influences_neither_c_nor_the_fit(fitted):
     data = noisy(1)
     away = data.domains == 2
     other = torch.randn(data.features.shape, generator=torch.Generator().manual_seed(9)).double()
@@ -109,8 +116,9 @@ def test_the_held_out_domain_influences_neither_c_nor_the_fit(monkeypatch):
     a, b = (linear_probe(d, ["sketch"], strengths=FEW).loc["sketch"] for d in (data, strange))
     assert (a["C"], a["validation"]) == (b["C"], b["validation"])
     assert a["full"] != b["full"]
-    assert len(fitted) == 2 * len(FEW)
-    for before, after in zip(fitted[: len(FEW)], fitted[len(FEW) :], strict=True):
+    half = len(fitted) // 2
+    assert half >= 3
+    for before, after in zip(fitted[:half], fitted[half:], strict=True):
         np.testing.assert_array_equal(before, after)
 
 
@@ -133,3 +141,40 @@ def test_twice_gives_the_same_and_holdouts_do_not_depend_on_each_other():
     every = linear_probe(data, data.domain_names, strengths=FEW)
     pd.testing.assert_frame_equal(every, linear_probe(data, data.domain_names, strengths=FEW))
     pd.testing.assert_frame_equal(every.loc[["photo"]], linear_probe(data, ["photo"], strengths=FEW))
+
+
+def test_the_gradient_is_zero_at_the_solution(fitted):
+    data = noisy(0)
+    linear_probe(data, ["art"], strengths=[1.0])
+    rows = data.rows(["photo", "sketch"], "in", [0])[0].numpy()
+    x, y = data.features.numpy()[rows], data.labels.numpy()[rows]
+    LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(x, y)
+    np.testing.assert_allclose(fitted[0], fitted[1], atol=1e-5)
+
+
+def test_larger_c_are_not_tried_after_two_that_are_no_better(fitted):
+    data = split_blobs(per_cell=10)  # the smallest C is right on every image
+    linear_probe(data, ["art"], strengths=[0.1, 1.0, 10.0, 100.0, 1000.0])
+    assert len(fitted) == 3
+
+
+def test_a_fit_that_does_not_converge_is_an_error():
+    with pytest.raises(RuntimeError, match="C = 1 "), pytest.warns(ConvergenceWarning):
+        linear_probe(noisy(0), ["art"], strengths=[1.0], steps=1)
+
+
+@pytest.mark.parametrize(("split", "splits"), [("seed", [*range(3, 13)]), (7, [7])])
+def test_a_run_keeps_the_probe_of_its_first_splits(tmp_path, fitted, split, splits):
+    features = save_blobs(tmp_path / "features.npz", per_cell=10)
+    run = make_run(features, tmp_path / "run", seeds=range(3, 15), settings=replace(SMALL, split_seed=split))
+    table = kept_probe(run)
+    assert table.index.tolist() == [name for name in run.holdouts for _ in splits]
+    assert table["split"].tolist() == splits * len(run.holdouts)
+    for holdout in run.holdouts:
+        own = [linear_probe(run.data, [holdout], number).loc[holdout, "full"] for number in splits]
+        assert table.loc[[holdout], "full"].tolist() == pytest.approx(own)
+    assert fitted
+    fitted.clear()
+    again = kept_probe(make_run(features, tmp_path / "run", seeds=range(3, 15), settings=run.settings), ["sketch"])
+    pd.testing.assert_frame_equal(again, table.loc[["sketch"]], check_dtype=False)
+    assert not fitted

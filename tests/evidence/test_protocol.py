@@ -1,6 +1,7 @@
 """The protocol: what is fixed in advance, and one complete small run of it."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import product
 
@@ -11,22 +12,21 @@ import pytest
 import config
 from config import InputError, Settings
 from evidence import FAMILY, OTHERS, Protocol, family_table, forest_figure
-from evidence.contrasts import FAMILY_ARMS
+from evidence.contrasts import FAMILY_ARMS, seed_averages
+from evidence.figures import save_all
 from evidence.protocol import LONGER, places, scaled, sweep_arms
 from evidence.report import summary
 from importance import unimportant_rate
 from storage import Results
-from study import BOTH_STARTS, ERM, IMPORTANCE, Arm, Study, t_interval
-from tests.factories import LEARNING, everything, make_run
+from study import BOTH_STARTS, ERM, IMPORTANCE, Arm, t_interval
+from tests.factories import FEATURES, LEARNING, everything, make_run
 
 SETTINGS = replace(LEARNING, ph1_learning_rate=1e-2, ph2_lr_important=1e-2, ph2_num_epochs=2, ph2_freeze_epoch=1)
 SEEDS, SWEEP_SEEDS = 3, 2
 HOLDOUTS = ("art", "photo", "sketch")
 SIX = [contrast.name for contrast in FAMILY]
+SPLITS = [f"splits/{number}" for number in range(5)]
 DYING = (2, 2, 3)  # hidden sizes of which the ReLUs of seed 1 are dead from Phase 1's start on
-
-
-# --- what is fixed in advance --------------------------------------------------------------------------------
 
 
 def test_three_times_as_long_is_the_same_schedule_stretched():
@@ -67,12 +67,9 @@ def test_the_arms_of_the_sweep_differ_from_the_defaults_in_one_setting_each():
     }
 
 
-# --- a complete small run ------------------------------------------------------------------------------------
-
-
-def make_protocol(data, directory, settings=SETTINGS, seeds=SEEDS, sweep_seeds=SWEEP_SEEDS):
-    run = make_run(data, directory / f"epochs_{settings.ph2_num_epochs}", seeds, settings)
-    return Protocol(run, directory, range(sweep_seeds))
+def make_protocol(data, directory, settings=SETTINGS):
+    run = make_run(data, directory / f"epochs_{settings.ph2_num_epochs}", SEEDS, settings)
+    return Protocol(run, directory, range(SWEEP_SEEDS))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +78,9 @@ def done(data, tmp_path_factory):
     directory = tmp_path_factory.mktemp("protocol") / "study"
     complete = make_protocol(data, directory)
     complete.train()
-    return directory, complete.write(), everything(directory)
+    text = complete.write()
+    complete.save_figures()
+    return directory, text, everything(directory)
 
 
 def records_of(directory, kind):
@@ -93,26 +92,26 @@ def test_the_directory_holds_tables_figures_and_report(done):
     tables = {
         "contrasts", "contrasts_longer", "accuracy", "accuracy_longer", "sweep", "linear_probe", "seed_stability",
         "zero_importance", "mask_density", "domain_overlap", "seeds", "seeds_longer", "sources", "sources_longer",
-        "controls", "per_domain",
+        "controls", "per_domain", "splits",
     }  # fmt: skip
     figures = {"forest", "overlap", "importance_threshold_percentile", "ph2_freeze_epoch"}
     here = {p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
     assert here == {f"{t}.csv" for t in tables} | {f"{f}.png" for f in figures} | {"report.txt"}
-    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"epochs_2", "epochs_6", "sweep"}
+    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"epochs_2", "epochs_6", "sweep", "splits"}
     assert files["report.txt"].decode() == text
     assert all(files[f"{f}.png"].startswith(b"\x89PNG") for f in figures)
     assert not [name for name in files if name.split("/")[-1].startswith(".")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "arms", "seeds", "epochs"),
-    [
-        ("epochs_2", BOTH_STARTS, SEEDS, 2),
-        ("epochs_6", FAMILY_ARMS, SEEDS, 6),
-        ("sweep", sweep_arms(), SWEEP_SEEDS, 2),
-    ],
-    ids=["short", "long", "sweep"],
-)
+STUDIES = [
+    ("epochs_2", BOTH_STARTS, SEEDS, 2),
+    ("epochs_6", FAMILY_ARMS, SEEDS, 6),
+    ("sweep", sweep_arms(), SWEEP_SEEDS, 2),
+    ("splits/3", (ERM, IMPORTANCE), SEEDS, 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "arms", "seeds", "epochs"), STUDIES, ids=["short", "long", "sweep", "split"])
 def test_each_study_has_its_arms_seeds_and_settings(done, kind, arms, seeds, epochs):
     records = records_of(done[0], kind)
     found = {(r["algorithm"], r["holdout"], r["seed"], r["selection"]) for r in records}
@@ -149,16 +148,27 @@ def test_exploratory_differences_are_those_of_the_records(done):
     table = pd.read_csv(directory / "controls.csv").set_index("contrast")
     assert table.index.tolist() == [contrast.name for contrast in OTHERS]
     for contrast in OTHERS:
-        difference = averages[contrast.arm.name] - averages[contrast.baseline.name]
-        row = table.loc[contrast.name]
-        assert row["mean"] == pytest.approx(difference.mean(), abs=1e-6)
-        assert row[["low", "high"]].tolist() == pytest.approx(t_interval(difference)[1:], abs=1e-5)
+        expected = t_interval(contrast.differences(averages))
+        assert table.loc[contrast.name, ["mean", "low", "high"]].tolist() == pytest.approx(expected, abs=1e-5)
     domains = pd.read_csv(directory / "per_domain.csv")
     assert len(domains) == 2 * 6 * len(HOLDOUTS)
     for epochs, ending in ((2, ""), (6, "_longer")):
         means = domains[domains["epochs"] == epochs].groupby("contrast")["mean"].mean()
         family = pd.read_csv(directory / f"contrasts{ending}.csv").set_index("contrast")["mean"]
         np.testing.assert_allclose(means[family.index], family, atol=1e-5)  # every seed has every domain
+
+
+def test_every_seed_of_a_small_study_has_its_split(done):
+    directory, *_ = done
+    table = pd.read_csv(directory / "splits.csv", index_col="split")
+    for number, place in enumerate(SPLITS):
+        records, settings = records_of(directory, place), json.loads((directory / place / "settings.json").read_text())
+        assert settings["settings"]["SPLIT_SEED"] == number
+        averages = seed_averages(records)
+        assert table.loc[number, ["n", "erm"]].tolist() == pytest.approx([SEEDS, averages["erm"].mean()], rel=1e-5)
+        expected = t_interval(averages["importance"] - averages["erm"])
+        assert table.loc[number, ["mean", "low", "high"]].tolist() == pytest.approx(expected, abs=1e-6)
+    assert table["erm"].nunique() > 1
 
 
 def test_accuracy_on_the_sources_is_that_of_the_histories(done):
@@ -177,48 +187,44 @@ def test_the_default_points_of_the_sweep_are_the_default_arm(done):
     table = pd.read_csv(done[0] / "sweep.csv", keep_default_na=False).set_index(["algorithm", "setting", "value"])
     assert len(table) == 31
     table = table[["n", "mean", "low", "high"]]
-    default = table.loc[("importance", "", "")]
-    for setting, value in (
-        ("IMPORTANCE_THRESHOLD_PERCENTILE", "60"),
-        ("PH2_FREEZE_EPOCH", "1"),
-        ("IMPORTANCE_AGGREGATION", "sum"),
-    ):
-        assert table.loc[("importance", setting, value)].tolist() == default.tolist()
+    defaults = {"IMPORTANCE_THRESHOLD_PERCENTILE": "60", "PH2_FREEZE_EPOCH": "1", "IMPORTANCE_AGGREGATION": "sum"}
+    for point in defaults.items():
+        assert table.loc[("importance", *point)].tolist() == table.loc[("importance", "", "")].tolist()
     assert set(table["n"]) == {SWEEP_SEEDS}
 
 
 def test_the_report_says_what_it_must(done):
     directory, text, _ = done
-    assert text.startswith("Does importance masking help?\n")
-    for epochs in (2, 6):
-        for name in SIX:
-            assert text.count(f"\n{epochs} epochs, {name}: ") == 1
-        assert f"Confirmatory family, {epochs} epochs" in text
-        assert f"Accuracy (%), {epochs} epochs" in text
-        assert f"\nAt {epochs} epochs importance masking helps in " in text
-    for words in (
-        "one setting at a time, 2 seeds",
-        "the other controls, 2 epochs",
-        "the family's contrasts per domain",
-    ):
-        assert f"EXPLORATORY: {words}" in text
-    assert "\nEXPLORATORY, from 2 to 6 epochs accuracy changes (points): erm " in text
-    assert "\nA domain's masks from two starts overlap (IoU) by " in text
-    assert "the best point is not a result" in text
-    assert "Chance is 33.3 %." in text
     probe = pd.read_csv(directory / "linear_probe.csv")["full"].mean()
-    assert f"\nLogistic regression on the same features reaches {100 * probe:.1f} %, " in text
-    assert "270 × 8-d" in text
-    assert f"{SEEDS} seeds, 3 held-out domains" in text
+    assert text.startswith("Does importance masking help?\n")
+    assert all(text.count(f"\n{name} ") >= 2 for name in SIX)  # at both lengths
+    for words in (
+        *(f"Confirmatory family, {epochs} epochs" for epochs in (2, 6)),
+        *(f"Accuracy (%), {epochs} epochs" for epochs in (2, 6)),
+        *(f"\nAt {epochs} epochs importance masking helps in " for epochs in (2, 6)),
+        "EXPLORATORY: one setting at a time, 2 seeds",
+        "EXPLORATORY: the other controls, 2 epochs",
+        "EXPLORATORY: one split for all seeds",
+        "EXPLORATORY: the family's contrasts per domain",
+        "\nEXPLORATORY, from 2 to 6 epochs accuracy changes (points): erm ",
+        "\nA domain's masks from two starts overlap (IoU) by ",
+        "the best point is not a result",
+        "Chance is 33.3 %.",
+        f"\nLogistic regression on the same features reaches {100 * probe:.1f} %, ",
+        "270 × 8-d",
+        f"{SEEDS} seeds, 3 held-out domains",
+    ):
+        assert words in text
     assert "failed" not in text
     assert str(directory) not in text
 
 
-def test_the_probe_is_not_above_networks_that_the_longer_training_made_better(done, data):
-    complete = make_protocol(data, done[0])
-    tables = complete.tables()
+def test_the_probe_is_not_above_networks_that_the_longer_training_made_better(done):
+    by_seed = ("seeds", "seeds_longer", "sources", "sources_longer")
+    tables = {path.stem: pd.read_csv(path) for path in done[0].glob("*.csv")}
+    tables |= {name: tables[name].set_index("seed") for name in by_seed}
     tables["accuracy_longer"] = tables["accuracy_longer"].assign(mean=tables["linear_probe"]["full"].mean() + 0.01)
-    assert not any("above every network" in text for text in summary(tables, complete.epochs))
+    assert not any("above every network" in text for text in summary(tables, (2, 6)))
 
 
 def test_again_gives_the_same_bytes_and_trains_nothing(done, data, monkeypatch):
@@ -236,10 +242,10 @@ def test_again_gives_the_same_bytes_and_trains_nothing(done, data, monkeypatch):
 
 
 def test_failed_networks_are_counted_in_the_report(data, tmp_path):
-    failing = make_protocol(data, tmp_path, replace(SETTINGS, hidden_sizes=DYING))
+    failing = make_protocol(data, tmp_path, replace(SETTINGS, hidden_sizes=DYING, ph2_num_epochs=1))
     failing.train()
     text = failing.write()
-    records = [r for kind in ("epochs_2", "epochs_6", "sweep") for r in records_of(tmp_path, kind)]
+    records = [r for kind in ("epochs_1", "epochs_3", "sweep", *SPLITS) for r in records_of(tmp_path, kind)]
     count = sum(r["failed"] is not None and r["selection"] == "last" for r in records)
     assert count > 0
     assert f"{count} networks failed and are left out, first: " in text
@@ -248,18 +254,30 @@ def test_failed_networks_are_counted_in_the_report(data, tmp_path):
     assert pd.read_csv(tmp_path / "sources.csv", index_col="seed")["importance"].isna().tolist() == [False, True, False]
 
 
-def test_the_family_of_a_single_holdout_is_that_of_the_whole_study(data, done, tmp_path):
-    run = make_run(data, tmp_path, settings=SETTINGS, holdouts="photo", seeds=2)
-    study = Study(run, BOTH_STARTS, keep_weights=False)
-    study.train()
-    table, records = family_table(study.records()), records_of(done[0], "epochs_2")
-    assert table["n"].tolist() == [2] * 6
-    same = [r for r in records if r["holdout"] == "photo" and r["seed"] < 2]  # the same networks
-    pd.testing.assert_frame_equal(table, family_table(same), rtol=1e-4, atol=1e-6)
-    assert [text.get_text() for text in forest_figure(table, run).axes[0].get_yticklabels()] == SIX
+def test_the_figure_of_a_single_holdout_shows_its_family(data, done, tmp_path):
+    table = family_table([r for r in records_of(done[0], "epochs_2") if r["holdout"] == "photo"])
+    assert table["n"].tolist() == [SEEDS] * 6
+    figure = forest_figure(table, make_run(data, tmp_path, SEEDS, SETTINGS, "photo"))
+    labels = [" ".join(text.get_text().split()) for text in figure.axes[0].get_yticklabels()]
+    pairs = [f"importance mask − {other}" for other in ("ERM", "random mask", "permuted mask")]
+    assert labels == [*pairs, *(f"{pair}, from Phase 1's start" for pair in pairs)]
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+def test_figures_are_drawn_again_from_the_tables(done, tmp_path):
+    directory = shutil.copytree(done[0], tmp_path / "copy")
+    (path,) = save_all(directory, only=["forest"])
+    assert path.stat().st_mtime_ns == (done[0] / path.name).stat().st_mtime_ns  # it shows the same numbers
+    (path,) = save_all(directory, only=["forest"], format="pdf")
+    assert path.read_bytes().startswith(b"%PDF")
+    with pytest.raises(InputError, match="no complete study"):
+        save_all(tmp_path)
+
+
+def leave_results(place, settings):
+    """What an earlier run left."""
+    with Results(place) as results:
+        results.claim(settings, FEATURES)
+        results.write_text("summary_report.txt", "of another run")
 
 
 @pytest.fixture
@@ -270,29 +288,23 @@ def from_config(tmp_path, monkeypatch):
     return Protocol.from_config
 
 
-@pytest.mark.parametrize(("seeds", "sweep_seeds"), [(1, None), (5, 1)])
-def test_one_seed_is_refused(from_config, data, tmp_path, seeds, sweep_seeds):
-    with pytest.raises(InputError, match="--seeds"):
-        from_config(range(seeds), sweep_seeds and range(sweep_seeds))
-    with pytest.raises(InputError, match="--seeds"):
-        Protocol(make_run(data, tmp_path / "own", seeds), tmp_path, sweep_seeds and range(sweep_seeds))
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
-
-
-def test_another_start_is_refused_by_name(from_config, data, tmp_path, monkeypatch):
-    run = make_run(data, tmp_path / "own", settings=replace(SETTINGS, ph2_init="phase1"))
-    monkeypatch.setattr(config, "PH2_INIT", "phase1")
-    for refused in (from_config, lambda: Protocol(run, tmp_path)):
-        with pytest.raises(InputError, match="PH2_INIT"):
+@pytest.mark.parametrize(
+    ("start", "seeds", "sweep_seeds", "named"),
+    [("fresh", 1, None, "--seeds"), ("fresh", 5, range(1), "--seeds"), ("phase1", 5, None, "PH2_INIT")],
+)
+def test_what_cannot_be_compared_is_refused(from_config, data, tmp_path, monkeypatch, start, seeds, sweep_seeds, named):
+    run = make_run(data, tmp_path / "own", seeds, replace(SETTINGS, ph2_init=start))
+    monkeypatch.setattr(config, "PH2_INIT", start)
+    for refused in (lambda: from_config(range(seeds), sweep_seeds), lambda: Protocol(run, tmp_path, sweep_seeds)):
+        with pytest.raises(InputError, match=named):
             refused()
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", [0, 1, 2, 7])
 def test_an_unfit_directory_is_refused_before_features_are_made(from_config, tmp_path, number):
     place, settings = places(Settings.current(batch_size=7), tmp_path / "results" / "study")[number]
-    with Results(place) as results:
-        results.claim(settings, {"fingerprint": "abc"})
+    leave_results(place, settings)
     with pytest.raises(InputError, match="BATCH_SIZE = 7, not 32"):
         from_config(range(5))
 
@@ -302,11 +314,10 @@ def test_overwrite_deletes_what_earlier_runs_left(data, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "RESULTS_DIR", str(tmp_path))
     left = [place for place, _ in places(Settings.current(), tmp_path / "study")]
     for place, settings in places(Settings.current(batch_size=7), tmp_path / "study"):
-        with Results(place) as results:
-            results.claim(settings, {"fingerprint": "abc"})
-            results.write_text("summary_report.txt", "of another run")
+        leave_results(place, settings)
     protocol = Protocol.from_config(range(2), overwrite=True)
-    assert [study.run.results.directory for study in (protocol.short, protocol.long, protocol.sweep)] == left
+    studies = protocol.short, protocol.long, protocol.sweep, *protocol.splits
+    assert [study.run.results.directory for study in studies] == left
     for place in left:
         assert not (place / "summary_report.txt").exists()
         assert Results(place).read_settings()["settings"]["BATCH_SIZE"] == 32

@@ -1,32 +1,28 @@
-"""The sentences of the report, on made-up tables."""
+"""The family_shown of the report, on made-up tables."""
+
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from scipy import stats
 
+from config import Settings
 from evidence.report import (
+    cautions,
     controls_sentence,
     family_sentence,
+    family_shown,
     length_sentence,
     overlap_sentence,
     probe_sentence,
-    sentences,
 )
+from study import AVERAGE
 
 
-@pytest.mark.parametrize(
-    ("numbers", "words"),
-    [
-        ((0.0123, -0.0045, 0.02, "undecided"), "undecided; +1.23 points [-0.45, +2.00]"),
-        ((0.0, 0.0, 0.0, "no difference larger than 0.5 points"),
-         "no difference larger than 0.5 points; +0.00 points [+0.00, +0.00]"),
-    ],
-)  # fmt: skip
-def test_sentences_are_in_points(numbers, words):
-    row = dict(zip(("mean", "low", "high", "verdict"), numbers, strict=True))
-    row |= {"contrast": "importance − erm", "n": 7, "p": 0.01, "p_holm": 0.06}
-    expected = f"5 epochs, importance − erm: {words}, Holm-corrected p = 0.06, 7 seeds."
-    assert sentences(pd.DataFrame([row]), 5) == [expected]
+def test_the_family_is_shown_in_points_with_the_corrected_p():
+    numbers = {"mean": 0.0123, "low": -0.0045, "high": 0.02, "p": 0.01, "p_holm": 0.0601, "n": 17}
+    shown = family_shown(pd.DataFrame([{"contrast": "a − b", **numbers, "verdict": "undecided"}]))
+    assert shown.loc["a − b"].tolist() == ["+1.23 [−0.45, +2.00]", "0.06", 17, "undecided"]
 
 
 def test_the_family_in_a_sentence_counts_verdicts_and_names_what_stands():
@@ -78,3 +74,13 @@ def test_where_the_probe_stands(full, place):
         f"Logistic regression on the same features reaches {100 * full:.1f} %, {place}; "
         "the best network (importance, 30 epochs) has 70.0 %."
     )
+
+
+def test_a_classifier_far_below_a_linear_one_at_both_lengths_is_told_beside_what_did_not_learn():
+    short = SimpleNamespace(warnings=lambda: ["of the networks"], run=SimpleNamespace(settings=Settings.current()))
+    lengths = {"accuracy": 0.5, "accuracy_longer": 0.6}
+    tables = {name: pd.DataFrame({"holdout": ["art", AVERAGE], "mean": [0.9, mean]}) for name, mean in lengths.items()}
+    first, second = cautions(tables | {"linear_probe": pd.DataFrame({"full": [0.7]})}, short)
+    assert first == "of the networks"
+    assert "10.0 points" in second
+    assert cautions(tables | {"linear_probe": pd.DataFrame({"full": [0.62]})}, short) == [first]
