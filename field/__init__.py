@@ -3,6 +3,7 @@
 Figures are in `field.figures`, which imports matplotlib and is therefore not imported here.
 """
 
+import storage  # noqa: F401 - first: it says if a module of another project hides one of this
 from field.algorithms import ALGORITHMS, Algorithm, Batch, Hyperparameter, Setup, find, register
 from field.algorithms.base import choice, log_uniform, uniform
 from field.compare import PARTNERS, Comparison

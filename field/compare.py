@@ -7,6 +7,7 @@ trial, holdouts, chunk of seeds), as `study.Study` does. `selection` chooses amo
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
@@ -17,13 +18,15 @@ import pandas as pd
 import torch
 from torch.func import grad, vmap
 
+import config
 from config import InputError, Settings
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
 from field.curves import read_curves
+from field.load import load_method
 from field.selection import tables_by_rule
 from field.unit import Trained, Unit, train_unit
-from storage import FeatureSet, Results
-from study import Arm, Counted, Execution, Run, Study, make_records
+from storage import FeatureSet, Results, damaged
+from study import SELECTIONS, Arm, Counted, Execution, Run, SavedNetworks, Study, make_records
 
 PARTNERS = {"pooled": "ERM", "balanced": "ERMBalanced"}  # the baseline for each way of making a batch
 CLASSIFIERS = 4  # memory that a method may need for a network: experts, averages and adversaries
@@ -34,7 +37,8 @@ class Comparison:
 
     Args:
         run: features, settings, seeds, holdouts and results directory.
-        methods: names, or classes that extend `Algorithm`; the baselines of their batches are added.
+        methods: names, classes that extend `Algorithm`, or where a file has one ("FILE.py:NAME"); the baselines of
+            their batches are added.
         trials: random search over hyperparameters: this many for every method, the first with its defaults.
         leave_one_out: hold out every pair of domains as well, for the selection rule of that name.
 
@@ -64,25 +68,24 @@ class Comparison:
         leave_one_out: bool = False,
         **options,
     ) -> "Comparison":
-        """The comparison on the run that the constants of `config` describe.
+        """The comparison on the run that the constants of `config` describe, by default of all methods.
 
-        Args:
-            methods: default all.
-            trials, leave_one_out: see the class.
-            options: of `study.Run.from_config`.
+        `options` are those of `study.Run.from_config`; the other arguments are those of the class.
         """
         methods = check_methods(sorted(ALGORITHMS) if methods is None else methods, trials, Settings.current())
         check = partial(_check_pairs, leave_one_out)
         return cls(Run.from_config(**options, check=check), methods, trials, leave_one_out)
 
     @classmethod
-    def of(cls, results: Results | str | Path, features: Callable[[], FeatureSet]) -> "Comparison":
-        """The comparison that a results directory holds, by its records.
+    def of(
+        cls,
+        results: Results | str | Path,
+        features: Callable[[], FeatureSet],
+        methods: Iterable[str | type[Algorithm]] | None = None,
+    ) -> "Comparison":
+        """The comparison that a results directory holds, by its records; of all its methods if no others are named.
 
-        Args:
-            results: the directory.
-            features: returns the features that the comparison was made with; called once a comparison was found,
-                because an extraction may take long.
+        `features` returns those that it was made with, and is called once a comparison was found: it may take long.
 
         Raises:
             InputError: the directory holds no comparison, or one that was made with other features.
@@ -100,7 +103,8 @@ class Comparison:
         single = [name for name in data.domain_names if name in held_out]
         run = Run(data, settings, results, sorted({r["seed"] for r in records}), single, Execution(progress=False))
         trials = 1 + max(record["trial"] for record in records)
-        return cls(run, sorted({r["algorithm"] for r in records}), trials, any("+" in name for name in held_out))
+        methods = sorted({record["algorithm"] for record in records}) if methods is None else methods
+        return cls(run, methods, trials, any("+" in name for name in held_out))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,8 +138,10 @@ class Comparison:
     def train(self) -> None:
         """Train what is missing, with Phase 1 for methods with masks."""
         run, units = self.run, self.missing()
+        self._complete_records()
         if not units:
             return
+        run.check_memory(units, CLASSIFIERS)
         self._curves = self._tables = None
         if controls := dict.fromkeys(unit.method.control for unit in units if unit.method.control is not None):
             Study(run, [Arm(control) for control in controls]).phase1()
@@ -153,34 +159,45 @@ class Comparison:
         """What is not on disk yet.
 
         Raises:
-            InputError: what is on disk was trained by another version of a method, or with other hyperparameters.
+            InputError: what is on disk is damaged, or was trained by another version of a method or with other
+                hyperparameters.
         """
         run, units = self.run, []
-        recorded = {(r["algorithm"], r.get("trial"), r["holdout"], r["seed"]) for r in run.results.records()}
         for method, trial, holdouts in product(self.methods, range(self.trials), self.holdouts):
             where = method.__name__, trial, holdouts
             if run.archive.method_seeds(*where, weights=False):
-                self._check_stored(method, trial, run.archive.method(*where).header)
+                self._check_stored(method, trial, run.archive.method(*where))
             stored = run.archive.method_seeds(*where, weights=self._keeps_weights(*where))
-            complete = {s for s in stored if (method.__name__, trial, "+".join(holdouts), s) in recorded}
-            units += [Unit(method, trial, holdouts, chunk) for chunk in run.chunks({*run.seeds} - complete)]
+            units += [Unit(method, trial, holdouts, chunk) for chunk in run.chunks({*run.seeds} - stored)]
         return units
 
-    def _check_stored(self, method: type[Algorithm], trial: int, header: Mapping) -> None:
-        """Refuse to mix results of a method with those that were trained otherwise."""
-        name, directory = method.__name__, self.run.results.directory
+    def _complete_records(self) -> None:
+        """Write the records that are missing of networks on disk, as after a full disk: nothing is trained for them."""
+        run, records = self.run, self.run.records()
+        recorded = Counter((r["algorithm"], r.get("trial"), r["holdout"]) for r in records)
+        for method, trial, holdouts in product(self.methods, range(self.trials), self.holdouts):
+            where = method.__name__, trial, holdouts
+            stored = {*run.seeds} & run.archive.method_seeds(*where, weights=self._keeps_weights(*where))
+            if recorded[method.__name__, trial, "+".join(holdouts)] < len(SELECTIONS) * len(stored):
+                saved = run.archive.method(*where)
+                with run.writing():
+                    self._record(Unit(method, trial, holdouts, saved.seeds), saved.history)
+
+    def _check_stored(self, method: type[Algorithm], trial: int, saved: SavedNetworks) -> None:
+        """Refuse what is damaged, and to mix results of a method with those that were trained otherwise."""
+        name, directory, header = method.__name__, self.run.results.directory, saved.header
+        mine, stored, other = self.values(method, trial), header.get("hyperparameters"), None
+        if not isinstance(stored, dict) or not isinstance(header.get("steps_per_epoch"), int):
+            raise damaged(f"The history {saved.name} in '{directory}'", "its header lacks hyperparameters or steps")
         if header.get("version") != method.version:
+            other = f"version {header.get('version')} of {name}, not {method.version}"
+        elif differing := [key for key in [*stored, *mine] if mine.get(key) != stored.get(key)]:
+            key = differing[0]
+            other = f"{name}, trial {trial}, with {key} = {stored.get(key)!r}, not {mine.get(key)!r}"
+        if other:
             raise InputError(
-                f"'{directory}' contains results of version {header.get('version')} of {name}, not {method.version}: "
-                "use another results directory, or --overwrite."
+                f"'{directory}' contains results of {other}: use another results directory, or --overwrite."
             )
-        mine, stored = self.values(method, trial), header["hyperparameters"]
-        for key in [*stored, *mine]:
-            if mine.get(key) != stored.get(key):
-                raise InputError(
-                    f"'{directory}' contains results of {name}, trial {trial}, with {key} = {stored.get(key)!r}, not "
-                    f"{mine.get(key)!r}: use another results directory, or --overwrite."
-                )
 
     @staticmethod
     def _keeps_weights(name: str, trial: int, holdouts: Sequence[str]) -> bool:
@@ -188,16 +205,24 @@ class Comparison:
         return name == PARTNERS["pooled"] and trial == 0 and len(holdouts) == 1
 
     def _save(self, unit: Unit, trained: Trained) -> None:
+        """Write the arrays of a unit, then its records, all at once: what has records has arrays."""
         method, trial, holdouts, seeds = unit
-        name, history = method.__name__, trained.history
-        more = {"trial": trial, "hyperparameters": self.values(method, trial), "batches": method.batches}
-        about = {"algorithm": name, "holdouts": list(holdouts), "version": method.version, **more}
-        about["steps_per_epoch"] = trained.steps_per_epoch
-        params = trained.params if self._keeps_weights(name, trial, holdouts) else None
-        self.run.archive.save_method(about, seeds, history, params)
-        counted = Counted(seeds, *(history[key] for key in ("validation_accuracy", "correct", "failed")))
-        peeked = self.saw_validation(method)
-        self.run.results.append(make_records(self.run, name, holdouts, counted, more, peeked))
+        about = {"algorithm": method.__name__, "holdouts": list(holdouts), "version": method.version}
+        about |= self._choice(unit) | {"steps_per_epoch": trained.steps_per_epoch}
+        params = trained.params if self._keeps_weights(method.__name__, trial, holdouts) else None
+        self.run.archive.save_method(about, seeds, trained.history, params)
+        self._record(unit, trained.history)
+
+    def _record(self, unit: Unit, history: Mapping[str, torch.Tensor]) -> None:
+        counted = Counted(unit.seeds, *(history[key] for key in ("validation_accuracy", "correct", "failed")))
+        choice, peeked = self._choice(unit), self.saw_validation(unit.method)
+        records = make_records(self.run, unit.method.__name__, unit.holdouts, counted, choice, peeked)
+        self.run.results.append(records)
+
+    def _choice(self, unit: Unit) -> dict[str, object]:
+        """What headers and records say of a unit beside method, holdouts and seeds."""
+        values = self.values(unit.method, unit.trial)
+        return {"trial": unit.trial, "hyperparameters": values, "batches": unit.method.batches}
 
     def curves(self) -> pd.DataFrame:
         """Accuracies after each epoch of these methods, trials, holdouts and seeds, see `field.curves`.
@@ -231,22 +256,28 @@ def check_methods(
     Raises:
         InputError: see `Comparison`.
     """
-    if trials < 1:
-        raise InputError(f"--trials must be at least 1, not {trials}: trial 0 has the defaults.")
+    config.check("--trials", trials)
     if settings.ph2_init != "fresh":
         raise InputError(
             f"A comparison trains from a fresh start: PH2_INIT must be 'fresh', not '{settings.ph2_init}'."
         )
-    asked = [find(method) if isinstance(method, str) else register(_checked(method)) for method in methods]
+    asked = [_found(method) for method in methods]
     partners = sorted({PARTNERS[method.batches] for method in asked})
     return tuple(dict.fromkeys([*map(find, partners), *asked]))
 
 
-def _checked(method: type[Algorithm]) -> type[Algorithm]:
+def _found(method: str | type[Algorithm]) -> type[Algorithm]:
+    """The class that a name, a place in a file or the class itself stands for."""
+    if isinstance(method, str) and ":" not in method:
+        return find(method)
+    return register(_checked(load_method(method) if isinstance(method, str) else method))
+
+
+def _checked(method: object) -> type[Algorithm]:
     """A class, if it declares what a method has to; an `InputError` that says what is wrong otherwise."""
+    name = getattr(method, "__name__", type(method).__name__)
     if not (isinstance(method, type) and issubclass(method, Algorithm)):
-        raise InputError(f"A method is a class that extends Algorithm, not {method!r}.")
-    name = method.__name__
+        raise InputError(f"A method is a class that extends Algorithm; '{name}' is none.")
     if method.batches not in PARTNERS:
         raise InputError(f"{name}.batches must be one of {', '.join(PARTNERS)}, not {method.batches!r}.")
     for key, value in method.known_hyperparameters().items():
@@ -260,18 +291,14 @@ def _checked(method: type[Algorithm]) -> type[Algorithm]:
 def _choices_of_holdouts(run: Run, leave_one_out: bool) -> tuple[tuple[str, ...], ...]:
     """The run's holdouts one at a time, and if asked for all pairs of domains with one of them."""
     _check_pairs(leave_one_out, run.features)
-    domains = run.features.domain_names
-    single = [(name,) for name in domains if name in run.holdouts]
+    domains, single = run.features.domain_names, [(name,) for name in run.features.domain_names if name in run.holdouts]
     pairs = combinations(domains, 2) if leave_one_out else ()
     return (*single, *(pair for pair in pairs if {*pair} & {*run.holdouts}))
 
 
 def _check_pairs(leave_one_out: bool, features: FeatureSet) -> None:
     """An `InputError` for domains that cannot be left out in pairs, if they are to be."""
-    if not leave_one_out:
-        return
-    domains = features.domain_names
-    if len(domains) < 4:
+    if leave_one_out and len(features.domain_names) < 4:
         raise InputError("--leave-one-out leaves out two domains and trains on two or more: four are needed.")
-    if any("+" in name for name in domains):
+    if leave_one_out and any("+" in name for name in features.domain_names):
         raise InputError("--leave-one-out joins names of domains by '+', which one of them contains: rename it.")

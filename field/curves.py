@@ -14,6 +14,7 @@ A table of *curves* has one row per (algorithm, trial, holdouts, seed, epoch, do
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -55,18 +56,9 @@ def curves_of(rows: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
 
 
 def read_curves(run: Run, methods: Iterable[str], trials: int, holdouts: Sequence[tuple[str, ...]]) -> pd.DataFrame:
-    """Curves of what a run's archive holds.
-
-    Args:
-        run: trained.
-        methods: their names.
-        trials: of each method.
-        holdouts: choices of held-out domains.
-    """
-    parts = [
-        _curves_on_disk(run, name, trial, held) for name in methods for trial in range(trials) for held in holdouts
-    ]
-    return curves_of(pd.concat(parts, ignore_index=True))
+    """Curves of what a run's archive holds: of each method (its name), trial and choice of held-out domains."""
+    wanted = product(methods, range(trials), holdouts)
+    return curves_of(pd.concat([_curves_on_disk(run, *one) for one in wanted], ignore_index=True))
 
 
 def _curves_on_disk(run: Run, method: str, trial: int, holdouts: tuple[str, ...]) -> pd.DataFrame:
@@ -101,21 +93,16 @@ def _check_holdouts(curves: pd.DataFrame) -> None:
 def _check_accuracies(curves: pd.DataFrame) -> None:
     """All domains once per epoch; fractions; failed throughout or not at all."""
     run = curves.groupby(RUN, sort=False).ngroup()
-    where = pd.DataFrame({"run": run, "epoch": curves["epoch"], "domain": curves["domain"]})
-
-    def name(row: int) -> str:
-        return ", ".join(f"{key} {curves[key].iloc[row]}" for key in [*RUN, "epoch"])
-
-    if (twice := where.duplicated()).any():
-        raise InputError(f"There are two accuracies of the same network: {name(int(twice.argmax()))}.")
+    where, values = curves[["epoch", "domain"]].assign(run=run), curves[[*PARTS]]
     count = where.groupby(["run", "epoch"])["domain"].transform("size")
-    if (short := count < curves["domain"].nunique()).any():
-        raise InputError(f"The accuracy of a domain is missing: {name(int(short.argmax()))}.")
-    values = curves[[*PARTS]]
-    if (wrong := ((values < 0) | (values > 1)).any(axis=1)).any():
-        raise InputError(f"An accuracy does not lie in [0, 1]: {name(int(wrong.argmax()))}.")
-    missing = curves[["in", "out"]].isna().sum(axis=1).groupby(run).transform("mean")
-    if (partly := ~missing.isin([0, 2])).any():
-        raise InputError(
-            f"A network is NaN throughout or not at all, this one is in part: {name(int(partly.argmax()))}."
-        )
+    missing = values[["in", "out"]].isna().sum(axis=1).groupby(run).transform("mean")
+    faults = {
+        "There are two accuracies of the same network": where.duplicated(),
+        "The accuracy of a domain is missing": count < curves["domain"].nunique(),
+        "An accuracy does not lie in [0, 1]": ((values < 0) | (values > 1)).any(axis=1),
+        "A network is NaN throughout or not at all, this one is in part": ~missing.isin([0, 2]),
+    }
+    for message, wrong in faults.items():
+        if wrong.any():
+            first = curves.iloc[int(wrong.argmax())]
+            raise InputError(f"{message}: {', '.join(f'{key} {first[key]}' for key in [*RUN, 'epoch'])}.")

@@ -7,7 +7,7 @@ import pandas as pd
 
 from evidence import markdown_table, paragraph
 from field.algorithms import ALGORITHMS, Algorithm
-from field.selection import HEADLINE, signed
+from field.selection import HEADLINE, as_cells
 
 
 def comparison_tables(root: str | Path) -> dict[str, str]:
@@ -24,13 +24,10 @@ def comparison_tables(root: str | Path) -> dict[str, str]:
 
 def comparison_markdown(table: pd.DataFrame) -> str:
     """A table of `field.selection.comparison_table` as Markdown, best method first: per cent, and points."""
-    names = [column.removesuffix("_mean") for column in table.columns if column.endswith("_mean")]
-    rows = []
-    for method, row in table.sort_values("rank", kind="stable").iterrows():
-        cells = [f"{100 * row[f'{name}_mean']:.1f} ± {100 * row[f'{name}_error']:.1f}" for name in names]
-        batches = ALGORITHMS[method].batches if method in ALGORITHMS else "–"
-        rows.append([method, batches, *cells, "" if pd.isna(row["difference"]) else signed(row)])
-    return markdown_table("ll" + "r" * (len(names) + 1), ["method", "batches", *names, "minus ERM (points)"], rows)
+    cells = as_cells(table).rename(columns={"difference": "minus ERM (points)"})
+    batches = {name: ALGORITHMS[name].batches if name in ALGORITHMS else "–" for name in cells.index}
+    rows = [[name, batches[name], *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
+    return markdown_table("ll" + "r" * cells.shape[1], ["method", "batches", *cells.columns], rows)
 
 
 def _entry(method: type[Algorithm]) -> str:

@@ -1,9 +1,8 @@
 """DomainBed's layout of results: runs written for its tools, and its runs read.
 
 DomainBed (https://github.com/facebookresearch/DomainBed; Gulrajani & Lopez-Paz, ICLR 2021) keeps a directory per run,
-named by the MD5 of its arguments. In it ``results.jsonl`` has a line per checkpoint, and ``done`` says that the run
-ended. Environments are numbered in the alphabetical order of their folders. Its ``collect_results`` makes tables of a
-directory of runs; ours are read as its own are.
+named by the MD5 of its arguments: ``results.jsonl`` has a line per checkpoint, ``done`` says that the run ended.
+Environments are numbered in the alphabetical order of their folders. Its ``collect_results`` reads our runs as its own.
 
 Names there and here: ``trial_seed`` is our seed, ``hparams_seed`` our trial, ``test_envs`` our holdouts. Its ``step``
 counts from 0, the number of the last update done; ours is the number of updates done, larger by one. Its runs all
@@ -17,16 +16,17 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from config import InputError
-from field.algorithms import ALGORITHMS
+from field.algorithms import ALGORITHMS, Algorithm
 from field.compare import PARTNERS, Comparison
 from field.curves import RUN, curves_of
-from field.selection import as_text, tables_by_rule
+from field.report import write_tables
+from field.selection import UNITS, as_text, tables_by_rule
 from storage import FeatureSet, Results, atomic_write
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ DOMAINS = {
     "DomainNet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
 }
 RESULTS, DONE = "results.jsonl", "done"
-IDENTITY = ("dataset", "algorithm", "test_envs", "trial_seed", "hparams_seed")  # what its tools tell runs apart by
+IDENTITY = {"dataset": str, "algorithm": str, "test_envs": list, "trial_seed": int, "hparams_seed": int}
 
 Hyperparameters = Mapping[tuple, Mapping[str, object]]
 
@@ -67,18 +67,17 @@ def dataset_name(dataset: str, domain_names: Sequence[str]) -> str:
     return name
 
 
-def export_domainbed(results: Results | str | Path, directory: str | Path, features: Callable[[], FeatureSet]) -> int:
+def export_domainbed(
+    results: Results | str | Path,
+    directory: str | Path,
+    features: Callable[[], FeatureSet],
+    methods: Iterable[str | type[Algorithm]] | None = None,
+) -> int:
     """Write the comparison that a results directory holds as DomainBed's runs; returns how many were written.
 
-    Args:
-        results: the directory of the comparison.
-        directory: of the runs, see `export_runs`.
-        features: returns the features that the comparison was made with, see `Comparison.of`.
-
-    Raises:
-        InputError: see `Comparison.of` and `export_runs`.
+    Arguments and errors are those of `Comparison.of` and `export_runs`.
     """
-    comparison = Comparison.of(results, features)
+    comparison = Comparison.of(results, features, methods)
     data, settings, trials = comparison.run.features, comparison.run.settings, range(comparison.trials)
     values = {(m.__name__, trial): comparison.values(m, trial) for m in comparison.methods for trial in trials}
     facts = {"holdout_fraction": settings.out_fraction, "features": data.fingerprint, "settings": settings.hash}
@@ -103,7 +102,7 @@ def export_runs(
         curves: see `field.curves`.
         hyperparameters: all values of (algorithm, trial), or of (algorithm, trial, seed) where they differ by seed.
         directory: of the runs; made if need be.
-        dataset: name of the data set, one of DomainBed's in any case ("pacs").
+        dataset: one of DomainBed's, in any case ("pacs").
         domain_names: all domains, in order.
         facts: what else tells these runs from others, ready for JSON, with "holdout_fraction", the part of each domain
             that is `out`. They are added to the arguments of each run, which its name is made from.
@@ -125,12 +124,11 @@ def export_runs(
         if run[["in", "out"]].isna().any(axis=None):
             failed += 1
             continue
-        args, hparams = _arguments(key, run, hyperparameters, dataset, domain_names, facts)
-        runs[_directory_name(args)] = (args, hparams, run)
-    _refuse_others(directory, {name: args for name, (args, _, _) in runs.items()})
-    written = 0
-    for name, (args, hparams, run) in runs.items():
-        written += _write_run(directory / name, args, hparams, run, domain_names)
+        args = _arguments(key, int(run["epoch"].max()), hyperparameters, dataset, domain_names, facts)
+        name = hashlib.md5(json.dumps(args, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+        runs[name] = args, run  # as DomainBed's sweep names the directory of a run
+    _refuse_others(directory, {name: args for name, (args, _) in runs.items()})
+    written = sum(_write_run(directory / name, args, run, domain_names) for name, (args, run) in runs.items())
     if failed:
         log.warning("%d failed networks are not exported.", failed)
     log.info("%d runs written to %s, %d were there.", written, directory, len(runs) - written)
@@ -139,18 +137,17 @@ def export_runs(
 
 def _arguments(
     key: tuple,
-    run: pd.DataFrame,
+    epochs: int,
     hyperparameters: Hyperparameters,
     dataset: str,
     domain_names: Sequence[str],
     facts: Mapping[str, object],
-) -> tuple[dict, dict]:
-    """Arguments of DomainBed's training script that tell a run from all others, and the hyperparameters."""
+) -> dict[str, object]:
+    """Arguments of DomainBed's training script that tell a run from all others."""
     algorithm, trial, holdouts, seed = key
     values = hyperparameters.get((algorithm, trial, seed), hyperparameters.get((algorithm, trial)))
     if values is None:
         raise InputError(f"The hyperparameters of {algorithm}, trial {trial}, are not given.")
-    epochs = [int(epoch) for epoch in sorted(run["epoch"].unique())]
     args = {
         "algorithm": algorithm,
         "checkpoint_freq": 1,
@@ -159,23 +156,18 @@ def _arguments(
         "hparams": json.dumps(dict(values), sort_keys=True),  # drawn here, not by its registry
         "hparams_seed": int(trial),
         "seed": int(seed),
-        "steps": epochs[-1],
+        "steps": epochs,
         "task": "domain_generalization",
         "test_envs": sorted(list(domain_names).index(name) for name in holdouts),
         "trial_seed": int(seed),
     }
     if both := args.keys() & facts.keys():
         raise ValueError(f"Facts of an export cannot be called {', '.join(sorted(both))}.")
-    return {**args, **facts}, dict(values)
-
-
-def _directory_name(args: Mapping[str, object]) -> str:
-    """As DomainBed's sweep names the directory of a run."""
-    return hashlib.md5(json.dumps(args, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+    return {**args, **facts}
 
 
 def _identity(args: Mapping[str, object]) -> str:
-    """What DomainBed's tools tell runs apart by, as text."""
+    """What DomainBed's tools tell runs apart by, as text: the arguments `IDENTITY`."""
     return json.dumps([sorted(args[name]) if name == "test_envs" else args[name] for name in IDENTITY])
 
 
@@ -188,7 +180,7 @@ def _refuse_others(directory: Path, mine: Mapping[str, Mapping]) -> None:
         try:
             with path.open("rb") as file:
                 there = _identity(json.loads(file.readline())["args"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             continue  # not a run that its tools could mix with ours
         if wanted.get(there, path.parent.name) != path.parent.name:
             raise InputError(
@@ -197,53 +189,45 @@ def _refuse_others(directory: Path, mine: Mapping[str, Mapping]) -> None:
             )
 
 
-def _is_complete(results: Path, lines: int) -> bool:
-    """Whether a run's file has all of its lines, the last one not torn."""
-    return results.is_file() and results.read_bytes().count(b"\n") == lines
-
-
-def _write_run(
-    folder: Path, args: Mapping[str, object], hparams: Mapping, run: pd.DataFrame, domain_names: Sequence[str]
-) -> bool:
-    """Write one run, `done` last; False if it is there already."""
-    if (folder / DONE).is_file() and _is_complete(folder / RESULTS, run["epoch"].nunique()):
+def _write_run(folder: Path, args: Mapping, run: pd.DataFrame, domain_names: Sequence[str]) -> bool:
+    """Write one run, `done` last; False if it is there already, with all of its lines."""
+    results, number = folder / RESULTS, {name: i for i, name in enumerate(domain_names)}
+    finished = (folder / DONE).is_file() and results.is_file()
+    if finished and results.read_bytes().count(b"\n") == run["epoch"].nunique():
         return False
-    about = {"args": {**args, "output_dir": folder.name}, "hparams": hparams}
-    number = {name: i for i, name in enumerate(domain_names)}
+    about = {"args": {**args, "output_dir": folder.name}, "hparams": json.loads(args["hparams"])}
     lines = {}
     columns = (run[name].tolist() for name in ("epoch", "step", "domain", "in", "out"))
     for epoch, step, domain, in_part, out_part in zip(*columns, strict=True):
         line = lines.setdefault(epoch, {**about, "epoch": epoch, "step": epoch - 1, "updates": step})
         line |= {f"env{number[domain]}_in_acc": in_part, f"env{number[domain]}_out_acc": out_part}
     content = [json.dumps(lines[epoch], sort_keys=True, allow_nan=False) + "\n" for epoch in sorted(lines)]
-    try:
-        for name, text in ((RESULTS, "".join(content)), (DONE, "done")):
-            with atomic_write(folder / name) as path:
-                path.write_text(text, "utf-8")
-    except OSError as error:
-        raise InputError(f"'{folder}' cannot be written to: {error.strerror}.") from None
+    for name, text in ((RESULTS, "".join(content)), (DONE, "done")):
+        with atomic_write(folder / name) as path:
+            path.write_text(text, "utf-8")
     return True
 
 
-def domainbed_tables(directory: str | Path, dataset: str | None = None) -> str:
-    """Tables of DomainBed's runs as text, one for each selection rule that the runs allow.
+def domainbed_tables(directory: str | Path, dataset: str | None = None, output: str | Path | None = None) -> str:
+    """Tables of DomainBed's runs as text, one for each selection rule that they allow.
 
     Args:
-        directory, dataset: see `import_runs`.
-
-    Raises:
-        InputError: see `import_runs`.
+        directory: of the runs, see `import_runs`, like `dataset`.
+        output: a folder, made if need be, that gets the text as ``domainbed.txt`` and each table as
+            ``domainbed_<rule>.csv``, with columns as in `selection.comparison_table`: fractions.
     """
     curves, _ = import_runs(directory, dataset)
     names = list(curves["algorithm"].unique())
     baselines = {name: base for name in names if (base := _baseline(name, names)) is not None}
     text = (
-        "Accuracy (%) on the `in` part of the held-out domain, mean ± standard error over trial seeds.\n"
-        "Differences, in points, are from ERM on the same kind of batches, with 95 % t intervals over trial seeds;\n"
-        "they are conditional on images and backbone.\n"
+        f"{UNITS} They are conditional on images and backbone.\n"
+        "Accuracy is measured on the `in` part of the held-out domain; differences are from ERM on the same kind of "
+        "batches.\n"
     )
-    for rule, table in tables_by_rule(curves, baselines, "in").items():
-        text += f"\nSelection: {rule}\n{as_text(table)}\n"
+    tables = tables_by_rule(curves, baselines, "in")
+    text += "".join(f"\nSelection: {rule}\n{as_text(table)}\n" for rule, table in tables.items())
+    if output is not None:
+        write_tables(Results(output), "domainbed", text, tables)
     return text
 
 
@@ -259,14 +243,10 @@ def _baseline(name: str, names: Sequence[str]) -> str | None:
 
 
 def import_runs(directory: str | Path, dataset: str | None = None) -> tuple[pd.DataFrame, dict[tuple, dict]]:
-    """Read the runs in a directory, written by DomainBed or by `export_runs`.
+    """Read the runs in a directory, written by DomainBed or by `export_runs`; `dataset` is needed if it holds several.
 
     Runs without ``done`` are left out. Domains have the names of their folders if the data set is known; otherwise they
     are called ``env0``, ``env1``, … `full` is NaN, and the epoch is the rank of the checkpoint.
-
-    Args:
-        directory: with a directory per run.
-        dataset: which of DomainBed's data sets to read; needed where there are runs of several.
 
     Returns:
         The curves (see `field.curves`), and all hyperparameters by (algorithm, trial, seed): DomainBed draws other ones
@@ -303,21 +283,20 @@ def import_runs(directory: str | Path, dataset: str | None = None) -> tuple[pd.D
 
 def _rows(lines: Sequence[Mapping]) -> Iterator[dict]:
     """Rows of curves of one run."""
-    args = lines[0]["args"]
-    names = _domains(lines[0])
+    args, names = lines[0]["args"], _domains(lines[0])
     about = {"algorithm": args["algorithm"], "trial": args["hparams_seed"], "seed": args["trial_seed"]}
     about["holdouts"] = tuple(names[i] for i in sorted(args["test_envs"]))
     for rank, line in enumerate(lines, start=1):
+        updates = line.get("updates", line["step"] + 1)
         for i, name in enumerate(names):
             shares = {part: line[f"env{i}_{part}_acc"] for part in ("in", "out")}
-            updates = line.get("updates", line["step"] + 1)
             yield {**about, "epoch": rank, "step": updates, "domain": name, **shares, "full": math.nan}
 
 
 def _domains(line: Mapping) -> tuple[str, ...]:
     """Names of the environments of a run."""
-    numbers = [int(found[1]) for key in line if (found := re.fullmatch(r"env(\d+)_(?:in|out)_acc", key))]
-    return DOMAINS.get(line["args"]["dataset"]) or tuple(f"env{i}" for i in range(max(numbers, default=-1) + 1))
+    numbers = {found[1] for key in line if (found := re.fullmatch(r"env(\d+)_(?:in|out)_acc", key))}
+    return DOMAINS.get(line["args"]["dataset"]) or tuple(f"env{i}" for i in range(len(numbers)))
 
 
 def _read_run(path: Path) -> list[dict]:
@@ -332,7 +311,7 @@ def _read_run(path: Path) -> list[dict]:
     for number, content in enumerate(text.split("\n")[:-1], start=1):
         try:
             line = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"'{path}', line {number}, is not JSON.") from None
         if fault := _fault(line):
             raise InputError(f"'{path}', line {number}: {fault}.")
@@ -344,21 +323,21 @@ def _read_run(path: Path) -> list[dict]:
     return sorted(lines, key=lambda line: line["step"])
 
 
+def _usable(value: object) -> bool:
+    """Whether a number fits in a table, and a text can be printed."""
+    return (not isinstance(value, str) or value.isprintable()) and (type(value) is not int or 0 <= value < 2**63 - 1)
+
+
 def _fault(line: object) -> str | None:
     """What is wrong with a line, if anything."""
-    if (
-        not isinstance(line, dict)
-        or not isinstance(line.get("args"), dict)
-        or not isinstance(line.get("hparams"), dict)
-    ):
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), dict) for key in ("args", "hparams")):
         return "it has no 'args' and 'hparams'"
     args = line["args"]
-    kinds = {"dataset": str, "algorithm": str, "trial_seed": int, "hparams_seed": int, "test_envs": list}
-    for name, kind in kinds.items():
-        if type(args.get(name)) is not kind:
+    for name, kind in IDENTITY.items():
+        if type(args.get(name)) is not kind or not _usable(args[name]):
             return f"args has no '{name}', or one of another type"
-    if type(line.get("step")) is not int:
-        return "it has no 'step', or no whole number"
+    if not all(type(count) is int and _usable(count) for count in (line.get("step"), line.get("updates", 0))):
+        return "it has no 'step', or 'step' or 'updates' is no whole number"
     for i in range(count := len(_domains(line))):
         for key in (f"env{i}_in_acc", f"env{i}_out_acc"):
             if type(line.get(key)) not in (int, float) or not 0 <= line[key] <= 1:

@@ -1,51 +1,70 @@
 """What a comparison says: the report, a table per selection rule, and two yardsticks that no method is paired with."""
 
 import textwrap
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from engine import Params
 from field.compare import PARTNERS, Comparison
-from field.selection import HEADLINE, RULES, as_text, select, signed
-from study import AVERAGE
+from field.selection import HEADLINE, RULES, UNITS, as_text, select, signed
+from storage import Results, ranges
+from study import AVERAGE, bottleneck, covered, unlearned
 
-PROBE = "linear_probe.csv"
 INTRODUCTION = """\
-Accuracy (%) on all images of the held-out domain, mean ± standard error over seeds. Differences are from
-ERM on the same kind of batches (pooled, or balanced by domain), paired by seed and averaged over the
-holdouts, in points, with 95 % t intervals over seeds: they cover starts and batch orders, conditional on
-images, split and backbone. With many methods some intervals exclude 0 by chance: a survey, not a test."""
+{units} They cover {covered}.
+Accuracy is measured on all images of the held-out domain. Differences are from ERM on the same kind of batches
+(pooled, or balanced by domain), paired by seed and averaged over the holdouts. With many methods some intervals
+exclude 0 by chance: a survey, not a test."""
 
 
-def write(comparison: Comparison) -> str:
-    """Write ``comparison.txt``, a table per selection rule as CSV, and the averages by seed; returns the text."""
+def write(comparison: Comparison, figures: bool = True) -> str:
+    """Write what the command ``compare`` writes, and return the report.
+
+    That is ``comparison.txt``, a table per selection rule as CSV, the averages by seed, and every figure in ``plots/``.
+
+    Args:
+        comparison: trained.
+        figures: draw them as well.
+    """
     text, results = report(comparison), comparison.run.results
     with comparison.run.writing():
-        results.write_text("comparison.txt", text)
         results.write_text("comparison_seeds.csv", seed_averages(comparison).to_csv(float_format="%.6g"))
-        for rule in RULES:
-            name = f"comparison_{rule}.csv"
-            if rule in comparison.tables():
-                results.write_text(name, comparison.tables()[rule].to_csv())
-            else:
-                (results.directory / name).unlink(missing_ok=True)  # of an earlier comparison, with pairs of holdouts
+        write_tables(results, "comparison", text, comparison.tables())
+    if figures:
+        from field.figures import save_all  # imports matplotlib
+
+        save_all(comparison)
     return text
+
+
+def write_tables(results: Results, name: str, text: str, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write ``<name>_<rule>.csv`` for each table, then ``<name>.txt``; a table of earlier runs by another rule goes."""
+    for rule in RULES:
+        if rule in tables:
+            results.write_text(f"{name}_{rule}.csv", tables[rule].to_csv())
+        else:
+            (results.directory / f"{name}_{rule}.csv").unlink(missing_ok=True)
+    results.write_text(f"{name}.txt", text)
 
 
 def report(comparison: Comparison) -> str:
     """The whole comparison as text."""
-    together, probe = ensemble(comparison), probe_accuracy(comparison)
+    from evidence import kept_probe, probe_words  # imports scikit-learn, which takes a second
+
+    together, fits = ensemble(comparison), kept_probe(comparison.run, comparison.single_holdouts)
+    probe = fits.groupby(level=0, sort=False)["full"].mean()
     lines = [*_introduction(comparison), ""]
-    lines += textwrap.wrap(finding(comparison.tables()[HEADLINE], together, probe), 110)
+    for text in (finding(comparison.tables()[HEADLINE], together, probe), *cautions(comparison, probe.mean())):
+        lines += textwrap.wrap(text, 110)
     for rule, table in comparison.tables().items():
         title = RULES[rule].title
         lines += ["", title, "-" * len(title), as_text(table)]
         if rule == "oracle" and comparison.trials == 1:
             lines += ["(There is one trial to choose from: the same networks as at the last epoch.)"]
-    lines += _yardstick("Logistic regression on the features (deterministic; unpaired)", probe)
+    lines += _yardstick(f"Linear probe ({probe_words(fits)}; unpaired)", probe)
     seeds = len(comparison.run.seeds)
     words = f"mean probabilities of the ERM networks of {seeds} seeds, last epoch; no interval, unpaired"
     lines += _yardstick(f"Ensemble ({words})", together)
@@ -65,22 +84,33 @@ def _introduction(comparison: Comparison) -> list[str]:
         run.features.describe(),
         f"Classifier: {sizes}; {run.settings.ph2_num_epochs} epochs; {len(run.seeds)} seeds; "
         f"hyperparameters of every method: its defaults{draws}.",
-        INTRODUCTION,
+        INTRODUCTION.format(units=UNITS, covered=covered(run.settings.split_seed)),
     ]
     if peeking := [method.__name__ for method in comparison.methods if comparison.saw_validation(method)]:
         text = f"The masks of {', '.join(peeking)} saw the validation images: Phase 1 trained on all images."
         lines += textwrap.wrap(text, 110)
+    if others := left_out(comparison):
+        lines += [f"Not in this report, though in the same directory: {others}."]
     return lines
 
 
-def finding(table: pd.DataFrame, together: pd.Series, probe: pd.Series) -> str:
-    """What a table says, in plain sentences, computed.
+def left_out(comparison: Comparison) -> str:
+    """What the results directory holds of comparisons beyond this one, in words; empty if nothing."""
+    run = comparison.run
+    records = [record for record in run.results.records() if "trial" in record]
+    reported = {
+        "algorithm": {*comparison.names},
+        "trial": {*range(comparison.trials)},
+        "holdout": {"+".join(holdouts) for holdouts in comparison.holdouts},
+        "seed": {*run.seeds},
+    }
+    more = {key: sorted({record[key] for record in records} - known) for key, known in reported.items()}
+    words = {key: ranges(found) if key == "seed" else ", ".join(map(str, found)) for key, found in more.items()}
+    return "; ".join(f"{key} {text}" for key, text in words.items() if text)
 
-    Args:
-        table: as `selection.comparison_table` returns it.
-        together: accuracy of the ensemble by holdout, as `ensemble` returns it.
-        probe: accuracy of logistic regression on the features by holdout, on the same images as the table.
-    """
+
+def finding(table: pd.DataFrame, together: pd.Series, probe: pd.Series) -> str:
+    """What a `comparison_table` says, in plain sentences; with the accuracy of ensemble and probe by holdout."""
     rows = table.sort_values("rank")
 
     def names(chosen: pd.Series) -> str:
@@ -98,6 +128,16 @@ def finding(table: pd.DataFrame, together: pd.Series, probe: pd.Series) -> str:
         row = rows.loc["ImportanceMask"]
         text += f"Importance masking is number {int(row['rank'])} of {len(rows)}, {signed(row)} points from ERM."
     return text.rstrip()
+
+
+def cautions(comparison: Comparison, probe: float) -> list[str]:
+    """Sentences on methods that did not learn, with any hyperparameters, and on a classifier far below a linear one."""
+    run, curves = comparison.run, comparison.curves()
+    last = curves[curves["epoch"] == run.settings.ph2_num_epochs]
+    last = last[[domain not in held for domain, held in zip(last["domain"], last["holdouts"], strict=True)]]
+    trained = last.groupby(["algorithm", "trial"])["in"].mean().groupby("algorithm").max()
+    best = comparison.tables()[HEADLINE][f"{AVERAGE}_mean"].max()
+    return unlearned(trained, run.facts["counts"], run.settings) + bottleneck(best, probe, run.settings)
 
 
 def _yardstick(title: str, values: pd.Series) -> list[str]:
@@ -120,27 +160,10 @@ def ensemble(comparison: Comparison) -> pd.Series:
         saved = run.archive.method(PARTNERS["pooled"], 0, (holdout,))
         params = {name: value[saved.ok] for name, value in saved.params().items()}
         rows = run.data.all_rows([holdout])
-        chances = logits(run.network, params, run.data.features[rows].cpu()).softmax(-1).mean(0)
+        logits = partial(functional_call, run.network, args=(run.data.features[rows].cpu(),))
+        chances = vmap(logits)(params).softmax(-1).mean(0)
         found[holdout] = float((chances.argmax(-1) == run.data.labels[rows].cpu()).double().mean())
     return pd.Series(found, dtype=float)
-
-
-def logits(network: nn.Module, params: Params, features: Tensor) -> Tensor:
-    """Logits of S networks on the same rows ``[N, D]``: ``[S, N, classes]``."""
-    return vmap(lambda own: functional_call(network, own, (features,)))(params)
-
-
-def probe_accuracy(comparison: Comparison) -> pd.Series:
-    """Accuracy of logistic regression on the features by holdout; kept on disk, because it takes a while."""
-    from evidence import linear_probe  # imports scikit-learn, which takes a second
-
-    results, holdouts = comparison.run.results, [*comparison.single_holdouts]
-    path = results.directory / PROBE
-    kept = pd.read_csv(path, index_col="holdout") if path.is_file() else pd.DataFrame()
-    if not set(holdouts) <= set(kept.index):
-        kept = linear_probe(comparison.run.data, holdouts)
-        results.write_text(PROBE, kept.to_csv())
-    return kept.loc[holdouts, "full"]
 
 
 def seed_averages(comparison: Comparison) -> pd.DataFrame:

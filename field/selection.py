@@ -18,22 +18,19 @@ from study import AVERAGE, t_interval
 KEY = ["algorithm", "seed", "trial", "epoch"]  # of the networks of one holdout
 CHOSEN = ["algorithm", "holdout", "seed", "trial", "epoch", "validation", *PARTS]
 HEADLINE = "training-domain"  # the rule that figures and the report's summary follow
+UNITS = """\
+Accuracies are in per cent, as mean ± standard error over seeds; differences are in points, with 95 % t intervals
+over seeds."""  # of every table as text; as numbers all are fractions
 
 Runs = Mapping[frozenset, pd.DataFrame]  # curves by held-out domains
 
 
 class Rule(NamedTuple):
-    """A selection rule.
+    """A selection rule."""
 
-    Attributes:
-        title: what it does, as a heading.
-        score: (runs, holdout, domains) -> number by `KEY`, of the networks that it may choose; the highest wins.
-        needs_pairs: whether it needs runs that hold out every pair of domains.
-    """
-
-    title: str
-    score: Callable[[Runs, str, list[str]], pd.Series]
-    needs_pairs: bool = False
+    title: str  # what it does, as a heading
+    score: Callable[[Runs, str, list[str]], pd.Series]  # by `KEY`, of the networks it may choose; the highest wins
+    needs_pairs: bool = False  # runs that hold out every pair of domains
 
 
 def _accuracy(run: pd.DataFrame, domain: str, part: str) -> pd.Series:
@@ -97,10 +94,6 @@ def select(curves: pd.DataFrame, rule: str) -> pd.DataFrame:
     Ties go to the smallest trial, then to the earliest epoch. (DomainBed takes the *largest* of equal trials, which
     makes no difference without ties.) A failed network is chosen only where all failed, and the row is then NaN.
 
-    Args:
-        curves: see `field.curves`.
-        rule: one of `RULES`.
-
     Returns:
         Rows in the order of algorithms and domains, then by seed: algorithm, holdout (str), seed, trial, epoch,
         validation (the score it was chosen by), and `in`, `out`, `full` of the held-out domain.
@@ -129,12 +122,7 @@ def select(curves: pd.DataFrame, rule: str) -> pd.DataFrame:
 
 
 def _best(validation: pd.Series, target: pd.DataFrame) -> pd.DataFrame:
-    """The best network of each algorithm and seed.
-
-    Args:
-        validation: score of each network, by `KEY`.
-        target: curves on the held-out domain, of the runs that hold out that domain alone.
-    """
+    """The best network of each algorithm and seed: by its score, of the runs that hold out the target alone."""
     found = target.merge(validation.rename("validation").reset_index(), on=KEY)
     found["validation"] = found["validation"].where(found["in"].notna())
     order = found.sort_values(["validation", "trial", "epoch"], ascending=[False, True, True], na_position="last")
@@ -154,8 +142,9 @@ def comparison_table(chosen: pd.DataFrame, baselines: Mapping[str, str], part: s
     """Methods beside each other and beside their baselines.
 
     Means over seeds leave out failed networks; the average over holdouts is taken within each seed first, and a seed
-    that lacks a holdout has no average. The standard error is the standard deviation (n − 1) over the square root of n.
-    It and the t interval are over seeds: they cover starts and batch orders, conditional on images, split and backbone.
+    that lacks a holdout has no average. The standard error is the standard deviation (n − 1) over the square root of n
+    (DomainBed divides by n instead of n − 1, which gives 29 % less with two seeds). It and the t interval are over
+    seeds: they cover starts, batch orders and, where each seed has its own, splits, conditional on images and backbone.
 
     Args:
         chosen: as `select` returns it.
@@ -217,16 +206,21 @@ def _difference(averages: pd.Series, algorithm: str, baseline: str | None, known
 
 def as_text(table: pd.DataFrame) -> str:
     """A table of `comparison_table` for reading, best first: accuracies in per cent, differences in points."""
-    names = [column.removesuffix("_mean") for column in table.columns if column.endswith("_mean")]
-    rows = table.sort_values("rank", kind="stable", na_position="last")
-    text = pd.DataFrame({"rank": rows["rank"].map(lambda rank: "" if pd.isna(rank) else str(rank))}, index=rows.index)
-    for name in names:
-        pairs = zip(rows[f"{name}_mean"], rows[f"{name}_error"], strict=True)
-        text[name] = [_plus_minus(100 * mean, 100 * error) for mean, error in pairs]
-    text["seeds"] = rows["n"].astype(str)
-    text["difference"] = [signed(row) for _, row in rows.iterrows()]
+    text = as_cells(table)
+    rows = table.loc[text.index]
+    text.insert(0, "rank", rows["rank"].map(lambda rank: "" if pd.isna(rank) else str(rank)))
+    text.insert(text.columns.get_loc("difference"), "seeds", rows["n"].astype(str))
     text["from"] = rows["baseline"].where(rows["difference"].notna(), "")
     return text.rename_axis(None).to_string()
+
+
+def as_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Text of a table's accuracies, a column per holdout and their average, and "difference"; best method first."""
+    rows = table.sort_values("rank", kind="stable", na_position="last")
+    names = [column.removesuffix("_mean") for column in table.columns if column.endswith("_mean")]
+    pairs = {name: zip(rows[f"{name}_mean"], rows[f"{name}_error"], strict=True) for name in names}
+    cells = {name: [_plus_minus(100 * mean, 100 * error) for mean, error in found] for name, found in pairs.items()}
+    return pd.DataFrame(cells | {"difference": [signed(row) for _, row in rows.iterrows()]}, index=rows.index)
 
 
 def _plus_minus(mean: float, error: float) -> str:

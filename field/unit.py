@@ -15,18 +15,11 @@ from trainer_phase2 import Masking
 
 
 class Unit(NamedTuple):
-    """What is trained and written at a time.
-
-    Attributes:
-        method: its class.
-        trial: number of its hyperparameters.
-        holdouts: one or two domains left out of training.
-        seeds: S seeds.
-    """
+    """What is trained and written at a time."""
 
     method: type[Algorithm]
-    trial: int
-    holdouts: tuple[str, ...]
+    trial: int  # number of its hyperparameters
+    holdouts: tuple[str, ...]  # one or two domains left out of training
     seeds: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -50,13 +43,9 @@ class Trained(NamedTuple):
 
 
 def train_unit(run: Run, unit: Unit, values: Mapping, tick: Callable[[], None]) -> Trained:
-    """Train the networks of a unit.
+    """Train the networks of a unit with hyperparameters; `tick` is called after each epoch.
 
-    Args:
-        run: with Phase 1 on disk if the method has masks.
-        unit: method, holdouts and seeds.
-        values: hyperparameters.
-        tick: called after each epoch.
+    A method with masks needs Phase 1 on disk.
 
     Raises:
         TrainingFailedError: the run is strict, and a network failed or its mask cannot be used.
@@ -90,8 +79,7 @@ def _expert_use(run: Run, networks: MethodNetworks) -> Tensor:
     """Mean share of each expert by domain and class, on all images: ``[S, domains, classes, experts]``."""
     data = run.data
     shape = len(data.domain_names), len(data.class_names)
-    groups = data.domains * shape[1] + data.labels
-    found = []
+    groups, found = data.domains * shape[1] + data.labels, []
     for s in range(len(networks.seeds)):
         params = {name: value[s] for name, value in networks.engine.params.items()}
         routing = networks.method.routing(params, data.features).detach()

@@ -1,5 +1,6 @@
 """A comparison of methods: what is trained, what is written, how it resumes, what it says."""
 
+import resource
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -14,34 +15,27 @@ from config import InputError
 from engine import SplitFeatures, TrainingFailedError
 from field import ALGORITHMS, PARTNERS, RULES, Algorithm, Comparison, Hyperparameter, ensemble, failed, write
 from field.figures import save_all
-from field.report import finding, probe_accuracy, report, seed_averages
+from field.report import finding, report, seed_averages
 from field.train import train_method
 from field.unit import Unit, masking_of
 from storage import Results, load_features, save_features
 from study import Archive, Arm, Execution, Study, mask_source, t_interval
-from tests.factories import SMALL, blobs, make_run, save_blobs
+from tests.factories import SMALL, blobs, dated, everything, make_run, save_blobs
 from trainer_phase2 import train_holdout
 
 DOMAINS = ("art", "cartoon", "photo", "sketch")
 MASKED = sorted(name for name, method in ALGORITHMS.items() if method.control is not None)
 EVERY_KIND = ("ERM", "CorGrad", "GMoE", "ImportanceMask")  # of what is recorded
+TWO = ("art", "photo")  # holdouts; seven with the pairs
+QUICK = replace(SMALL, ph2_num_epochs=2, ph2_freeze_epoch=1)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return save_blobs(tmp_path_factory.mktemp("features") / "blobs.safetensors", domains=DOMAINS)
+    return save_blobs(tmp_path_factory.mktemp("features") / "blobs.safetensors", domains=DOMAINS, per_cell=10)
 
 
-@pytest.fixture
-def registry():
-    """Methods that a test registers are forgotten after it."""
-    before = dict(ALGORITHMS)
-    yield ALGORITHMS
-    ALGORITHMS.clear()
-    ALGORITHMS.update(before)
-
-
-def make(data, directory, methods=("ERM", "VREx"), seeds=2, settings=SMALL, holdouts=None, strict=False, **options):
+def make(data, directory, methods, seeds=2, settings=QUICK, holdouts=TWO, strict=False, **options):
     run = make_run(data, directory, seeds, settings, holdouts, Execution(strict=strict, progress=False))
     return Comparison(run, methods, **options)
 
@@ -60,28 +54,14 @@ def again(comparison, methods=None, **options):
     return make(run.features, run.results.directory, methods or comparison.names, len(run.seeds), **options)
 
 
-def state(directory):
-    """Path -> content and time of every file."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
-def contents(directory):
-    return {path: content for path, (content, _) in state(directory).items()}
-
-
-# --- what is trained ----------------------------------------------------------------------------------------
-
-
 def test_the_partners_of_all_methods_are_trained_too(data, tmp_path):
     comparison = make(data, tmp_path, ["VREx", "SD"])
-    assert set(comparison.names) == {"ERM", "ERMBalanced", "VREx", "SD"}
     assert comparison.partners == {"ERM": "ERM", "ERMBalanced": "ERMBalanced", "VREx": "ERMBalanced", "SD": "ERM"}
 
 
 def test_records_are_of_every_run_and_all_different(whole):
     records = whole.run.records()
-    runs = 5 * 2 * (4 + 6) * 3  # methods with partners, trials, holdouts and pairs, seeds
+    runs = 5 * 2 * (2 + 5) * 3  # methods with partners, trials, holdouts and pairs, seeds
     assert len(records) == 2 * runs  # selections
     assert len({r["key"] for r in records}) == len(records)
     assert {r["trial"] for r in records} == {0, 1}
@@ -97,7 +77,7 @@ def test_interrupted_and_resumed_is_the_same(data, tmp_path, monkeypatch):
         real(self, about, *rest)
 
     def train(name):
-        make(data, tmp_path / name, ["SD"], holdouts=["art", "photo"]).train()
+        make(data, tmp_path / name, ["SD"]).train()
 
     train("a")
     monkeypatch.setattr(Archive, "save_method", save)
@@ -105,17 +85,50 @@ def test_interrupted_and_resumed_is_the_same(data, tmp_path, monkeypatch):
         train("b")
     monkeypatch.setattr(Archive, "save_method", real)
     train("b")
-    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert a.keys() == b.keys()
-    assert [n for n in a if a[n] != b[n]] == []
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
 
 
-def test_a_second_run_trains_nothing(whole):
+def test_after_a_full_disk_the_same_command_ends_with_the_same_files(data, tmp_path):
+    def train(name):
+        make(data, tmp_path / name, ["SD"], seeds=3, holdouts=["art"]).train()
+        return everything(tmp_path / name)
+
+    clean, unlimited = train("clean"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = sorted(map(len, clean.values()))
+    assert sizes[-1] == len(clean["records.jsonl"])  # so that its writing is cut off anywhere, and no other
+    for limit in {*range(sizes[-2], sizes[-1], 1100), *sizes[:-2]}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit - 1, unlimited[1]))
+        try:
+            with pytest.raises(Exception, match="too large"):
+                train(str(limit))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert train(str(limit)) == clean
+
+
+@pytest.mark.parametrize("fault", ["seeds", "failed", "correct", "shape"])
+def test_a_damaged_history_is_refused_before_anything_is_trained(fault, data, tmp_path):
+    make(data, tmp_path, ["ERM"], holdouts=["art"]).train()
+    path = tmp_path / "histories" / "compare_ERM_0_art.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["correct"] = arrays["correct"][:, :1] if fault == "shape" else arrays["correct"]
+    arrays.pop(fault, None)
+    np.savez(path, **arrays)
+    before = dated(tmp_path)
+    with pytest.raises(InputError, match="compare_ERM_0_art"):
+        make(data, tmp_path, ["ImportanceMask"], holdouts=["art"]).train()
+    assert dated(tmp_path) == before
+
+
+def test_a_second_run_trains_nothing_and_one_that_needs_more_says_what(whole):
     directory = whole.run.results.directory
-    before, comparison = state(directory), again(whole, trials=2, leave_one_out=True)
+    before, comparison = dated(directory), again(whole, trials=2, leave_one_out=True)
     assert comparison.missing() == []
     comparison.train()
-    assert {path: found for path, found in state(directory).items() if found != before[path]} == {}
+    assert dated(directory) == before
+    with pytest.raises(InputError, match="2 runs are missing, first ERM, trial 2, holdout art"):
+        again(whole, ["ERM"], trials=3).curves()
 
 
 def test_lost_weights_are_trained_again(data, tmp_path):
@@ -137,23 +150,23 @@ def test_lost_weights_are_trained_again(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hyperparameters": {"penalty_weight": Hyperparameter(3.0, "β")}}, "penalty_weight = 0.1, not 3.0"),
+        ({"hyperparameters": {"balance_weight": Hyperparameter(3.0, "β")}}, "balance_weight = 0.01, not 3.0"),
         ({"hyperparameters": {"extra": Hyperparameter(1.0, "more")}}, "extra = None, not 1.0"),
-        ({"version": 2}, "version 1 of SD, not 2"),
+        ({"version": 2}, "version 1 of GMoE, not 2"),
     ],
     ids=["default", "more", "version"],
 )
-def test_results_of_another_method_are_not_mixed_with_what_is_there(change, message, data, tmp_path, monkeypatch):
-    make(data, tmp_path, ["SD"], holdouts=["art"]).train()
-    before = contents(tmp_path)
+def test_results_of_another_method_are_not_mixed_with_what_is_there(change, message, whole, monkeypatch):
+    directory, method = whole.run.results.directory, ALGORITHMS["GMoE"]
+    before = dated(directory)
     for name, value in change.items():
-        old = getattr(ALGORITHMS["SD"], name)
-        monkeypatch.setattr(ALGORITHMS["SD"], name, {**old, **value} if name == "hyperparameters" else value)
-    comparison = make(data, tmp_path, ["SD"], holdouts=["art"])
+        old = getattr(method, name)
+        monkeypatch.setattr(method, name, {**old, **value} if name == "hyperparameters" else value)
+    comparison = again(whole, ["GMoE"])
     for use in (comparison.train, comparison.curves):
         with pytest.raises(InputError, match=message):
             use()
-    assert contents(tmp_path) == before
+    assert dated(directory) == before
 
 
 def test_trial_0_has_the_defaults_and_others_are_drawn_the_same_each_time(whole):
@@ -188,18 +201,21 @@ def test_the_settings_are_those_of_every_method(data, tmp_path):
     assert comparison.values(ALGORITHMS["SD"], 1)["learning_rate"] != 2e-3  # searched
 
 
-# --- masks --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def masked(data, tmp_path_factory):
+    """All methods with masks, after Phase 1, whose settings are not the defaults."""
+    settings = replace(SMALL, ph2_freeze_epoch=1, ph2_lr_decay_rate=0.3, importance_threshold_percentile=40.0)
+    comparison = make(data, tmp_path_factory.mktemp("masked"), MASKED, 3, settings)
+    Study(comparison.run, [Arm(ALGORITHMS[name].control) for name in MASKED]).phase1()
+    return comparison
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_a_masked_method_is_the_arm_of_the_study(name, data, tmp_path):
+def test_a_masked_method_is_the_arm_of_the_study(name, masked):
     """In float64 the same networks as Phase 2 itself trains, whatever the settings are."""
-    settings = replace(SMALL, ph2_freeze_epoch=1, ph2_lr_decay_rate=0.3, importance_threshold_percentile=40.0)
-    method, seeds = ALGORITHMS[name], (0, 1, 2)
-    comparison = make(data, tmp_path, [name], 3, settings)
-    run, arm, values = comparison.run, Arm(method.control), comparison.values(method, 0)
-    Study(run, [arm]).phase1()
-    exact = SplitFeatures.from_features(data, settings, dtype=torch.float64)
+    run, method, seeds = masked.run, ALGORITHMS[name], (0, 1, 2)
+    settings, arm, values = run.settings, Arm(method.control), masked.values(method, 0)
+    exact = SplitFeatures.from_features(run.features, settings, dtype=torch.float64)
     masking = masking_of(run, Unit(method, 0, ("art",), seeds), values)
     assert masking.failed is None or not masking.failed.any()
     mask = dict(zip(run.network.tracked_names, masking.mask, strict=True))
@@ -220,12 +236,12 @@ def test_a_drawn_part_of_the_weights_is_marked(whole):
 
 def test_no_method_sees_a_held_out_domain(data, tmp_path):
     """Other images of the domain change nothing in training, nor in the masks."""
-    d = blobs(domains=DOMAINS)
+    d = blobs(domains=DOMAINS, per_cell=10)
     changed = torch.where((d.domains == DOMAINS.index("art")).unsqueeze(1), -d.features, d.features).half()
     rows = d.labels, d.domains, d.class_names, d.domain_names, d.files
     save_features(tmp_path / "other.safetensors", changed, *rows, dataset="blobs")
     other = load_features(tmp_path / "other.safetensors")
-    options = {"methods": ["ImportanceMask", "OtherSeedMask"], "holdouts": ["art", "photo"], "leave_one_out": True}
+    options = {"methods": ["ImportanceMask", "OtherSeedMask"], "leave_one_out": True}
     a, b = (make(features, tmp_path / name, **options) for name, features in (("a", data), ("b", other)))
     for comparison in (a, b):
         comparison.train()
@@ -235,22 +251,14 @@ def test_no_method_sees_a_held_out_domain(data, tmp_path):
         assert torch.equal(*losses) == ("art" in holdouts), (name, holdouts)
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
 def test_curves_are_the_accuracies_on_disk(whole):
     curves = whole.curves()
-    assert len(curves) == 5 * 2 * 10 * 3 * 3 * 4  # methods, trials, holdouts, seeds, epochs, domains
-    record = next(
-        r
-        for r in whole.run.records()
-        if (r["algorithm"], r["trial"], r["holdout"], r["seed"], r["selection"]) == ("CorGrad", 1, "photo", 2, "last")
-    )
-    row = curves[
-        (curves.algorithm == "CorGrad") & (curves.trial == 1) & (curves.holdouts == ("photo",)) & (curves.seed == 2)
-        & (curves.epoch == 3) & (curves.domain == "photo")
-    ]  # fmt: skip
-    assert row[["in", "out", "full"]].to_dict("records") == [record["accuracy"]]
+    assert len(curves) == 5 * 2 * 7 * 3 * 2 * 4  # methods, trials, holdouts, seeds, epochs, domains
+    final = curves[curves["epoch"] == 2].set_index(["algorithm", "trial", "holdouts", "seed", "domain"])
+    for r in whole.run.records():
+        if r["selection"] == "last" and "+" not in r["holdout"]:
+            row = final.loc[(r["algorithm"], r["trial"], (r["holdout"],), r["seed"], r["holdout"])]
+            assert row[["in", "out", "full"]].to_dict() == r["accuracy"]
 
 
 def test_a_comparison_is_known_by_its_records(whole):
@@ -261,28 +269,6 @@ def test_a_comparison_is_known_by_its_records(whole):
     key = ["algorithm", "trial", "holdouts", "seed", "epoch", "domain"]
     a, b = (comparison.curves().set_index(key).sort_index() for comparison in (found, whole))
     pd.testing.assert_frame_equal(a, b)
-
-
-def test_a_report_opens_each_file_once(whole, monkeypatch):
-    opened, real = Counter(), Results.load
-
-    def load(self, kind, name):
-        opened[kind, name] += 1
-        return real(self, kind, name)
-
-    monkeypatch.setattr(Results, "load", load)
-    comparison = again(whole, trials=2, leave_one_out=True)
-    write(comparison)
-    save_all(comparison)
-    assert set(opened.values()) == {1}
-    kinds = Counter(kind for kind, _ in opened)
-    assert kinds == {"histories": 5 * 2 * 10, "weights": 4}  # of ERM, for the ensemble
-
-
-def test_an_incomplete_comparison_says_what_is_missing(data, tmp_path):
-    make(data, tmp_path, ["ERM"]).train()
-    with pytest.raises(InputError, match="4 runs are missing, first ERM, trial 1, holdout art"):
-        make(data, tmp_path, ["ERM"], trials=2).curves()
 
 
 def test_tables_hold_paired_differences_from_the_right_erm(whole):
@@ -305,7 +291,7 @@ def test_averages_by_seed_are_those_of_the_table(whole):
 
 def test_the_ensemble_averages_probabilities(whole):
     found, data = ensemble(whole), whole.run.data
-    assert set(found.index) == set(DOMAINS)
+    assert set(found.index) == set(TWO)
     assert found.between(0, 1).all()
     weights = whole.run.archive.method(PARTNERS["pooled"], 0, ("art",)).params()
     rows = data.all_rows(["art"])
@@ -325,40 +311,47 @@ def test_expert_use_is_of_whole_images(whole):
     assert torch.allclose(use.sum(-1), torch.ones(3, 4, 3), atol=1e-5)
 
 
-# --- the report ---------------------------------------------------------------------------------------------
+def test_the_report_and_its_files(whole, monkeypatch):
+    opened, real, directory = Counter(), Results.load, whole.run.results.directory
 
+    def load(self, kind, name):
+        opened[kind, name] += 1
+        return real(self, kind, name)
 
-def test_the_report_and_its_files(whole):
-    text = write(whole)
-    directory = whole.run.results.directory
+    monkeypatch.setattr(Results, "load", load)
+    comparison = again(whole, trials=2, leave_one_out=True)
+    text, figures = write(comparison), save_all(comparison)
+    assert {count for (kind, _), count in opened.items() if kind == "histories"} == {1}  # each is opened once
+    assert Counter(kind for kind, _ in opened) == {"histories": 5 * 2 * 7, "weights": 2}  # of ERM, for the ensemble
     assert (directory / "comparison.txt").read_text("utf-8") == text
     assert "NOT a fair rule" in text
-    assert "Logistic regression on the features (deterministic; unpaired):\n  art " in text
+    assert "Linear probe (logistic regression on the features, mean of 3 splits; unpaired):\n  art " in text
     assert "The masks of ImportanceMask saw the validation images" in " ".join(text.split())
     for word in ("CorGrad", "ImportanceMask", "Ensemble", "3 seeds", "its defaults, and 1 random draw."):
         assert word in text
     for rule in whole.tables():
         assert (directory / f"comparison_{rule}.csv").is_file()
-    assert {path.stem for path in save_all(whole)} >= {"comparison", "conflicts_CorGrad", "experts_GMoE_art"}
+    assert {path.stem for path in figures} >= {"comparison", "conflicts_CorGrad", "experts_GMoE_art"}
     assert all(path.stat().st_size > 5_000 for path in (directory / "plots").iterdir())
+
+
+def test_the_report_warns_of_methods_that_did_not_learn_and_of_a_classifier_below_a_linear_one(data, tmp_path):
+    comparison = make(data, tmp_path, ["SD"], settings=replace(SMALL, ph2_lr_important=1e-9))
+    comparison.train()
+    text = " ".join(report(comparison).split())
+    assert "did not learn (ERM, SD)" in text
+    assert "PH2_LR_IMPORTANT (now 1e-09)" in text
+    assert "bottleneck" in text
 
 
 def test_a_figure_that_fails_does_not_stop_the_others(whole, monkeypatch, caplog):
     def broken(*_):
         raise ValueError("no picture")
 
-    monkeypatch.setattr("field.figures.expert_figure", broken)
-    assert {path.stem for path in save_all(whole)} == {"comparison", "conflicts_CorGrad"}
-    assert "experts_GMoE_art" in caplog.text
+    monkeypatch.setattr("field.figures.difference_figure", broken)
+    assert {path.stem for path in save_all(again(whole, ["CorGrad"]))} == {"conflicts_CorGrad"}
+    assert "comparison" in caplog.text
     assert "no picture" in caplog.text
-
-
-def test_logistic_regression_is_fitted_once(whole):
-    first = probe_accuracy(whole)
-    before = state(whole.run.results.directory)
-    assert probe_accuracy(again(whole)).equals(first)
-    assert state(whole.run.results.directory) == before
-    assert list(first.index) == list(DOMAINS)
 
 
 def test_the_finding_is_computed():
@@ -376,7 +369,7 @@ def test_the_finding_is_computed():
     assert "features has 70.0 %, above" in below
 
 
-def test_failed_networks_are_left_out_and_told(data, tmp_path, registry):
+def test_failed_networks_are_left_out_and_told(data, tmp_path, monkeypatch):
     class Explodes(Algorithm):
         """Its loss is never finite."""
 
@@ -384,26 +377,25 @@ def test_failed_networks_are_left_out_and_told(data, tmp_path, registry):
             loss, changes = super().loss(params, batch, state, noise)
             return loss * torch.inf, changes
 
+    monkeypatch.setitem(ALGORITHMS, "Explodes", Explodes)  # forgotten after the test
     comparison = make(data, tmp_path, [Explodes])
     comparison.train()
-    assert len(failed(comparison)) == 4 * 2
+    assert len(failed(comparison)) == 2 * 2
     text = report(comparison)
-    assert "8 networks failed and are left out" in text
+    assert "4 networks failed and are left out" in text
     assert "Explodes, trial 0, holdout art, seed 0: the loss is no longer finite in epoch 1" in text
     with pytest.raises(TrainingFailedError, match="Explodes, trial 0, holdout art"):
         make(data, tmp_path / "strict", [Explodes], strict=True).train()
 
 
-def test_only_balanced_methods_have_no_ensemble_and_a_report_all_the_same(data, tmp_path):
-    comparison = make(data, tmp_path, ["VREx"])
-    comparison.train()
-    text = write(comparison)
-    assert "VREx" in text
+def test_only_balanced_methods_have_no_ensemble_and_a_report_all_the_same(whole):
+    text = report(again(whole, ["CorGrad"]))
+    assert "CorGrad" in text
     assert "nsemble" not in text
 
 
 def test_tables_of_other_runs_do_not_stay(data, tmp_path):
-    comparison = make(data, tmp_path, ["ERM"])
+    comparison = make(data, tmp_path, ["ERM"], holdouts=["art"])
     comparison.train()
     (tmp_path / "comparison_leave-one-domain-out.csv").write_text("old")
     write(comparison)
@@ -415,13 +407,6 @@ def test_tables_of_other_runs_do_not_stay(data, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
 
 
-# --- bad input ----------------------------------------------------------------------------------------------
-
-
-def own(**body):
-    return type("Own", (Algorithm,), body)
-
-
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
@@ -429,13 +414,15 @@ def own(**body):
         (["Ensemble"], {}, "Ensemble is not trained"),
         (["ERM"], {"trials": 0}, "--trials"),
         (["ERM"], {"settings": replace(SMALL, ph2_init="phase1")}, "PH2_INIT"),
-        ([own(batches="ballanced")], {}, "Own.batches"),
-        ([own(hyperparameters={"a": 0.1})], {}, r"Own.hyperparameters\['a'\]"),
-        ([own(control="random")], {}, "'kept'"),
+        ({"batches": "ballanced"}, {}, "Own.batches"),
+        ({"hyperparameters": {"a": 0.1}}, {}, r"Own.hyperparameters\['a'\]"),
+        ({"control": "random"}, {}, "'kept'"),
         ([int], {}, "Algorithm"),
     ],
 )
 def test_bad_input_is_refused(methods, options, message, data, tmp_path):
+    if isinstance(methods, dict):  # the body of a class
+        methods = [type("Own", (Algorithm,), methods)]
     with pytest.raises(InputError, match=message):
         make(data, tmp_path, methods, **options)
     assert "Own" not in ALGORITHMS

@@ -18,33 +18,15 @@ SINGLES = [(d,) for d in DOMAINS]
 PAIRS = list(itertools.combinations(DOMAINS, 2))
 
 
-def rows_of(run, values, domains=DOMAINS):
-    """Rows of one run: values[epoch][domain] = (in, out, full)."""
-    algorithm, trial, holdouts, seed = run
-    return [
-        {
-            "algorithm": algorithm,
-            "trial": trial,
-            "holdouts": holdouts,
-            "seed": seed,
-            "epoch": e,
-            "step": 5 * e,
-            "domain": d,
-        }
-        | dict(zip(("in", "out", "full"), accuracies, strict=True))
-        for e, of_domain in enumerate(values, start=1)
-        for d, accuracies in zip(domains, of_domain, strict=True)
-    ]
-
-
-def random_rows(seed, failures=0.2, lengths=(2, 3)):
+def random_rows(seed, failures=0.2):
     """Two algorithms, three trials, all holdouts, on a grid so coarse that many networks are equal."""
     draw, rows = random.Random(seed), []
+    columns = ("algorithm", "trial", "holdouts", "seed", "epoch", "step", "domain", "in", "out", "full")
     for run in itertools.product(("B", "A"), (0, 1, 2), [*SINGLES, *PAIRS], (3, 1)):
         failed = draw.random() < failures
-        epochs = range(draw.choice(lengths))
-        grid = [[[NAN if failed else draw.randrange(5) / 4 for _ in range(3)] for _ in DOMAINS] for _ in epochs]
-        rows += rows_of(run, grid)
+        for epoch, domain in itertools.product(range(1, draw.choice((3, 4))), DOMAINS):
+            shares = [NAN if failed else draw.randrange(5) / 4 for _ in range(3)]
+            rows.append(dict(zip(columns, (*run, epoch, 5 * epoch, domain, *shares), strict=True)))
     return rows
 
 
@@ -79,7 +61,7 @@ def by_definition(rows, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("failures", [0, 0.2, 0.7])
 def test_a_rule_chooses_what_its_definition_says(rule, failures):
-    for seed in range(4):
+    for seed in range(2):
         rows = random_rows(seed, failures)
         expected = by_definition(rows, rule)
         table = select(curves_of(rows), rule)
@@ -94,18 +76,6 @@ def test_a_rule_chooses_what_its_definition_says(rule, failures):
         pd.testing.assert_frame_equal(shuffled.set_index(key).sort_index(), table.set_index(key).sort_index())
 
 
-def test_leave_one_domain_out_reads_the_domain_beside_the_target():
-    nothing = (0.0, 0.0, 0.0)
-    alone = [[(0.1, 0.2, 0.3), nothing, nothing], [(0.4, 0.5, 0.6), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)]]
-    with_cartoon = [[(1.0, 1.0, 1.0), (0.5, 0.0, 0.0), nothing], [nothing, (0.1, 1.0, 1.0), (1.0, 1.0, 1.0)]]
-    with_photo = [[nothing, nothing, (0.6, 0.0, 0.0)], [nothing, nothing, (0.2, 1.0, 1.0)]]
-    runs = {("art",): alone, ("art", "cartoon"): with_cartoon, ("art", "photo"): with_photo}
-    rows = [row for holdouts, values in runs.items() for row in rows_of(("ERM", 0, holdouts, 0), values)]
-    (row,) = select(curves_of(rows), "leave-one-domain-out").to_dict("records")
-    assert row["validation"] == pytest.approx(0.55)
-    assert (row["holdout"], row["epoch"], row["in"], row["out"], row["full"]) == ("art", 1, 0.1, 0.2, 0.3)
-
-
 def test_leave_one_domain_out_leaves_out_what_lacks_a_pair():
     rows = random_rows(0, failures=0)
     no_pairs = [r for r in rows if len(r["holdouts"]) == 1]
@@ -118,11 +88,8 @@ def test_leave_one_domain_out_leaves_out_what_lacks_a_pair():
     assert set(left[left["seed"] == 3]["holdout"]) == set(DOMAINS)
     with pytest.raises(InputError, match="single domain"):
         select(curves_of([r for r in rows if len(r["holdouts"]) == 2]), "last")
-
-
-def test_an_unknown_rule_is_refused():
     with pytest.raises(InputError, match=r"'val'.*training-domain, last, leave-one-domain-out, oracle"):
-        select(curves_of(random_rows(0)), "val")
+        select(curves_of(rows), "val")
 
 
 def test_there_is_a_table_for_each_rule_that_the_runs_allow():
@@ -133,9 +100,6 @@ def test_there_is_a_table_for_each_rule_that_the_runs_allow():
         pd.testing.assert_frame_equal(table, comparison_table(select(curves_of(rows), rule), baselines, "in"))
     single = tables_by_rule(curves_of([row for row in rows if len(row["holdouts"]) == 1]), baselines)
     assert set(RULES) - set(single) == {"leave-one-domain-out"}
-
-
-# --- tables -------------------------------------------------------------------------------------------------
 
 
 def chosen_of(values):
@@ -204,13 +168,8 @@ def test_the_text_has_per_cent_and_points_best_first():
     table = comparison_table(chosen_of(CHOSEN), PAIRED)
     header, first, second = as_text(table).splitlines()
     assert header.split() == ["rank", "art", "photo", "average", "seeds", "difference", "from"]
-    assert first.split("  ")[0] == "IRM"
-    assert "87.0 ± 3.0" in first
-    assert "74.5 ± 0.5" in first
-    assert "+1.50 [−30.27, +33.27]" in first
-    assert first.rstrip().endswith("ERM")
-    assert second.startswith("ERM")
-    assert "[" not in second
+    assert " ".join(first.split()) == "IRM 1 44.7 ± 17.4 87.0 ± 3.0 74.5 ± 0.5 2 +1.50 [−30.27, +33.27] ERM"
+    assert " ".join(second.split()) == "ERM 2 64.0 ± 3.1 73.3 ± 12.0 68.7 ± 4.7 3"
 
 
 def test_tables_refuse_what_is_not_known():
