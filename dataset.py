@@ -7,6 +7,7 @@ classes matched by name across domains.
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,23 +29,14 @@ DECODING_VERSION = 1  # raise it when `load_image` gives other pixels than befor
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """A folder of images, its rows sorted by domain, class and file name.
+    """A folder of images, its rows sorted by domain, class and file name."""
 
-    Attributes:
-        name: name of the root folder.
-        root: folder of the domain folders.
-        files: ``"domain/class/file.jpg"`` per row, relative to `root`.
-        labels: int64 ``[N]``, index into `class_names`.
-        domains: int64 ``[N]``, index into `domain_names`.
-        class_names, domain_names: sorted names.
-    """
-
-    name: str
-    root: Path
-    files: tuple[str, ...]
-    labels: Tensor
-    domains: Tensor
-    class_names: tuple[str, ...]
+    name: str  # of `root`
+    root: Path  # folder of the domain folders
+    files: tuple[str, ...]  # "domain/class/file.jpg" per row, relative to `root`
+    labels: Tensor  # int64 [N], index into `class_names`
+    domains: Tensor  # int64 [N], index into `domain_names`
+    class_names: tuple[str, ...]  # sorted, as the others
     domain_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -65,7 +57,8 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
     files and folders, and files without the ending of an image, are skipped.
 
     Raises:
-        InputError: no such folder, fewer than two domains, a domain that lacks a class others have, an empty class.
+        InputError: no such folder, fewer than two domains, a domain that lacks a class others have, an empty class, a
+            name with a backslash or with bytes that are no UTF-8.
     """
     given, top = root, Path(os.path.expanduser(root))
     if not top.is_dir():
@@ -82,6 +75,9 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
     class_names = sorted({label for classes in images.values() for label in classes})
     if not class_names:
         raise InputError(f"The folders in '{given}' hold no class folders; expected is domain/class/image.")
+    for name in (*inner, *class_names):
+        if re.search(r"[\\\ud800-\udfff]", name):  # the last stand for bytes that are no UTF-8
+            raise InputError(f"Rename the folder {name!r} in '{given}': its name has a backslash, or is no UTF-8.")
     for domain in inner:
         for label in class_names:
             if label not in images[domain]:
@@ -124,6 +120,18 @@ def _is_file(entry: os.DirEntry) -> bool:
         return True
 
 
+def images_below(folder: str | os.PathLike) -> list[Path]:
+    """Images at any depth below a folder, sorted by path. Hidden files and folders are skipped."""
+    found, seen, todo = [], set(), [Path(folder)]
+    while todo:
+        top = todo.pop()
+        if (real := top.resolve()) not in seen:  # links may lead in a circle
+            seen.add(real)
+            found += [top / name for name in _images(top)]
+            todo += [top / name for name in _folders(top)]
+    return sorted(found)
+
+
 def _is_domain(folder: Path) -> bool:
     """Whether it contains folders of images."""
     return any(_images(folder / name) for name in _folders(folder))
@@ -145,8 +153,7 @@ def load_image(file: str | os.PathLike | io.BytesIO) -> Image.Image:
         if image.mode == "I" or image.mode.startswith("I;16"):
             return _from_values(np.asarray(image), 65535)
         if image.mode == "F":
-            values = np.asarray(image)
-            return _from_values(values, 1 if values.max() <= 1 else 255)
+            return _from_values(np.asarray(image), 1 if np.max(image) <= 1 else 255)
         if image.mode in ("P", "PA", "RGBa", "La"):  # via RGBA: the same colours, without a warning
             image = image.convert("RGBA")
         return image.convert("RGB")
@@ -178,8 +185,7 @@ def split(
     Args:
         files: unique name of each row.
         labels, domains: int64 ``[N]``, indices into `class_names` and `domain_names`.
-        domain_names, class_names: names of the domains and classes.
-        seed: of the random split, such as `config.SPLIT_SEED`.
+        seed: of the random split.
         out_fraction: part of each class that is `out`, between 0 and 1.
 
     Raises:

@@ -1,7 +1,7 @@
 """The two networks: the frozen ViT that turns an image into features, and the small classifier on top."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,15 +11,10 @@ from torch import Tensor, nn
 class FeedforwardClassifier(nn.Module):
     """``Linear(D, h1) → ReLU → … → Linear(hk, classes)`` with PyTorch's own initialization.
 
-    The weight matrices *between hidden layers* are the tracked ones: importance and masks are defined on them
-    alone. Five hidden layers of ten units have four tracked matrices of 10×10.
+    The weight matrices *between hidden layers*, of which there are two or more, are the tracked ones: importance and
+    masks are defined on them alone. Five hidden layers of ten units have four tracked matrices of 10×10.
 
-    Args:
-        in_features: D, the length of a feature vector.
-        num_classes: length of the output (logits).
-        hidden_sizes: widths of the hidden layers, two or more, such as `config.HIDDEN_SIZES`.
-
-    Shapes: input ``[..., D]``, output ``[..., num_classes]``.
+    Shapes: input ``[..., D]`` (D = `in_features`), output (logits) ``[..., num_classes]``.
     """
 
     def __init__(self, in_features: int, num_classes: int, hidden_sizes: Sequence[int]):
@@ -62,9 +57,8 @@ class Preprocessing:
 
     def __init__(self, processor):
         self.processor = processor
-        scale = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-        self.scale = float(scale)
+        self.scale = float(processor.rescale_factor if processor.do_rescale else 1.0)
         self.mean = [float(m) for m in (mean if isinstance(mean, (list, tuple)) else [mean] * 3)]
         self.std = [float(s) for s in (std if isinstance(std, (list, tuple)) else [std] * 3)]
 
@@ -88,10 +82,8 @@ class Preprocessing:
 class ViTFeatureExtractor(nn.Module):
     """A frozen vision transformer in eval mode: pixels in, ``[CLS]`` of the last hidden state out.
 
-    Args:
-        model: a model of `transformers` whose output has `last_hidden_state` with the CLS token first.
-        preprocessing: makes its input from images.
-        name: of the model, in headers and messages.
+    `model` is one of `transformers` whose output has `last_hidden_state` with the CLS token first; its `name` is used
+    in headers and messages.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, float32 ``[B, D]`` out.
     """
@@ -100,9 +92,9 @@ class ViTFeatureExtractor(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.preprocessing, self.name = preprocessing, name
-        shape = (1, 3, 1, 1)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(shape), persistent=False)
+        for statistic in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, statistic)).view(1, 3, 1, 1)
+            self.register_buffer(statistic, values, persistent=False)
 
     @property
     def feature_size(self) -> int:
@@ -138,13 +130,27 @@ class ViTFeatureExtractor(nn.Module):
         return super().train(False)
 
 
+class Ensemble(nn.Module):
+    """Several classifiers as one: the logarithm of the mean of their probabilities.
+
+    Shapes: input ``[..., D]``, output ``[..., classes]``.
+    """
+
+    def __init__(self, members: Iterable[FeedforwardClassifier]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([member(features).softmax(-1) for member in self.members]).mean(0).log()
+
+
 class ImageClassifier(nn.Module):
     """Frozen ViT and trained classifier together: pixels in, class probabilities out.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, ``[B, classes]`` out.
     """
 
-    def __init__(self, extractor: ViTFeatureExtractor, classifier: FeedforwardClassifier, class_names: Sequence[str]):
+    def __init__(self, extractor: ViTFeatureExtractor, classifier: nn.Module, class_names: Sequence[str]):
         super().__init__()
         self.extractor, self.classifier, self.class_names = extractor, classifier, tuple(class_names)
 

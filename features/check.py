@@ -20,6 +20,7 @@ from engine import default_workers
 from storage import atomic_write
 
 log = getLogger(__name__)
+MEMO_VERSION = [DECODING_VERSION, pillow_version]  # another decoder may give other pixels
 RACY_NS = 2_000_000_000  # a younger file may change again within one tick of the file system's clock (as in git)
 
 
@@ -36,11 +37,9 @@ def check_images(
     Files younger than two seconds are not remembered.
 
     Args:
-        dataset: the images.
         cache_dir: an existing folder.
         workers: threads (Pillow decodes without holding Python's lock); default one per core, at most 16.
         verify: read all files again, even those that are remembered.
-        progress: show a progress bar while reading.
 
     Returns:
         Hashes of the files, and hashes of the decoded images.
@@ -124,21 +123,21 @@ def _read_all(root: Path, files: list[str], workers: int, progress: bool) -> Ite
         pool.shutdown(cancel_futures=True)  # otherwise Ctrl-C would wait for all queued images
 
 
-def _memo_version() -> list:
-    return [DECODING_VERSION, pillow_version]  # another decoder may give other pixels
-
-
 def _read_memo(file: Path) -> dict[str, list]:
     try:
         memo = json.loads(file.read_text())
-        return memo["files"] if memo["version"] == _memo_version() else {}
+        if memo["version"] != MEMO_VERSION:
+            return {}
+        if not all([*map(type, known)] == [int, int, str, str] for known in memo["files"].values()):
+            raise ValueError("an entry is not size, time and two hashes")
+        return memo["files"]
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         log.warning("%s is damaged; reading all images again", file)
         return {}
 
 
 def _write_memo(file: Path, files: dict[str, list]) -> None:
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps({"version": _memo_version(), "files": files}))
+        temporary.write_text(json.dumps({"version": MEMO_VERSION, "files": files}))

@@ -32,7 +32,8 @@ from storage import FORMAT_VERSION, FeatureSet, atomic_write, load_features, sav
 
 log = getLogger(__name__)
 
-BUNDLED_FILE = Path(__file__).resolve().parents[1] / "data" / "pacs_vit_tiny_patch16_224.safetensors"
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED_FILE = ROOT / "data" / "pacs_vit_tiny_patch16_224.safetensors"
 SHARD_ROWS = 512  # rows written at once; batches do not cross shards, so a resumed run gives the same bytes
 # Entries of a model's configuration that do not affect what it computes, or that differ between equal runs.
 _CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "num_labels"}
@@ -52,6 +53,14 @@ def bundled_features() -> FeatureSet:
     return load_features(BUNDLED_FILE, "bundled file")
 
 
+def default_cache() -> Path:
+    """`cache/` beside the code, from whatever folder it is used; the user's own cache if that cannot be written."""
+    beside = ROOT / "cache"
+    if os.access(beside if beside.exists() else ROOT, os.W_OK):
+        return beside
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "importance-masking"
+
+
 def get_features(
     data_root: str | os.PathLike | None = None,
     features_file: str | os.PathLike | None = None,
@@ -68,10 +77,10 @@ def get_features(
     Args:
         data_root: folder of images, see `dataset.find_dataset`.
         features_file: a feature file, see `storage.load_features`; not together with `data_root`.
-        vit_model: hub name or local directory, with `data_root`; default `config.VIT_MODEL`.
-        cache_dir: created if missing; default `config.CACHE_DIR`.
-        device: where the ViT runs; default `config.DEVICE`, or CUDA where there is one.
+        vit_model: hub name or local directory, with `data_root`.
+        cache_dir: see `extract`; where `config.CACHE_DIR` is None too, `default_cache`.
         verify, progress: see `extract`.
+        device: where the ViT runs.
 
     Raises:
         InputError: both are given, or the folder, the file or the model cannot be used. The bundled features never
@@ -86,7 +95,7 @@ def get_features(
     dataset = find_dataset(data_root)
     device = choose_device(config.DEVICE) if device is None else device
     extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model).to(device)
-    cache_dir = config.CACHE_DIR if cache_dir is None else cache_dir
+    cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
     return extract(dataset, extractor, cache_dir, *sizes, verify=verify, progress=progress)
 
@@ -106,42 +115,40 @@ def extract(
     waits for the first. If the device runs out of memory, the batch size is halved until a batch fits.
 
     Args:
-        dataset: images, from `dataset.find_dataset`.
+        dataset: from `dataset.find_dataset`.
         extractor: the model, on the device to use.
         cache_dir: created if missing.
         batch_size: images per forward pass, at most 512; default 256 on CUDA, 8 on a CPU.
         workers: decoding processes, 0 = threads of this process; default one per core (at most 16) on CUDA, 0 on a
             CPU.
         verify: read every image file again, even if its size and time have not changed.
-        progress: show progress bars.
 
     Raises:
         InputError: unreadable images (all are listed before the pass begins), an image that changes during the pass,
             features that are not finite, too little memory for a single image, an unusable cache folder.
     """
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"EXTRACTION_BATCH_SIZE must be at least 1, not {batch_size}.")
-    if workers is not None and workers < 0:
-        raise InputError(f"EXTRACTION_WORKERS must be 0 or more, not {workers}.")
+    config.check("EXTRACTION_BATCH_SIZE", batch_size)
+    config.check("EXTRACTION_WORKERS", workers)
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The cache folder '{folder}' cannot be created: {error.strerror}.") from error
+        raise InputError(f"CACHE_DIR '{folder}' cannot be created ({error.strerror}): give another folder.") from error
     contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
     header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
     header["preprocessing"] = extractor.preprocessing.describe()
     header["pixels_sha256"] = hashlib.sha256("".join(pixels).encode()).hexdigest()
     name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
     path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
+    log.info("Features are kept in '%s'.", path)
     if not path.exists():
-        with _exclusive(path.with_suffix(".lock")):
+        with _exclusive(path.with_suffix(".lock")), _deaths_of_workers():
             if not path.exists():  # another process may have written it while this one waited
                 parts = path.with_suffix(".parts")
                 features = _run(dataset, contents, extractor, parts, batch_size, workers, progress)
                 names = dataset.class_names, dataset.domain_names, dataset.files
                 save_features(path, features, dataset.labels, dataset.domains, *names, **header)
-                shutil.rmtree(parts)
+    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)  # perhaps of a process that was killed right here
     return load_features(path, f"images in {dataset.name}")
 
 
@@ -180,21 +187,30 @@ def _key(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtrac
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes respect."""
+def _exclusive(path: Path):
+    """Take a lock that other processes respect; the end of a `with` block releases it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         log.warning("Another process extracts these features; waiting for it (%s).", path)
-        lock.acquire()
+        return lock.acquire()
+
+
+@contextmanager
+def _deaths_of_workers() -> Iterator[None]:
+    """One sentence instead of torch's page when the system ends a decoding process."""
     try:
         yield
-    finally:
-        lock.release()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "A process that decodes images was ended, most likely for lack of memory; the same command goes on, with "
+            "fewer of them if EXTRACTION_WORKERS says so."
+        ) from error
 
 
 def _run(
@@ -249,13 +265,13 @@ class _Pixels(torch.utils.data.Dataset):
         return torch.empty(0) if changed else torch.stack(pixels), files, changed
 
     def _read(self, row: int) -> Tensor | None:
+        """A preprocessed image, or None if it is gone or not the bytes from which the cache key was computed."""
         try:
             data = (self.root / self.files[row]).read_bytes()
         except OSError:
-            return None  # gone since it was checked
-        if hashlib.sha256(data).hexdigest() != self.contents[row]:
-            return None  # the cache key was computed from other bytes
-        return self.preprocessing(load_image(io.BytesIO(data)))
+            return None
+        same = hashlib.sha256(data).hexdigest() == self.contents[row]
+        return self.preprocessing(load_image(io.BytesIO(data))) if same else None
 
 
 def _loader(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, batches: list, workers):

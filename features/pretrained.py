@@ -1,9 +1,13 @@
 """Loads a pretrained ViT from the hub or a local directory, quietly, with one clear sentence for what goes wrong."""
 
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 
 from config import InputError
@@ -13,45 +17,84 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # older
 
 
 def load_extractor(name: str | Path) -> ViTFeatureExtractor:
-    """Load a frozen ViT from the hub or a local directory.
-
-    Args:
-        name: hub name or directory.
+    """Load a frozen ViT by its name on the hub, or from a local directory. No code that comes with a model is run.
 
     Raises:
-        InputError: the model cannot be loaded, has no CLS token, or lacks weights of its architecture.
+        InputError: the model cannot be loaded or fails on an image, has no CLS token, lacks weights of its
+            architecture, or needs code of its own.
     """
     name = str(name)
-    model = _load_backbone(name)
-    short_name = Path(name).name if Path(name).is_dir() else name
-    return ViTFeatureExtractor(model, Preprocessing(_load_processor(name)), short_name)
+    try:
+        _check_available(name)
+        with _quiet():
+            extractor = ViTFeatureExtractor(_load_backbone(name), Preprocessing(_load_processor(name)), _short(name))
+            extractor(extractor.preprocessing(Image.new("RGB", (48, 64)))[None])  # what loads may still not run
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise anything on a damaged model
+        if "trust_remote_code" in str(error):
+            raise InputError(f"The model '{name}' needs code of its own, which is not run: use another ViT.") from error
+        clear = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error)
+        raise _unusable(name, str(error) if clear else f"{type(error).__name__}: {error}") from error
+    return extractor
 
 
-def _load_backbone(name: str) -> nn.Module:
-    from transformers import AutoModel
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def _unusable(name: str, why: str) -> InputError:
+    why = textwrap.shorten(" ".join(why.split()).split(". ")[0].rstrip("."), 200, placeholder=" …")
+    return InputError(
+        f"The model '{name}' cannot be loaded ({why}): give VIT_MODEL (--vit-model) a hub name with network access, "
+        "or a local directory that holds config.json and the weights."
+    )
+
+
+def _check_available(name: str) -> None:
+    """Refuse at once what would otherwise be tried again and again for half a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(name).is_dir():
+        return
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise _unusable(name, "there is no such folder")
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+    except HfHubHTTPError:
+        return  # the hub answers: loading says what is wrong
+    except Exception as error:  # the client's library is not ours to name
+        raise _unusable(name, f"the hub cannot be reached: {error}; and the model is not in its cache") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without bars, reports and warnings of the libraries, whose settings are restored afterwards."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     hub = getLogger("huggingface_hub")
     hub_level = hub.level
-    hub.setLevel("ERROR")  # it warns at every retry without network; the error below says it once
+    hub.setLevel("ERROR")  # it warns at every retry without network; the error says it once
     logging.set_verbosity_error()  # the load report lists the unused classification head, which needs no action
     logging.disable_progress_bar()
     try:
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-        missing = looks_like_path and not Path(name).exists()
-        why = "there is no such folder" if missing else str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
-        raise InputError(
-            f"The model '{name}' cannot be loaded ({why}): give VIT_MODEL a hub name with network access, "
-            "or a local directory that holds config.json and the weights."
-        ) from error
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         hub.setLevel(hub_level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _load_backbone(name: str) -> nn.Module:
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
     if getattr(model.config, "mask_ratio", None):
         raise InputError(f"The model '{name}' drops patches at random (a masked autoencoder); use another ViT.")
     model = getattr(model, "vision_model", model)  # the image half of a two-tower model such as CLIP
@@ -69,21 +112,15 @@ def _load_processor(name: str):
     """The model's image processor; without one: 224×224 squashed, bilinear, mean = std = 0.5."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
-    if not _has_processor(name):
+    if not any(_has(name, file) for file in PROCESSOR_FILES):
         return ViTImageProcessor(size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    try:
-        return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The image processor of '{name}' cannot be read: {str(error).splitlines()[0]}") from error
+    return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
 
-def _has_processor(name: str) -> bool:
+def _has(name: str, file: str) -> bool:
+    """Whether the model, in a local directory or on the hub, comes with a file."""
     if Path(name).is_dir():
-        return any((Path(name) / file).is_file() for file in PROCESSOR_FILES)
-    return any(_hub_has(name, file) for file in PROCESSOR_FILES)
-
-
-def _hub_has(name: str, file: str) -> bool:
+        return (Path(name) / file).is_file()
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

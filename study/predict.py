@@ -1,98 +1,154 @@
 """Class probabilities of images by the networks of a weights file."""
 
-from collections.abc import Iterator, Sequence
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from logging import getLogger
 from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
+import config
 from config import InputError
-from dataset import load_image
+from dataset import images_below, load_image
 from engine import failure_reason
 from features import image_problem, load_extractor
-from models import FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
+from models import Ensemble, FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
+from storage import atomic_write, ranges
 from study.archive import load_networks
 
+log = getLogger(__name__)
 
-def load_classifier(path: str | PathLike, seed: int | None = None) -> tuple[FeedforwardClassifier, dict]:
-    """One network of a weights file, and the file's header.
 
-    Args:
-        path: a file of ``results/weights/``.
-        seed: which network; default the first.
+def load_classifiers(path: str | PathLike, seed: int | None = None) -> tuple[dict[int, FeedforwardClassifier], dict]:
+    """Networks by seed (default all that did not fail) of a file of ``results/weights/``, and the file's header.
 
     Raises:
         InputError: there is no such network, or it failed in training.
     """
     seeds, params, failed, header = load_networks(path)
-    seed = seeds[0] if seed is None else seed
-    if seed not in seeds:
-        raise InputError(f"'{path}' has no seed {seed}; it has {', '.join(map(str, seeds))}.")
+    if seed is not None and seed not in seeds:
+        raise InputError(f"'{path}' has no seed {seed}; it has {ranges(seeds)}.")
     reasons = {number: failure_reason(code) for number, code in zip(seeds, failed.tolist(), strict=True) if code}
     for row, number in enumerate(seeds):
         if not all(bool(value[row].isfinite().all()) for value in params.values()):
             reasons.setdefault(number, "its weights are not finite")
-    if seed in reasons:
-        usable = ", ".join([str(number) for number in seeds if number not in reasons][:10])
-        advice = f"give another one with --seed: {usable}" if usable else "and so did all others in the file"
-        raise InputError(f"Network {seed} of '{path}' failed in training ({reasons[seed]}); {advice}.")
+    usable = [number for number in seeds if number not in reasons]
+    if seed in reasons or not usable:
+        first = seeds[0] if seed is None else seed
+        advice = f"give another one with --seed: {ranges(usable)}" if usable else "and so did all others in the file"
+        raise InputError(f"Network {first} of '{path}' failed in training ({reasons[first]}); {advice}.")
     size, classes = header["features"]["feature_size"], len(header["class_names"])
-    classifier = FeedforwardClassifier(size, classes, header["hidden_sizes"])
-    classifier.load_state_dict({name: value[seeds.index(seed)] for name, value in params.items()})
-    return classifier, header
+    classifiers = {}
+    for number in usable if seed is None else [seed]:
+        classifiers[number] = FeedforwardClassifier(size, classes, header["hidden_sizes"])
+        row = seeds.index(number)
+        classifiers[number].load_state_dict({name: value[row] for name, value in params.items()})
+    return classifiers, header
 
 
-def join(classifier: FeedforwardClassifier, header: dict, extractor: ViTFeatureExtractor) -> ImageClassifier:
-    """Frozen ViT and classifier as one model.
+def describe_networks(seeds: Sequence[int], header: Mapping) -> str:
+    """One line: how the networks of a weights file were trained, which seeds they are, and on whose features."""
+    about = {"holdout": "+".join(header.get("holdouts", ())), **header}  # a comparison may leave out two
+    algorithm = "arm" if "phase" in header else "method"
+    words = {"phase": "Phase", "domain": "domain", "holdout": "holdout", "algorithm": algorithm}
+    parts = [f"{word} {about[key]}" for key, word in words.items() if about.get(key)]
+    parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over {len(seeds)} seeds ({ranges(seeds)})")
+    return f"Networks: {', '.join(parts)}, last epoch, on features of {header['features']['model']['name']}."
+
+
+def join(classifiers: Sequence[FeedforwardClassifier], header: dict, extractor: ViTFeatureExtractor) -> ImageClassifier:
+    """Frozen ViT and classifiers as one model, whose probabilities are the mean of theirs.
 
     Raises:
-        InputError: the ViT is not the one whose features the classifier was trained on.
+        InputError: the ViT is not the one whose features the classifiers were trained on.
     """
-    trained_on, preprocessing = header["features"]["model"] or {}, header["features"]["preprocessing"]
-    if "weights_sha256" not in trained_on:
-        raise InputError("These networks were trained on features of an unknown model: they cannot see images.")
+    trained_on, preprocessing = header["features"]["model"], header["features"]["preprocessing"]
     if extractor.weights_hash() != trained_on["weights_sha256"] or extractor.preprocessing.describe() != preprocessing:
         raise InputError(
             f"The weights were trained on features of '{trained_on['name']}', and '{extractor.name}' is another "
             "model or prepares images otherwise: give the right one with --vit-model."
         )
-    return ImageClassifier(extractor, classifier, header["class_names"]).eval()
+    return ImageClassifier(extractor, Ensemble(classifiers), header["class_names"]).eval()
 
 
 def predict_images(
     weights: str | PathLike,
     images: Sequence[str | PathLike],
-    vit_model: str,
+    vit_model: str | None = None,
     *,
     seed: int | None = None,
     device: str = "cpu",
     batch_size: int | None = None,
+    output: str | PathLike | None = None,
 ) -> Iterator[tuple[str | PathLike, list[tuple[str, float]]]]:
-    """Class probabilities of images, batch by batch.
+    """Class probabilities of images, batch by batch. What network gives them is logged first.
 
     Args:
         weights: a file of ``results/weights/``.
-        images: image files.
-        vit_model: hub name or directory of the model that the weights were trained on.
-        seed: which network; default the first.
-        device: where the models run.
+        images: files, and folders, whose images are taken at any depth, sorted by path.
+        vit_model: directory or hub name where the model lies that the weights were trained on; default
+            `config.VIT_MODEL` if that is its name, else the name in the weights' header.
+        seed: one network; default the mean of the probabilities of all that did not fail.
         batch_size: images at a time; default 8.
+        output: CSV file of path, predicted class and the probability of every class, which appears when all is done.
 
     Yields:
         Image and (class, probability) pairs, the most probable first.
 
     Raises:
-        InputError: an unusable network, model or image.
+        InputError: an unusable network, model or image, or a folder without images.
     """
-    batch_size = 8 if batch_size is None else batch_size
-    if batch_size < 1:
-        raise InputError(f"EXTRACTION_BATCH_SIZE must be at least 1, not {batch_size}.")
-    classifier, header = load_classifier(weights, seed)
-    model = join(classifier, header, load_extractor(vit_model)).to(device)
-    for start in range(0, len(images), batch_size):
-        paths = images[start : start + batch_size]
-        for path, chances in zip(paths, _probabilities(model, paths), strict=True):
-            yield path, sorted(zip(model.class_names, chances.tolist(), strict=True), key=lambda pair: -pair[1])
+    config.check("EXTRACTION_BATCH_SIZE", batch_size)
+    batch_size = batch_size or 8
+    classifiers, header = load_classifiers(weights, seed)
+    place = _place(header["features"]["model"] or {}, vit_model)
+    files = [file for image in images for file in _files(image)]
+    log.info("%s", describe_networks(tuple(classifiers), header))
+    with _table(output, header["class_names"]) as write:
+        model = join(list(classifiers.values()), header, load_extractor(place)).to(device)
+        for start in range(0, len(files), batch_size):
+            paths = files[start : start + batch_size]
+            for path, chances in zip(paths, _probabilities(model, paths).tolist(), strict=True):
+                ranked = sorted(zip(model.class_names, chances, strict=True), key=lambda pair: -pair[1])
+                write([path, ranked[0][0], *chances])
+                yield path, ranked
+
+
+def _place(trained_on: Mapping, given: str | None) -> str:
+    """Where the model is to be looked for that networks were trained on."""
+    if "weights_sha256" not in trained_on:
+        raise InputError("These networks were trained on features of an unknown model: they cannot see images.")
+    name = trained_on["name"]
+    if given is None and Path(config.VIT_MODEL).name == name:
+        given = config.VIT_MODEL
+    if given is None and "/" not in name and not Path(name).is_dir():  # headers keep no path of a directory
+        raise InputError(f"The weights need the local model '{name}': say where it lies with --vit-model DIR.")
+    return name if given is None else given
+
+
+def _files(image: str | PathLike) -> list[str | PathLike]:
+    """The images of a folder, or the file itself."""
+    if not Path(image).is_dir():
+        return [image]
+    if not (found := images_below(image)):
+        raise InputError(f"The folder '{image}' holds no images.")
+    return found
+
+
+@contextmanager
+def _table(path: str | PathLike | None, class_names: Sequence[str]) -> Iterator[Callable]:
+    """Writes rows of a CSV file, which appears when the block is left without an error; None writes nothing."""
+    if path is None:
+        yield lambda row: None
+        return
+    if Path(path).is_dir():
+        raise InputError(f"--output must be a file, and '{path}' is a folder.")
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["file", "predicted", *class_names])
+        yield rows.writerow
 
 
 def _probabilities(model: ImageClassifier, paths: Sequence[str | PathLike]) -> Tensor:

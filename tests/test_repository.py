@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -91,26 +92,20 @@ def test_who_imports_whom(path):
 
 
 @pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS, ROOT / "train.ipynb"], ids=short)
-def test_packages_are_entered_by_the_front_door(path):
+def test_imported_names_exist_and_packages_are_entered_by_the_front_door(path):
     """`from study import Run`, or a module that the face's docstring names, such as `study.figures`."""
     for module, names in imported(path):
         package = part_of(module)
+        if package in HOUSE - {"experiment"}:  # of imports in functions this would show only when those are called
+            found = importlib.import_module(module)
+            for name in names:
+                assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module} has no {name}"
         if package not in PACKAGES or package == part_of(short(path)):
             continue
         named = set(re.findall(rf"`({package}\.[\w.]+)`", ast.get_docstring(face(package))))
         folder, own = ROOT / module.replace(".", "/"), importlib.import_module(package).__all__
         inner = {f"{module}.{name}" for name in names if name not in own and (folder / f"{name}.py").is_file()}
         assert {module, *inner} <= {package, *named}
-
-
-@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS, ROOT / "train.ipynb"], ids=short)
-def test_imported_names_exist(path):
-    """Of imports in functions this would show only when those are called."""
-    for module, names in imported(path):
-        if part_of(module) in HOUSE - {"experiment"}:
-            found = importlib.import_module(module)
-            for name in names:
-                assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module} has no {name}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -122,6 +117,23 @@ def test_every_package_has_a_face(package):
     assert all(hasattr(module, name) for name in names)
     own = (taken for origin, taken in imported(ROOT / package / "__init__.py") if part_of(origin) == package)
     assert {name for taken in own for name in taken} <= set(names)
+
+
+@pytest.mark.parametrize(("hidden", "package"), [("config", "study"), ("models", "features"), ("dataset", "field")])
+def test_a_module_of_another_project_in_the_way_is_named(hidden, package, tmp_path):
+    (tmp_path / f"{hidden}.py").touch()
+    command, environment = [sys.executable, "-c", f"import {package}"], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    (sentence,) = re.findall("^ImportError: (.*)$", done.stderr, re.MULTILINE)
+    assert str(tmp_path / f"{hidden}.py") in sentence
+    assert "sys.path" in sentence
+
+
+def test_what_is_installed_is_the_house():
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    assert set(found["py-modules"]) == set(TOP)
+    faces = [path.parent for path in MODULES if path.name == "__init__.py"]
+    assert set(found["packages"]) == {short(folder).replace("/", ".") for folder in faces}
 
 
 def test_the_method_needs_torch_alone():
@@ -193,14 +205,11 @@ def test_tests_mirror_the_tree():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
-def test_pages_have_lines_of_at_most_120_characters(page):
+def test_pages_have_lines_of_at_most_120_characters_and_the_readme_is_short(page):
+    assert page != ROOT / "README.md" or page.stat().st_size < 8192
     lines = enumerate(page.read_text("utf-8").splitlines(), 1)
     long = [f"{i}: {len(text)}" for i, text in lines if len(text) > 120 and not text.startswith("python3 -m venv")]
     assert not long  # but for the commands of README, which are copied whole
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_bytes()) < 8192
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
@@ -217,9 +226,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 def test_ci_runs_the_command_of_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
-    commands = [" ".join(line.split()) for line in re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE)]
-    assert len(commands) == 2
-    run, test = commands
+    run, test = (" ".join(line.split()) for line in re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE))
     assert "nbconvert" in run
     assert "pytest" in test
     assert test.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from config import InputError
 from dataset import find_dataset, load_image
 from features import bundled_features, check_images, copy_features, extract, get_features, load_extractor, load_features
 from models import ViTFeatureExtractor
-from tests.conftest import OLD, make_images, make_vit, write_image
-from tests.factories import ROOT
+from tests.conftest import OLD, make_images, make_vit, reference_features, write_image
+from tests.factories import wait_until
 
 
 class Counting(ViTFeatureExtractor):
@@ -62,9 +63,8 @@ def run(toy, extractor, cache):
     """Extract in this process and without a bar; keyword arguments replace the usual ones."""
 
     def run(**settings):
-        return extract(
-            **{"dataset": toy, "extractor": extractor, "cache_dir": cache, "workers": 0, "progress": False} | settings
-        )
+        usual = {"dataset": toy, "extractor": extractor, "cache_dir": cache, "workers": 0, "progress": False}
+        return extract(**usual | settings)
 
     return run
 
@@ -73,28 +73,11 @@ def run(toy, extractor, cache):
 
 
 def test_equals_a_reference_written_by_hand(tmp_path, tiny_vit, cache):
-    from transformers import ViTModel
-
     root = make_images(tmp_path / "exact", size=(32, 32))  # the model's own size: nothing to resize
     result = get_features(root, vit_model=tiny_vit, cache_dir=cache, device="cpu", progress=False)
-    model = ViTModel.from_pretrained(tiny_vit).eval()
-    for row in (0, 5, 11):
-        pixels = np.asarray(Image.open(root / result.files[row])).astype(np.float32) / 255
-        pixels = torch.from_numpy((pixels - 0.5) / 0.5).permute(2, 0, 1)[None]
-        with torch.no_grad():
-            expected = model(pixel_values=pixels).last_hidden_state[0, 0]
-        torch.testing.assert_close(result.features[row].float(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_equals_the_models_own_processor(run, toy, tiny_vit):
-    from transformers import AutoImageProcessor, ViTModel
-
-    processor, model = AutoImageProcessor.from_pretrained(tiny_vit), ViTModel.from_pretrained(tiny_vit).eval()
-    result = run()
-    pictures = [load_image(toy.root / file) for file in toy.files]
-    with torch.no_grad():
-        expected = model(**processor(pictures, return_tensors="pt")).last_hidden_state[:, 0]
-    torch.testing.assert_close(result.features.float(), expected, rtol=1e-3, atol=2e-3)
+    pixels = np.stack([np.asarray(Image.open(root / file)) for file in result.files]).astype(np.float32) / 255
+    expected = reference_features(tiny_vit, torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2))
+    torch.testing.assert_close(result.features.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_the_result_says(run, toy, tiny_vit):
@@ -121,25 +104,9 @@ def test_what_the_result_says(run, toy, tiny_vit):
 
 def test_batch_size_and_workers_change_nothing_but_rounding(run, tmp_path):
     one = run(batch_size=1)
-    for number, settings in enumerate(({"batch_size": 5}, {"batch_size": 600}, {"workers": 2})):
+    for number, settings in enumerate(({"batch_size": 5}, {"batch_size": 600, "workers": 2})):
         other = run(cache_dir=tmp_path / str(number), **settings)
         torch.testing.assert_close(one.features, other.features, rtol=2e-3, atol=2e-3)
-
-
-def test_model_without_preprocessor_uses_defaults(run, tmp_path):
-    extractor = load_extractor(str(make_vit(tmp_path / "plain", hidden=10, processor=False)))
-    result = run(extractor=extractor)
-    assert result.feature_size == 10
-    assert result.header["preprocessing"]["size"] == {"height": 224, "width": 224}
-    assert result.header["preprocessing"]["mean"] == [0.5] * 3
-
-
-def test_model_without_cls_token_is_refused(tmp_path, image_root, cache):
-    from transformers import ConvNextConfig, ConvNextModel
-
-    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])).save_pretrained(tmp_path / "conv")
-    with pytest.raises(InputError, match="no CLS token"):
-        get_features(image_root, vit_model=tmp_path / "conv", cache_dir=cache)
 
 
 def test_feature_that_is_not_finite_names_the_image(run, extractor, toy):
@@ -166,23 +133,16 @@ def test_same_bytes_elsewhere(run, tmp_path, cache):
     assert again.fingerprint == load_features(tmp_path / "copy.safetensors").fingerprint
 
 
-def test_changed_image_is_another_key(run, extractor, toy, cache):
+def test_a_changed_or_renamed_image_is_another_key(run, extractor, toy, image_root):
     first = run()
     write_image(toy.root / toy.files[3], seed=99, time=OLD + 5)
     again = run()
     assert extractor.seen == 24
     assert (first.features[3] != again.features[3]).any()
     assert first.header["pixels_sha256"] != again.header["pixels_sha256"]
-
-
-def test_verify_finds_what_size_and_time_hide(run, toy, image_root, extractor):
-    path = image_root / "art/dog/000.bmp"
-    write_image(path, seed=1)
-    toy = find_dataset(image_root)
-    first = run(dataset=toy)
-    write_image(path, seed=2)
-    assert run(dataset=toy).fingerprint == first.fingerprint  # what `verify` is there for
-    assert run(dataset=toy, verify=True).fingerprint != first.fingerprint
+    (image_root / "art/dog/000.png").rename(image_root / "art/dog/zzz.png")
+    assert "art/dog/zzz.png" in run(dataset=find_dataset(image_root)).files
+    assert extractor.seen == 36
 
 
 def test_pass_does_not_take_changed_content_for_the_old(run, toy, image_root, cache):
@@ -197,23 +157,16 @@ def test_pass_does_not_take_changed_content_for_the_old(run, toy, image_root, ca
     with pytest.raises(InputError, match=r"'art/dog/000\.bmp'.*verify"):
         run(dataset=toy)
     assert not list(cache.glob("*.safetensors"))
+    assert len(run(dataset=toy, verify=True)) == 13
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"image_mean": [0.1] * 3}, {"resample": 0}])
-def test_other_weights_or_preprocessing_are_another_key(run, tmp_path, tiny_vit, change):
-    first = run()
-    other = load_extractor(str(make_vit(tmp_path / tiny_vit.name, **change)))
-    again = run(extractor=other)
-    assert first.model_name == again.model_name
-    assert first.fingerprint != again.fingerprint
-
-
-def test_renamed_image_is_another_key(run, image_root, extractor):
-    run()
-    (image_root / "art/dog/000.png").rename(image_root / "art/dog/zzz.png")
-    again = run(dataset=find_dataset(image_root))
-    assert extractor.seen == 24
-    assert "art/dog/zzz.png" in again.files
+def test_other_weights_or_preprocessing_are_another_key(run, tmp_path, tiny_vit):
+    found = [run()]
+    for number, change in enumerate(({"seed": 1}, {"image_mean": [0.1] * 3}, {"resample": 0})):
+        other = make_vit(tmp_path / str(number) / tiny_vit.name, **change)
+        found.append(run(extractor=load_extractor(other)))
+    assert len({result.fingerprint for result in found}) == 4
+    assert len({result.model_name for result in found}) == 1
 
 
 # Interruptions
@@ -230,7 +183,17 @@ def test_resumes_after_an_interruption(run, extractor, cache, tmp_path, monkeypa
     resumed = run(batch_size=2)
     assert extractor.seen == 8
     assert not list(cache.glob("*.parts"))
+    parts.mkdir()  # as left by a process that was killed between its last two steps
+    run(batch_size=2)
+    assert not parts.exists()
     assert resumed.fingerprint == run(batch_size=2, cache_dir=tmp_path / "at-once").fingerprint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that decode are forked on Linux only")
+def test_a_decoding_process_that_the_system_ends_is_one_sentence(run, monkeypatch):
+    monkeypatch.setattr("features.extraction.load_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="EXTRACTION_WORKERS"):
+        run(workers=1)
 
 
 def test_unreadable_images_are_told_before_the_pass(run, toy, extractor):
@@ -250,13 +213,11 @@ def test_out_of_memory_halves_the_batch(run, extractor, caplog, tmp_path):
     torch.testing.assert_close(small.features, run(cache_dir=tmp_path / "big").features, rtol=2e-3, atol=2e-3)
 
 
-def test_not_even_one_image_fits(run, extractor):
+def test_not_even_one_image_fits_and_other_errors_are_not_taken_for_memory(run, extractor, monkeypatch):
     extractor.fits = 0
     with pytest.raises(InputError, match=extractor.name):
         run()
 
-
-def test_other_runtime_errors_are_not_taken_for_memory(run, extractor, monkeypatch):
     def broken(pixels):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -265,75 +226,60 @@ def test_other_runtime_errors_are_not_taken_for_memory(run, extractor, monkeypat
         run()
 
 
-SCRIPT = """
-import logging, os, sys, time
-from dataset import find_dataset
-from features import extract, extraction, load_extractor
-from models import ViTFeatureExtractor
-logging.basicConfig(level="WARNING")
-folder, name, extraction.SHARD_ROWS, workers = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-class Slow(ViTFeatureExtractor):
-    seen = 0
+class Slow(Counting):
     def forward(self, pixels):
         time.sleep(0.3)
-        self.seen += len(pixels)
         return super().forward(pixels)
-plain = load_extractor(folder + "/vit")
-extractor = Slow(plain.model, plain.preprocessing, plain.name)
-toy = find_dataset(folder + "/toy")
-open(f"{folder}/{name}.ready", "w").close()
-while not os.path.exists(folder + "/go"):
-    time.sleep(0.01)
-result = extract(toy, extractor, folder + "/cache", batch_size=2, workers=workers, progress=False)
-print(extractor.seen, result.fingerprint)
-"""
 
 
 @pytest.fixture
-def process(image_root, tmp_path, tiny_vit):
-    """Start an extraction in another process; it waits for the file `go`."""
-    shutil.copytree(tiny_vit, tmp_path / "vit")
-    started = []
+def process(run, extractor, tmp_path):
+    """Start an extraction in another process, the leader of a group; it waits for the file `go`."""
+    if sys.platform != "linux":
+        pytest.skip("a process that has loaded libraries is forked on Linux only")
+    slow, context, started = Slow(extractor.model, extractor.preprocessing, extractor.name), get_context("fork"), []
 
-    def start(name, shard=512, workers=0):
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path), name, str(shard), str(workers)]
-        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
-        settings["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, cwd=ROOT, **settings))
-        return started[-1]
+    def work(pipe, settings):
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        logging.basicConfig(level="WARNING", force=True)
+        pipe.send("ready")
+        wait_until((tmp_path / "go").exists)
+        fingerprint = run(extractor=slow, batch_size=2, **settings).fingerprint
+        pipe.send((slow.seen, fingerprint))
+
+    def start(**settings):
+        mine, its = context.Pipe()
+        started.append(context.Process(target=work, args=(its, settings)))
+        started[-1].start()
+        assert mine.recv() == "ready"
+        return started[-1], mine
 
     yield start
     for one in started:
         one.kill()
-        one.communicate()
+        one.join()
 
 
-def wait_for(condition):
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail("waited in vain")
-
-
-def test_two_processes_extract_once(process, tmp_path):
-    both = [process("one"), process("two")]
-    wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+def test_two_processes_extract_once(process, tmp_path, capfd):
+    both = [process(), process()]
     (tmp_path / "go").touch()
-    (out1, err1), (out2, err2) = [one.communicate(timeout=120) for one in both]
-    (seen1, print1), (seen2, print2) = out1.split(), out2.split()
-    assert {seen1, seen2} == {"0", "12"}
+    (seen1, print1), (seen2, print2) = [pipe.recv() for _, pipe in both]
+    assert {seen1, seen2} == {0, 12}
     assert print1 == print2
-    assert (err1 + err2).count(".lock") == 1  # the one that waits says so
+    for one, _ in both:
+        one.join()
+    assert capfd.readouterr().err.count(".lock") == 1  # the one that waits says so
 
 
-def test_control_c_leaves_complete_shards_and_one_traceback(process, tmp_path):
-    one = process("one", shard=4, workers=2)
+def test_control_c_leaves_complete_shards_and_one_traceback(process, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("features.extraction.SHARD_ROWS", 4)
+    one, _ = process(workers=2)
     (tmp_path / "go").touch()
-    wait_for(lambda: list(tmp_path.glob("cache/*.parts/0*")))
+    wait_until(lambda: list(tmp_path.glob("cache/*.parts/0*")))
     os.killpg(one.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
-    _, err = one.communicate(timeout=120)
+    one.join()
+    err = capfd.readouterr().err
     assert err.count("Traceback") == 1
     assert "KeyboardInterrupt" in err
     (parts,) = tmp_path.glob("cache/*.parts")
@@ -343,19 +289,13 @@ def test_control_c_leaves_complete_shards_and_one_traceback(process, tmp_path):
 # Get_features
 
 
-def test_both_sources_are_refused(image_root):
+def test_what_cannot_be_had_is_refused_and_there_is_no_return_to_the_bundle(tmp_path, image_root, cache, monkeypatch):
     with pytest.raises(InputError, match="DATA_ROOT and FEATURES_FILE"):
         get_features(image_root, features_file="x.safetensors")
-
-
-def test_missing_root_or_model_is_no_return_to_the_bundle(tmp_path, image_root, cache):
     with pytest.raises(InputError, match="nowhere"):
         get_features(tmp_path / "nowhere", cache_dir=cache)
     with pytest.raises(InputError, match="nothing"):
         get_features(image_root, vit_model=str(tmp_path / "nothing"), cache_dir=cache)
-
-
-def test_missing_bundle_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.setattr("features.extraction.BUNDLED_FILE", tmp_path / "gone.safetensors")
     with pytest.raises(InputError, match=r"gone.safetensors.*experiment.py features"):
         get_features()
@@ -371,18 +311,35 @@ def test_defaults_come_from_config(image_root, tiny_vit, cache, monkeypatch):
     assert list(cache.glob("toy_tiny-vit_*.safetensors"))
 
 
+@pytest.mark.parametrize(("writable", "below"), [(True, "project"), (False, "own")])
+def test_the_cache_is_in_one_place_from_wherever_it_is_used(
+    image_root, tiny_vit, tmp_path, monkeypatch, caplog, writable, below
+):
+    caplog.set_level("INFO")
+    (tmp_path / "project").mkdir()
+    monkeypatch.setattr("features.extraction.ROOT", tmp_path / "project")
+    monkeypatch.setattr(os, "access", lambda *_: writable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    monkeypatch.setattr(config, "EXTRACTION_WORKERS", 0)
+    for folder in (image_root, tmp_path):
+        monkeypatch.chdir(folder)
+        get_features(image_root, vit_model=tiny_vit, device="cpu", progress=False)
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert file.is_relative_to(tmp_path / below)
+    assert str(file) in caplog.text
+
+
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"batch_size": 0}, "EXTRACTION_BATCH_SIZE"), ({"workers": -1}, "EXTRACTION_WORKERS")]
+    ("settings", "named"),
+    [
+        ({"batch_size": 0}, "EXTRACTION_BATCH_SIZE"),
+        ({"workers": -1}, "EXTRACTION_WORKERS"),
+        ({"cache_dir": f"{__file__}/cache"}, "CACHE_DIR"),  # below a file
+    ],
 )
-def test_settings_out_of_range(run, settings, name):
-    with pytest.raises(InputError, match=name):
+def test_settings_that_cannot_be_used_are_refused(run, settings, named):
+    with pytest.raises(InputError, match=named):
         run(**settings)
-
-
-def test_a_cache_folder_that_cannot_be_created(run, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cache folder"):
-        run(cache_dir=tmp_path / "file" / "cache")
 
 
 # The bundled file

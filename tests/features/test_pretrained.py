@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from config import InputError
 from features import load_extractor
-from tests.conftest import MEAN, save_model
+from tests.conftest import MEAN, VIT, save_model
 
 # Models that cannot be used
 
@@ -54,6 +54,7 @@ def change(folder, name, **entries):
     (folder / name).write_text(json.dumps({**facts, **entries}))
 
 
+PROCESSOR = "preprocessor_config.json"
 DAMAGES = {
     "another architecture": lambda folder: change(folder, "config.json", model_type="beit"),
     "other sizes than the weights": lambda folder: change(folder, "config.json", intermediate_size=40),
@@ -61,6 +62,16 @@ DAMAGES = {
     "torn weights": lambda folder: os.truncate(folder / "model.safetensors", 20_000),
     "damaged config.json": lambda folder: (folder / "config.json").write_text("{"),
     "damaged preprocessor_config.json": lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+    "no configuration": lambda folder: (folder / "config.json").write_text("null"),
+    "no width": lambda folder: change(folder, "config.json", hidden_size=0),
+    "a width in words": lambda folder: change(folder, "config.json", hidden_size="wide"),
+    "no patches": lambda folder: change(folder, "config.json", patch_size=0),
+    "an unknown activation": lambda folder: change(folder, "config.json", hidden_act="magic"),
+    "images of another size": lambda folder: change(folder, PROCESSOR, size={"height": 48, "width": 48}),
+    "images of no size": lambda folder: change(folder, PROCESSOR, size={"height": 0, "width": 0}),
+    "a mean of two": lambda folder: change(folder, PROCESSOR, image_mean=[0.5, 0.5]),
+    "a mean in words": lambda folder: change(folder, PROCESSOR, image_mean="grey"),
+    "an unknown resampling": lambda folder: change(folder, PROCESSOR, resample=77),
     "nothing": lambda folder: shutil.rmtree(folder),
     "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
@@ -72,13 +83,24 @@ def test_a_directory_without_a_usable_model_is_refused(copy, damage):
     assert str(copy) in refused(copy)
 
 
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_model_that_brings_code_is_refused_and_its_code_is_not_run(copy, file, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (copy / "own.py").write_text(f"open({str(copy / 'was run')!r}, 'w')")
+    brought = {"AutoConfig": "own.C", "AutoModel": "own.M", "AutoImageProcessor": "own.P"}
+    change(copy, file, auto_map=brought, model_type="own", image_processor_type="Own")
+    assert "code of its own" in refused(copy)
+    assert not (copy / "was run").exists()
+
+
 @pytest.fixture
 def offline(vit, tmp_path, monkeypatch):
     """No network, and a hub cache of three models: one complete, two without a preprocessor, one of them known so."""
     commit = "0" * 40
+    large = save_model(transformers.ViTConfig(**{**VIT, "image_size": 224, "patch_size": 112}), tmp_path / "large")
     for name in ("complete", "without", "unknown"):
         folder = tmp_path / f"models--me--{name}"
-        shutil.copytree(vit, folder / "snapshots" / commit)
+        shutil.copytree(vit if name == "complete" else large, folder / "snapshots" / commit)
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(commit)
         if name != "complete":
@@ -92,32 +114,36 @@ def offline(vit, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_hub_name_that_cannot_be_loaded_is_refused(capfd):
-    message = refused("me/nowhere")
-    assert "'me/nowhere'" in message
-    assert "VIT_MODEL" in message
+@pytest.mark.parametrize(("name", "named"), [("me/nowhere", "VIT_MODEL"), ("me/unknown", "'preprocessor_config.json'")])
+def test_a_hub_name_that_cannot_be_loaded_is_refused(name, named, capfd):
+    """Nor is no network taken for no preprocessor."""
+    message = refused(name)
+    assert f"'{name}'" in message
+    assert named in message
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(url, **_):
+        asked.append(url)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "no route" in refused("me/nowhere")
+    assert len(asked) == 1
+
+
 @pytest.mark.usefixtures("offline")
-def test_a_hub_model_in_the_cache_needs_no_network(capfd):
-    extractor = load_extractor("me/complete")
-    assert extractor.name == "me/complete"
-    assert extractor.preprocessing.mean == MEAN
+@pytest.mark.parametrize(("name", "size", "mean"), [("complete", 32, MEAN), ("without", 224, [0.5] * 3)])
+def test_a_hub_model_in_the_cache_needs_no_network(name, size, mean, capfd):
+    """The default preprocessing is taken where it is known that there is none."""
+    extractor = load_extractor(f"me/{name}")
+    facts = extractor.preprocessing.describe()
+    assert (extractor.name, facts["size"], facts["mean"]) == (f"me/{name}", {"height": size, "width": size}, mean)
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_hub_model_in_the_cache_that_is_known_to_have_no_preprocessor_gets_the_default():
-    preprocessing = load_extractor("me/without").preprocessing
-    assert preprocessing.describe()["size"] == {"height": 224, "width": 224}
-
-
-@pytest.mark.usefixtures("offline")
-def test_no_network_is_not_taken_for_no_preprocessor():
-    message = refused("me/unknown")
-    assert "'me/unknown'" in message
-    assert "'preprocessor_config.json'" in message
 
 
 # Loading is quiet
@@ -157,8 +183,7 @@ def test_nothing_is_printed_or_logged_on_loading(with_head, said, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("bars", [True, False])
-@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize(("bars", "good"), [(True, True), (False, True), (True, False), (False, False)])
 @pytest.mark.usefixtures("said")
 def test_what_others_have_set_of_logging_is_restored(with_head, tmp_path, bars, good):
     transformers_logging.set_verbosity_info()

@@ -1,15 +1,19 @@
 """Networks from a weights file, and what they say about images."""
 
+import csv
+from functools import partial
+
 import pytest
 import torch
 
+import config
 from config import InputError
 from dataset import load_image
 from features import load_extractor
 from models import FeedforwardClassifier
-from storage import Results
+from storage import Results, ranges
 from study import predict_images
-from study.predict import load_classifier
+from study.predict import load_classifiers
 from tests.conftest import make_images, make_vit
 
 CLASSES = ["cat", "dog", "owl"]
@@ -32,27 +36,23 @@ def save(folder, count=4, about=None, **more):
     return folder / "weights" / "networks.safetensors", networks
 
 
-@pytest.mark.parametrize(("seed", "row"), [(None, 0), (0, 0), (2, 2)])
-def test_a_network_of_a_weights_file(tmp_path, seed, row):
+@pytest.mark.parametrize(("seed", "rows"), [(None, range(4)), (0, [0]), (2, [2])])
+def test_networks_of_a_weights_file(tmp_path, seed, rows):
     path, networks = save(tmp_path)
-    found, about = load_classifier(path, seed)
-    assert about == header()
+    found, about = load_classifiers(path, seed)
+    assert (list(found), about) == (list(rows), header())
     x = torch.randn(5, 24)
-    assert torch.equal(found(x), networks[row](x))
-
-
-def test_a_seed_that_is_not_there_is_refused_with_those_that_are(tmp_path):
-    path, _ = save(tmp_path, 2)
-    with pytest.raises(InputError, match=r"seed 9.* 0, 1"):
-        load_classifier(path, 9)
+    assert all(torch.equal(found[row](x), networks[row](x)) for row in rows)
+    with pytest.raises(InputError, match=r"seed 9.* 0-3"):
+        load_classifiers(path, 9)
 
 
 @pytest.mark.parametrize(
     ("failed", "refused", "usable"),
     [
-        (None, {3: "not finite"}, "0, 1, 2"),
-        ([0, -1, 2, 0], {1: "importance", 2: "epoch 2", 3: "not finite"}, "0"),
-        ([4, -1, 2, 0], {0: "epoch 4", 1: "importance", 2: "epoch 2", 3: "not finite"}, None),
+        (None, {3: "not finite"}, [0, 1, 2]),
+        ([0, -1, 2, 0], {1: "importance", 2: "epoch 2", 3: "not finite"}, [0]),
+        ([4, -1, 2, 0], {0: "epoch 4", 1: "importance", 2: "epoch 2", 3: "not finite"}, []),
     ],
 )
 def test_networks_that_failed_do_not_predict(tmp_path, failed, refused, usable):
@@ -62,12 +62,17 @@ def test_networks_that_failed_do_not_predict(tmp_path, failed, refused, usable):
     path, _ = save(tmp_path, **more)
     for seed in range(4):
         if seed not in refused:
-            load_classifier(path, seed)
+            load_classifiers(path, seed)
             continue
         with pytest.raises(InputError, match=refused[seed]) as caught:
-            load_classifier(path, seed)
+            load_classifiers(path, seed)
         assert f"Network {seed} " in str(caught.value)
-        assert str(caught.value).endswith(f"--seed: {usable}." if usable else "all others in the file.")
+        assert str(caught.value).endswith(f"--seed: {ranges(usable)}." if usable else "all others in the file.")
+    if usable:
+        assert list(load_classifiers(path)[0]) == usable
+    else:
+        with pytest.raises(InputError, match="Network 0 "):
+            load_classifiers(path)
 
 
 @pytest.fixture(scope="module")
@@ -83,38 +88,38 @@ def images(tmp_path):
     return sorted(make_images(tmp_path / "images", domains=["art"], classes=["cat"]).rglob("*.png"))
 
 
-@pytest.mark.parametrize("batch_size", [None, 2])
-def test_probabilities_are_those_of_backbone_and_classifier(tmp_path, tiny_vit, trained_on, images, batch_size):
+@pytest.mark.parametrize(("seed", "batch_size"), [(1, None), (1, 2), (None, 2)])
+def test_probabilities_are_those_of_backbone_and_networks(tmp_path, tiny_vit, trained_on, images, seed, batch_size):
     path, networks = save(tmp_path, about=trained_on)
-    found = list(predict_images(path, images, str(tiny_vit), seed=1, batch_size=batch_size))
+    found = list(predict_images(path, images, str(tiny_vit), seed=seed, batch_size=batch_size))
+    used = networks if seed is None else [networks[seed]]
     extractor = load_extractor(str(tiny_vit))
     assert [image for image, _ in found] == images
     for image, ranked in found:
         features = extractor(extractor.preprocessing(load_image(image))[None]).half().float()
-        expected = dict(zip(CLASSES, networks[1](features)[0].softmax(0).tolist(), strict=True))
-        assert dict(ranked) == pytest.approx(expected, abs=1e-6)
+        mean = torch.stack([network(features)[0].softmax(0) for network in used]).mean(0)
+        assert dict(ranked) == pytest.approx(dict(zip(CLASSES, mean.tolist(), strict=True)), abs=1e-6)
         chances = [chance for _, chance in ranked]
         assert chances == sorted(chances, reverse=True)
 
 
-def test_another_model_is_refused(tmp_path, trained_on, images):
-    path, _ = save(tmp_path, about=trained_on)
-    with pytest.raises(InputError, match="--vit-model"):
-        list(predict_images(path, images, str(make_vit(tmp_path / "other", seed=1))))
-
-
-def test_the_same_model_with_another_preprocessing_is_refused(tmp_path, tiny_vit, trained_on, images):
-    other = trained_on["features"] | {"preprocessing": trained_on["features"]["preprocessing"] | {"mean": [0.1] * 3}}
-    path, _ = save(tmp_path, about=trained_on | {"features": other})
-    with pytest.raises(InputError, match="--vit-model"):
-        list(predict_images(path, images, str(tiny_vit)))
-
-
-@pytest.mark.parametrize("model", [None, {"name": "mine"}])
-def test_networks_of_an_unknown_model_cannot_see_images(tmp_path, tiny_vit, images, model):
-    path, _ = save(tmp_path, about=header(model))
-    with pytest.raises(InputError, match="unknown model"):
-        list(predict_images(path, images, str(tiny_vit)))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "unknown model"),
+        ({"model": {"name": "mine"}}, "unknown model"),
+        ({"mean": [0.1] * 3}, "--vit-model"),  # prepares images otherwise
+        ({}, "--vit-model"),  # has other weights
+    ],
+)
+def test_networks_of_another_or_an_unknown_model_cannot_see_images(
+    tmp_path, tiny_vit, trained_on, images, change, message
+):
+    facts = trained_on["features"]
+    facts = facts | ({"preprocessing": facts["preprocessing"] | change} if "mean" in change else change)
+    path, _ = save(tmp_path, about=trained_on | {"features": facts})
+    with pytest.raises(InputError, match=message):
+        list(predict_images(path, images, str(tiny_vit if change else make_vit(tmp_path / "other", seed=1))))
 
 
 def test_an_image_that_cannot_be_read_is_named_after_the_batches_before_it(tmp_path, tiny_vit, trained_on, images):
@@ -125,6 +130,48 @@ def test_an_image_that_cannot_be_read_is_named_after_the_batches_before_it(tmp_p
     assert [next(found)[0], next(found)[0]] == images[:2]
     with pytest.raises(InputError, match=r"broken\.png"):
         next(found)
+
+
+def test_a_table_of_a_folder_is_written_whole_or_not_at_all(tmp_path, tiny_vit, trained_on, images, caplog):
+    caplog.set_level("INFO")
+    path, _ = save(tmp_path, about=trained_on | {"phase": 2, "holdout": "photo", "algorithm": "importance"})
+    (tmp_path / "images" / "notes.txt").touch()
+    predict = partial(predict_images, path, [tmp_path / "images"], str(tiny_vit), output=tmp_path / "table.csv")
+    found = list(predict())
+    assert [file for file, _ in found] == images
+    for said in ("Phase 2", "photo", "importance", "0-3", "tiny-vit"):
+        assert said in caplog.text
+    written = (tmp_path / "table.csv").read_bytes()
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, (file, ranked) in zip(rows, found, strict=True):
+        assert (row.pop("file"), row.pop("predicted")) == (str(file), ranked[0][0])
+        assert {name: float(value) for name, value in row.items()} == dict(ranked)
+    (tmp_path / "images" / "zzz.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"zzz\.png"):
+        list(predict())
+    assert (tmp_path / "table.csv").read_bytes() == written
+    assert not list(tmp_path.glob(".table*"))
+
+
+def test_the_backbone_is_the_one_in_the_header(tmp_path, tiny_vit, trained_on, images, monkeypatch):
+    path, _ = save(tmp_path, about=trained_on)
+    expected = list(predict_images(path, images, str(tiny_vit)))
+    with pytest.raises(InputError, match=r"'tiny-vit'.*--vit-model"):  # it was local, and this is another place
+        list(predict_images(path, images))
+    monkeypatch.setattr(config, "VIT_MODEL", str(tiny_vit))
+    assert list(predict_images(path, images)) == expected
+    monkeypatch.setattr(config, "VIT_MODEL", "some/other")
+    monkeypatch.chdir(tiny_vit.parent)
+    assert list(predict_images(path, images)) == expected
+
+
+@pytest.mark.parametrize(("given", "output", "named"), [("empty", None, "empty"), ("images", ".", "--output")])
+def test_folders_in_wrong_places_are_named(tmp_path, tiny_vit, trained_on, images, given, output, named):
+    path, _ = save(tmp_path, about=trained_on)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=named):
+        list(predict_images(path, [tmp_path / given], str(tiny_vit), output=output))
 
 
 def test_batches_hold_an_image_or_more(tmp_path):
