@@ -8,7 +8,9 @@ import ast
 import difflib
 import hashlib
 import json
+import math
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -18,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 DATA_ROOT: str | None = None  # folder of domain folders of class folders; None = the bundled features
 FEATURES_FILE: str | None = None  # features made elsewhere, in the format of data/README.md
 VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # hub name or local directory; used with DATA_ROOT
-CACHE_DIR: str = "cache"  # extracted features and content hashes
+CACHE_DIR: str | None = None  # extracted features and content hashes; None = cache/ beside this file
 EXTRACTION_BATCH_SIZE: int | None = None  # images per forward pass; None = 8 on CPU, 256 on CUDA
 EXTRACTION_WORKERS: int | None = None  # decoding processes; 0 = threads; None = 0 on CPU, one per core on CUDA
 
@@ -109,16 +111,30 @@ def _coerce(name: str, value: object, kind: object) -> object:
                 return tuple(items)
         elif type(value) is option:
             return value
-        elif (option is float and type(value) is int) or (option is str and value is not None):
+        elif (option is float and type(value) is int and abs(value) < 1e300) or (option is str and value is not None):
             return option(value)
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in _options(kind))
-    raise InputError(f"{name} must be of type {wanted.replace('NoneType', 'None')}, not {value!r}.")
+    raise InputError(f"{name} must be of type {wanted.replace('NoneType', 'None')}, not {reprlib.repr(value)}.")
 
 
-def apply(assignments: dict[str, object]) -> None:
-    """Set constants of this module by name, with the same checks as ``--set`` (for notebooks and papermill)."""
-    values = {name: _coerce(name, value, _declared(name)) for name, value in assignments.items()}
+def apply(*assignments: dict[str, object]) -> None:
+    """Set constants of this module by name, with the same checks as ``--set`` (for notebooks and papermill).
+
+    Raises:
+        InputError: a name that is unknown or in several of `assignments`, or a value that is no good: nothing is set.
+    """
+    values = {}
+    for name, value in (pair for given in assignments for pair in given.items()):
+        if name in values:
+            raise InputError(f"{name} is given twice.")
+        values[name] = _coerce(name, value, _declared(name))
+        check(name, values[name])
     globals().update(values)  # all or none
+
+
+def changed(name: str) -> bool:
+    """Whether a setting has another value than in this file."""
+    return globals()[name] != _as_written[name]
 
 
 def reset() -> None:
@@ -126,9 +142,49 @@ def reset() -> None:
     globals().update(_as_written)
 
 
-def _check(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise InputError(sentence)
+LIMITS = {  # settings and options that are numbers: the smallest and the largest value, also of each in a tuple
+    "EXTRACTION_BATCH_SIZE": (1, 10**5),
+    "EXTRACTION_WORKERS": (0, 1000),
+    "HIDDEN_SIZES": (1, 10**5),
+    "BATCH_SIZE": (1, 10**6),
+    "PH1_NUM_EPOCHS": (1, 10**5),
+    "PH2_NUM_EPOCHS": (1, 10**5),
+    "PH2_FREEZE_EPOCH": (0, 10**9),
+    "IMPORTANCE_THRESHOLD_PERCENTILE": (0, 100),
+    "NUM_SEEDS": (1, 10**5),
+    "SEEDS_PER_CHUNK": (1, 10**5),
+    "THREADS": (1, 1000),
+    "--trials": (1, 1000),
+}
+MOST_LAYERS = 100  # of HIDDEN_SIZES
+RULES = (  # other settings, what they must do, and whether a value does
+    (
+        ("SPLIT_SEED",),
+        "be 'seed' or a whole number of at most 18 digits",
+        lambda seed: seed == "seed" or (type(seed) is int and abs(seed) < 10**18),
+    ),
+    (("OUT_FRACTION",), "lie between 0 and 1", lambda part: 0 < part < 1),
+    (("HIDDEN_SIZES",), "have two layers or more, to have a tracked matrix", lambda sizes: len(sizes) >= 2),
+    (("HIDDEN_SIZES",), f"have {MOST_LAYERS} layers at most", lambda sizes: len(sizes) <= MOST_LAYERS),
+    (("PH1_LEARNING_RATE", "PH2_LR_IMPORTANT"), "be positive and finite", lambda rate: 0 < rate < math.inf),
+    (("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE"), "be 0 or more and finite", lambda rate: 0 <= rate < math.inf),
+    (("PH1_DATA",), "be 'all' or 'in'", lambda part: part in ("all", "in")),
+    (("PH2_INIT",), "be 'fresh' or 'phase1'", lambda start: start in ("fresh", "phase1")),
+    (("IMPORTANCE_AGGREGATION",), f"be one of {', '.join(AGGREGATIONS)}", lambda method: method in AGGREGATIONS),
+    (("RESULTS_DIR",), "name a directory", str.strip),
+)
+
+
+def check(name: str, value: object) -> None:
+    """Raise an `InputError` if a value, of the right type, is not allowed for a setting or an option."""
+    rules = [(words, good) for named, words, good in RULES if name in named]
+    if name in LIMITS and value is not None:
+        low, high = LIMITS[name]
+        numbers = value if isinstance(value, tuple) else (value,)
+        rules.append((f"lie in {low} … {high}", lambda _: all(low <= number <= high for number in numbers)))
+    for words, good in rules:
+        if not good(value):
+            raise InputError(f"{name} must {words}, not {reprlib.repr(value)}.")
 
 
 @dataclass(frozen=True)
@@ -166,29 +222,7 @@ class Settings:
         for field in fields(self):  # equal settings are of equal types, and so of equal hash
             name = field.name.upper()
             object.__setattr__(self, field.name, _coerce(name, getattr(self, field.name), _declared(name)))
-        sizes = self.hidden_sizes
-        _check(len(sizes) >= 2, f"HIDDEN_SIZES needs two hidden layers or more to have a tracked matrix, not {sizes}.")
-        _check(all(size > 0 for size in sizes), f"HIDDEN_SIZES must be positive, not {sizes}.")
-        split = self.split_seed
-        _check(split == "seed" or type(split) is int, f"SPLIT_SEED must be 'seed' or a whole number, not {split!r}.")
-        _check(0 < self.out_fraction < 1, f"OUT_FRACTION must lie between 0 and 1, not {self.out_fraction}.")
-        for name in ("batch_size", "ph1_num_epochs", "ph2_num_epochs"):
-            _check(getattr(self, name) >= 1, f"{name.upper()} must be at least 1, not {getattr(self, name)}.")
-        for name in ("ph1_learning_rate", "ph2_lr_important"):
-            value = getattr(self, name)
-            _check(0 < value < float("inf"), f"{name.upper()} must be positive and finite, not {value}.")
-        for name in ("ph2_lr_unimportant_start", "ph2_lr_decay_rate"):
-            value = getattr(self, name)
-            _check(0 <= value < float("inf"), f"{name.upper()} must be 0 or more and finite, not {value}.")
-        _check(self.ph2_freeze_epoch >= 0, f"PH2_FREEZE_EPOCH must be 0 or more, not {self.ph2_freeze_epoch}.")
-        _check(self.ph1_data in ("all", "in"), f"PH1_DATA must be 'all' or 'in', not '{self.ph1_data}'.")
-        _check(self.ph2_init in ("fresh", "phase1"), f"PH2_INIT must be 'fresh' or 'phase1', not '{self.ph2_init}'.")
-        percent = self.importance_threshold_percentile
-        _check(
-            0 <= percent <= 100, f"IMPORTANCE_THRESHOLD_PERCENTILE must lie in 0 … 100 (per cent kept), not {percent}."
-        )
-        method, known = self.importance_aggregation, ", ".join(AGGREGATIONS)
-        _check(method in AGGREGATIONS, f"IMPORTANCE_AGGREGATION must be one of {known}, not '{method}'.")
+            check(name, getattr(self, field.name))
 
     def as_dict(self) -> dict[str, object]:
         """Settings by the constants' names, ready for JSON."""

@@ -9,17 +9,40 @@ import sys
 
 if __name__ == "__main__":  # Ctrl-C while libraries are imported: an exception might be swallowed there
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nInterrupted.\n"), os._exit(130)))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I and python -m do without it
 
 import argparse
 import importlib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import config
 from config import InputError
 
+TRAINING = ("run", "study", "compare")
+IMAGES = ("VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
+MACHINE = ("DEVICE", "THREADS")
+HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
+    "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
+    "features": ("DATA_ROOT", *IMAGES, *MACHINE),
+    "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
+    "export-domainbed": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
+    "import-domainbed": (),
+    "docs": (),
+}
+CONSTANTS = {  # option -> the setting that it gives
+    "data_root": "DATA_ROOT",
+    "vit_model": "VIT_MODEL",
+    "features": "FEATURES_FILE",
+    "results_dir": "RESULTS_DIR",
+    "seeds": "NUM_SEEDS",
+    "device": "DEVICE",
+    "threads": "THREADS",
+}
 FOLDERS = {"study": "study", "compare": "compare", "export-domainbed": "compare"}  # below RESULTS_DIR
 
 
@@ -33,15 +56,17 @@ class Parser(argparse.ArgumentParser):
 def run(options: argparse.Namespace) -> None:
     from study import Run, Study, finding, lodo_table, wide_table
 
-    study = Study(Run.from_config(None, options.holdouts, **_training(options)))
+    study = Study(Run.from_config(holdouts=options.holdouts, **_training(options)))
     print(study.run.features.describe(), flush=True)
     study.train()
+    study = study.whole()  # report and figures cover earlier runs into this directory, too
     study.report()
+    print(f"\n{wide_table(lodo_table(study.records())).to_string()}\n")
+    print(finding(study.records()), *study.warnings(), sep="\n", flush=True)
     if not options.no_figures:
         from study.figures import save_all
 
         save_all(study, config.DATA_ROOT)
-    print(f"\n{wide_table(lodo_table(study.records())).to_string()}\n\n{finding(study.records())}")
     print(f"Everything is in {config.RESULTS_DIR}: start with summary_report.txt.")
     _warn(study.failures())
 
@@ -49,11 +74,12 @@ def run(options: argparse.Namespace) -> None:
 def study(options: argparse.Namespace) -> None:
     from evidence import Protocol
 
-    sweep = None if options.sweep_seeds is None else range(options.sweep_seeds)
-    protocol = Protocol.from_config(None, sweep, **_training(options))
+    protocol = Protocol.from_config(sweep_seeds=options.sweep_seeds, **_training(options))
     print(protocol.short.run.features.describe(), flush=True)
     protocol.train()
-    print(f"\n{protocol.write()}\nEverything is in {_directory(options)}: start with report.txt.")
+    print(f"\n{protocol.write()}", flush=True)
+    protocol.save_figures()
+    print(f"Everything is in {_directory(options)}: start with report.txt.")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -63,11 +89,12 @@ def compare(options: argparse.Namespace) -> None:
     comparison = Comparison.from_config(options.algorithms, options.trials, options.leave_one_out, **choice)
     print(comparison.run.features.describe(), flush=True)
     comparison.train()
-    print(f"\n{write(comparison)}\nEverything is in {_directory(options)}: start with comparison.txt.", flush=True)
+    print(f"\n{write(comparison, figures=False)}", flush=True)
     if not options.no_figures:
         from field.figures import save_all
 
         save_all(comparison)
+    print(f"Everything is in {_directory(options)}: start with comparison.txt.")
     _warn(failed(comparison))
 
 
@@ -89,8 +116,9 @@ def predict(options: argparse.Namespace) -> None:
     from study import predict_images
 
     device, size = prepare_machine(config.DEVICE, config.THREADS), config.EXTRACTION_BATCH_SIZE
-    choice = {"seed": options.seed, "device": device, "batch_size": size}
-    for image, ranked in predict_images(options.weights, options.images, config.VIT_MODEL, **choice):
+    vit_model, _ = _given(options).get("VIT_MODEL", (None, ""))
+    choice = {"seed": options.seed, "device": device, "batch_size": size, "output": options.output}
+    for image, ranked in predict_images(options.weights, options.images, vit_model, **choice):
         print(f"{image}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in ranked), flush=True)
 
 
@@ -101,13 +129,13 @@ def export_domainbed(options: argparse.Namespace) -> None:
 
     device = prepare_machine(config.DEVICE, config.THREADS)
     source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
-    export_domainbed(_directory(options), options.directory, source)
+    export_domainbed(_directory(options), options.directory, source, options.algorithms)
 
 
 def import_domainbed(options: argparse.Namespace) -> None:
     from field import domainbed_tables
 
-    print(domainbed_tables(options.directory, options.dataset))
+    print(domainbed_tables(options.directory, options.dataset, options.output))
 
 
 def docs(options: argparse.Namespace) -> None:
@@ -119,11 +147,33 @@ def docs(options: argparse.Namespace) -> None:
         print(f"Wrote {path.relative_to(root)}.")
 
 
+def figures(options: argparse.Namespace) -> None:
+    import evidence.figures
+    import field.figures
+    import study.figures
+    from engine import prepare_machine
+    from features import get_features
+    from storage import Results
+
+    results, choice = Results(_directory(options)), {"only": options.only, "format": options.format}
+    device = prepare_machine(config.DEVICE, config.THREADS)
+    source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
+    if (results.directory / "contrasts.csv").is_file():
+        paths = evidence.figures.save_all(results.directory, **choice)
+    elif any("trial" in record for record in results.records()):
+        paths = field.figures.save_all(field.Comparison.of(results, source), **choice)
+    else:
+        paths = study.figures.save_all(study.figures.study_of(results, source), config.DATA_ROOT, **choice)
+    for path in paths:
+        print(path)
+
+
 # name -> what it does, its package (imported when it is known that the options are right: it takes seconds), help
 COMMANDS = {
     "run": (run, "study", "train both phases, write table, report and figures"),
     "study": (study, "evidence", "arms and controls, sweeps and diagnostics: the whole answer"),
     "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
+    "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
     "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
     "predict": (predict, "study", "class probabilities of images"),
     "export-domainbed": (export_domainbed, "field", "write the runs of a comparison as DomainBed does"),
@@ -140,71 +190,86 @@ def names(text: str) -> list[str]:
     return found
 
 
+def seeds(text: str) -> list[int]:
+    """Seeds as they are typed: "N" is 0 … N-1, "100-199" a range, "0,3,7-9" a list of numbers and ranges."""
+    parts = [re.fullmatch(r" *(\d{1,18}) *(?:- *(\d{1,18}) *)?", part) for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither N (seeds 0 to N-1) nor A-B nor a list such as 0,3,7-9")
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts]
+    if text.strip().isdigit():
+        ranges = [range(int(text))]
+    if not all(ranges):
+        raise argparse.ArgumentTypeError(f"there are no seeds in '{text}'")
+    return [*islice(chain(*ranges), config.LIMITS["NUM_SEEDS"][1] + 1)]  # one too many is refused
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="experiment.py", description="Domain generalization with importance-based weight masking.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    machine, images, training = _machine_options(), _image_options(), _training_options()
-    shared = {name: [training, images, machine] for name in ("run", "study", "compare")} | {
-        "features": [images, machine]
-    }
     added = {}
     for name, (_, _, text) in COMMANDS.items():
-        about = {"help": text, "description": f"{text[0].upper()}{text[1:]}."}
-        added[name] = commands.add_parser(name, parents=shared.get(name, [machine]), **about)
+        added[name] = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        _shared_options(name, added[name].add_argument)
     for name in ("run", "compare"):
         added[name].add_argument("--holdouts", type=names, metavar="A,B", help="domains to leave out (default: each)")
         added[name].add_argument("--no-figures", action="store_true", help="write numbers only")
     add = added["study"].add_argument
-    add("--sweep-seeds", type=int, metavar="N", help="seeds of the exploratory sweep (default: 50 at most)")
+    add("--sweep-seeds", type=seeds, metavar="N", help="of the exploratory sweep, likewise (default: 50 at most)")
     add = added["compare"].add_argument
-    add("--algorithms", type=names, metavar="A,B", help="names (default: all; a wrong one lists them)")
+    add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
     add("--leave-one-out", action="store_true", help="train without every pair of domains as well")
+    add = added["figures"].add_argument
+    add("--results-dir", metavar="DIR", help=f"of run, study or compare (default {config.RESULTS_DIR})")
+    add(
+        "--only",
+        type=names,
+        metavar="A,B",
+        help="names of figures, or how they begin (default: all)",
+    )
+    add("--format", choices=("png", "pdf", "svg"), default="png")
+    add("--features", metavar="FILE", help="the feature file that the results were made with")
+    add("--data-root", metavar="DIR", help="or the images")
+    add("--vit-model", metavar="ID_OR_DIR", help="and their model")
     added["features"].add_argument("--output", metavar="FILE", help="copy the features there")
     add = added["predict"].add_argument
-    add("images", nargs="+", metavar="IMAGE")
+    add("images", nargs="+", metavar="IMAGE", help="image files, and folders of images at any depth")
     add("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")
-    add("--vit-model", metavar="ID_OR_DIR", help="the model the weights were trained on")
-    add("--seed", type=int, metavar="N", help="which network of the file (default: its first)")
+    add("--vit-model", metavar="ID_OR_DIR", help="where the model lies (default: the name in the weights' header)")
+    add("--seed", type=int, metavar="N", help="one network of the file (default: the mean over all seeds)")
+    add("--output", metavar="FILE.csv", help="also write file, predicted class and all probabilities there")
     add = added["export-domainbed"].add_argument
     add("directory", metavar="DIR", help="of the runs; what is there is kept")
     add("--results-dir", metavar="DIR", help=f"of the comparison (default {config.RESULTS_DIR}/compare)")
+    add("--algorithms", type=names, metavar="A,B", help="these only, with FILE.py:NAME of yours (default: all there)")
     add("--features", metavar="FILE", help="the feature file that it was made with")
     add("--data-root", metavar="DIR", help="or the images")
     add("--vit-model", metavar="ID_OR_DIR", help="and their model")
     add = added["import-domainbed"].add_argument
     add("directory", metavar="DIR", help="of DomainBed's runs")
     add("--dataset", metavar="NAME", help="where the runs are of several")
+    add("--output", metavar="DIR", help="write the tables there as well: domainbed.txt, and CSV")
     return parser
 
 
-def _machine_options() -> Parser:
-    parent = Parser(add_help=False)
-    parent.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parent.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    setting = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    parent.add_argument("--set", **setting, help="any name of config.py; may be repeated")
-    return parent
-
-
-def _image_options() -> Parser:
-    parent = Parser(add_help=False)
-    parent.add_argument("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
-    parent.add_argument("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
-    parent.add_argument("--verify", action="store_true", help="read all image files again, trust no time stamp")
-    return parent
-
-
-def _training_options() -> Parser:
-    parent = Parser(add_help=False)
-    parent.add_argument("--seeds", type=int, metavar="N", help=f"seeds 0 … N-1 (default {config.NUM_SEEDS})")
-    parent.add_argument("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
-    where = f"default {config.RESULTS_DIR}; for study and compare a folder below it"
-    parent.add_argument("--results-dir", metavar="DIR", help=where)
-    parent.add_argument("--overwrite", action="store_true", help="delete the results that are there first")
-    parent.add_argument("--strict", action="store_true", help="stop at the first network that fails")
-    return parent
+def _shared_options(command: str, add: Callable) -> None:
+    if command in TRAINING:
+        add("--seeds", type=seeds, metavar="N", help=f"0 … N-1, or 100-199, or 0,3,7-9 (default {config.NUM_SEEDS})")
+        add("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
+        where = f"default {config.RESULTS_DIR}; for study and compare a folder below it"
+        add("--results-dir", metavar="DIR", help=where)
+        add("--overwrite", action="store_true", help="delete the results that are there first")
+        add("--strict", action="store_true", help="stop at the first network that fails")
+    if command in (*TRAINING, "features"):
+        add("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
+        add("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
+        add("--verify", action="store_true", help="read all image files again, trust no time stamp")
+    if HONOURED.get(command, MACHINE):
+        add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        add("--threads", type=int, metavar="N", help="CPU threads")
+        setting = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+        add("--set", **setting, help="a setting of config.py that the command uses; may be repeated")
 
 
 def apply_options(options: argparse.Namespace) -> None:
@@ -213,25 +278,38 @@ def apply_options(options: argparse.Namespace) -> None:
     Raises:
         InputError: an unknown setting, a value of the wrong type, options that exclude each other.
     """
-    config.apply(dict(config.parse(assignment) for assignment in options.set))
-    constants = {"data_root": "DATA_ROOT", "vit_model": "VIT_MODEL", "features": "FEATURES_FILE", "device": "DEVICE"}
-    constants |= {"results_dir": "RESULTS_DIR", "seeds": "NUM_SEEDS", "threads": "THREADS"}
-    config.apply({n: v for option, n in constants.items() if (v := getattr(options, option, None)) is not None})
+    given = _given(options)
+    config.apply({name: value for name, (value, _) in given.items()})
     for option in ("results_dir", "output", "weights", "directory"):  # the shell does not expand --option=~/x
         if getattr(options, option, None):
             setattr(options, option, os.path.expanduser(getattr(options, option)))
     paths = {name: getattr(config, name) for name in ("DATA_ROOT", "FEATURES_FILE", "RESULTS_DIR", "CACHE_DIR")}
     config.apply({name: os.path.expanduser(path) for name, path in paths.items() if path})
-    if config.NUM_SEEDS < 1:
-        raise InputError(f"--seeds must be at least 1, not {config.NUM_SEEDS}.")
-    if not config.RESULTS_DIR:
-        raise InputError("RESULTS_DIR must not be empty.")
-    if not getattr(options, "directory", "given").strip():
-        raise InputError("DIR must not be empty.")
+    for option, called in (("directory", "DIR"), ("output", "--output")):
+        if getattr(options, option, None) is not None and not getattr(options, option).strip():
+            raise InputError(f"{called} must not be empty.")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
-    if options.command in ("run", "study", "compare") and options.vit_model and config.DATA_ROOT is None:
-        raise InputError("--vit-model needs --data-root: without images there is nothing to run a model on.")
+    of_images = [typed for name, (_, typed) in given.items() if name in IMAGES]
+    of_images += ["--verify"] if getattr(options, "verify", False) else []
+    if options.command != "predict" and of_images and config.DATA_ROOT is None:
+        raise InputError(f"{of_images[0]} needs --data-root: without images there is nothing to run a model on.")
+
+
+def _given(options: argparse.Namespace) -> dict[str, tuple[object, str]]:
+    """The settings that were typed: name -> value, and how it was typed."""
+    typed_values = [(*config.parse(assignment), f"--set {assignment}") for assignment in getattr(options, "set", ())]
+    for option, value in vars(options).items():
+        if option in CONSTANTS and value is not None:
+            typed_values.append((CONSTANTS[option], value, f"--{option.replace('_', '-')}"))
+    given = {}
+    for name, value, typed in typed_values:
+        if name not in HONOURED.get(options.command, config.names()):
+            raise InputError(f"{options.command} does not use {name}: leave it out.")
+        if name in given:
+            raise InputError(f"{given[name][1]} and {typed} both say what {name} is: give one of them.")
+        given[name] = len(value) if typed == "--seeds" else value, typed
+    return given
 
 
 def _directory(options: argparse.Namespace) -> Path:
@@ -242,14 +320,13 @@ def _directory(options: argparse.Namespace) -> Path:
 
 def _training(options: argparse.Namespace) -> dict[str, object]:
     """What `Run.from_config` is told by the options of a command that trains."""
-    choice = {name: getattr(options, name) for name in ("overwrite", "verify", "strict")}
-    return {"directory": _directory(options), **choice}
+    told = ("seeds", "overwrite", "verify", "strict")
+    return {"directory": _directory(options)} | {name: getattr(options, name) for name in told}
 
 
 def _warn(failures: Sequence[str]) -> None:
     if failures:
-        text = f"Warning: {len(failures)} networks failed and are left out, first {failures[0]}."
-        print(text, file=sys.stderr)
+        print(f"Warning: {len(failures)} networks failed and are left out, first {failures[0]}.", file=sys.stderr)
 
 
 def interrupt(*_) -> None:
@@ -263,8 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in ("httpx", "matplotlib"):  # requests, and a new list of fonts
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("httpx", "matplotlib", "fontTools"):  # requests, a list of fonts and where to keep it, PDF
+        logging.getLogger(library).setLevel(logging.ERROR)
     perform, package, _ = COMMANDS[options.command]
     importlib.import_module(package)
     from engine import TrainingFailedError

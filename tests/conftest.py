@@ -43,27 +43,35 @@ def write_image(path, seed=0, size=(36, 30), time=OLD):
 
 
 def save_model(model_config, folder):
-    """Save a random model of a `transformers` configuration."""
+    """Save a random model of a `transformers` configuration, and a processor for images of 32×32."""
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, ViTImageProcessor
 
     torch.manual_seed(0)
     AutoModel.from_config(model_config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 
-def make_vit(folder, seed=0, hidden=24, processor=True, **processor_settings):
-    """Save a random ViT (2 layers, patches of 8) and, if asked, its image processor; images of 32×32."""
+def reference_features(folder, pixels):
+    """What `transformers` itself makes of normalized pixels ``[B, 3, H, W]``: ``[CLS]`` of the last hidden state."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return getattr(model, "vision_model", model)(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def make_vit(folder, seed=0, **processor_settings):
+    """Save a random ViT (2 layers, patches of 8) and its image processor; images of 32×32."""
     import torch
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-    size = 32 if processor else 224
-    settings = ViTConfig(**VIT | {"hidden_size": hidden, "image_size": size, "patch_size": 8 if processor else 56})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ViTModel(settings).save_pretrained(folder)
-    if processor:
-        ViTImageProcessor(size={"height": size, "width": size}, **processor_settings).save_pretrained(folder)
+        ViTModel(ViTConfig(**VIT)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}, **processor_settings).save_pretrained(folder)
     return Path(folder)
 
 

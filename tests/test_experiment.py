@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import config
+from config import InputError
 from experiment import main
 from storage import load_features
 from study import figures
@@ -27,9 +28,10 @@ def feature_file(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _restored(monkeypatch):
+def _restored(monkeypatch, tmp_path):
     """Commands set constants of `config` and the number of threads; and a commit meanwhile would show in results."""
     monkeypatch.setenv("GIT_DIR", os.devnull)
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "cache"))
     constants, threads = {name: getattr(config, name) for name in config.names()}, torch.get_num_threads()
     yield
     config.apply(constants)
@@ -81,24 +83,26 @@ def test_run_writes_everything_and_says_what_it_works_on(run, tmp_path, monkeypa
     assert everything(out) == before
 
 
-def test_a_command_from_the_shell_is_quiet(feature_file, tmp_path):
-    options = ["--seeds", "2", "--holdouts", "art,photo", "--no-figures", "--results-dir", "out"]
-    arguments = [sys.executable, str(ROOT / "experiment.py"), "run", "--features", str(feature_file), *SMALL, *options]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "art" in done.stdout
-    assert {p.name for p in (tmp_path / "out" / "importance").glob("holdout_*")} == {
-        "holdout_art.npz", "holdout_photo.npz",
-    }  # fmt: skip
+AS_SCRIPT = """
+import os, runpy, signal, sys, time
+sys.path[0] = os.path.dirname(sys.argv[1])
+sys.argv = sys.argv[1:]
+{}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def shell(*arguments, cwd, before=None, **options):
+    """A command from the shell without progress bars, perhaps in a process that was prepared by some code."""
+    prepared = [] if before is None else ["-c", AS_SCRIPT.format(before)]
+    command = [sys.executable, *prepared, ROOT / "experiment.py", *arguments]
+    options |= {"env": os.environ | {"TQDM_DISABLE": "1"}, "cwd": cwd, "timeout": 300}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
 
 
 INTERRUPTED = """
-import os, runpy, signal, sys
-where, path, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0], sys.path[0] = path, os.path.dirname(path)
 from storage import Results
-original = getattr(Results, where)
+append = Results.append
 
 class Again:  # in place of standard error
     def write(self, text):
@@ -108,68 +112,47 @@ class Again:  # in place of standard error
         sys.__stderr__.flush()
 
 def interrupted(self, *arguments):
-    original(self, *arguments)
+    append(self, *arguments)
     sys.stderr = Again()
     os.killpg(0, signal.SIGINT)  # as from the keyboard: workers get it as well
 
-setattr(Results, where, interrupted)
-runpy.run_path(path, run_name="__main__")
+Results.append = interrupted
 """
+AT_EXIT = "import atexit; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
 
 
-def interrupted(where, *arguments, cwd):
-    """A command that gets Ctrl-C after the first call of a method of `Results`, and in every later write."""
-    arguments = [sys.executable, "-c", INTERRUPTED, where, str(ROOT / "experiment.py"), *map(str, arguments)]
-    options = {"env": os.environ | {"TQDM_DISABLE": "1"}, "start_new_session": True, "timeout": 300}
-    return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, **options)
-
-
-def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_goes_on(run, feature_file, tmp_path):
-    options = ["--seeds", "6", "--no-figures", "--set", "SEEDS_PER_CHUNK=2"]
+def test_ctrl_c_leaves_nothing_half_written_and_the_same_command_from_the_shell_goes_on(run, feature_file, tmp_path):
+    """Ctrl-C after the first records were written, in every later write to standard error, and when all is done."""
+    options = ["--seeds", "4", "--holdouts", "art,photo", "--no-figures", "--set", "SEEDS_PER_CHUNK=2"]
     assert run("whole", *options)[0] == 0
-    arguments = ["run", "--features", feature_file, "--results-dir", "stopped", *SMALL, *options]
-    done = interrupted("append", *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (130, "\nInterrupted; the same command goes on from here.\n")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    command = ["run", "--features", feature_file, "--results-dir", "stopped", *SMALL, *options]
+    done = shell(*command, cwd=tmp_path, before=INTERRUPTED, start_new_session=True)
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted; the same command goes on from here.\n")
     lines = (whole / "records.jsonl").read_bytes().splitlines()
     assert (stopped / "records.jsonl").read_bytes().splitlines() == lines[: 2 * 2 * 2]  # seeds, arms, selections
     assert not [path for path in stopped.rglob(".*") if path.name != ".lock"]
-    assert run("stopped", *options)[0] == 0
+    done = shell(*command, cwd=tmp_path, before=AT_EXIT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "art" in done.stdout
     assert everything(stopped) == everything(whole)
+    names = {path.name for path in (stopped / "importance").glob("holdout_*")}
+    assert names == {"holdout_art.npz", "holdout_photo.npz"}
 
 
-def test_after_ctrl_c_overwrite_is_to_be_left_out(feature_file, tmp_path):
-    arguments = ["run", "--features", feature_file, "--results-dir", "out", *SMALL, "--no-figures", "--overwrite"]
-    done = interrupted("save", *arguments, cwd=tmp_path)
-    assert done.returncode == 130
-    assert done.stderr == "\nInterrupted; without --overwrite, the same command goes on from here.\n"
+def test_after_ctrl_c_overwrite_is_to_be_left_out(run, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
 
-
-AT_EXIT = """
-import atexit, os, runpy, signal, sys
-path, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0], sys.path[0] = path, os.path.dirname(path)
-atexit.register(os.kill, os.getpid(), signal.SIGINT)
-runpy.run_path(path, run_name="__main__")
-"""
-
-
-def test_bad_input_from_the_shell_is_one_line_even_with_ctrl_c_after_it(tmp_path):
-    arguments = [sys.executable, "-c", AT_EXIT, str(ROOT / "experiment.py"), "run", "--data-root", "nowhere"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "nowhere" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr("storage.Results.save", interrupted)
+    code, _, lines = run("out", "--no-figures", "--overwrite")
+    assert (code, lines) == (130, ["Interrupted; without --overwrite, the same command goes on from here."])
 
 
 IMPORTING = """
-import os, runpy, signal, sys, time
-module, path, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0], sys.path[0] = path, os.path.dirname(path)
-
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
-        if name == module:
+        if name == "{}":
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(120)
@@ -177,33 +160,50 @@ class Interrupt:
                 time.sleep(120)
 
 sys.meta_path.insert(0, Interrupt())
-runpy.run_path(path, run_name="__main__")
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("run", "logging"),
-        ("run", "torch"),
-        ("run", "pandas"),
-        ("run", "study"),
-        ("study", "evidence"),
-        ("compare", "field"),
-    ],
+    "place", ["run logging", "run study", "run torch", "run pandas", "study evidence", "compare field"]
 )
-def test_ctrl_c_while_libraries_are_imported_is_one_line(name, module, tmp_path):
-    """Ctrl-C where a module is looked for, which swallows what comes of it and waits."""
-    arguments = [sys.executable, "-c", IMPORTING, module, str(ROOT / "experiment.py"), name, "--results-dir", "out"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(place, tmp_path):
+    """Ctrl-C where a command looks for a module, which swallows what comes of it and waits."""
+    name, module = place.split()
+    done = shell(name, "--results-dir", "out", cwd=tmp_path, before=IMPORTING.format(module))
     assert (done.returncode, done.stderr) == (130, "\nInterrupted.\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["-I"], ["-m"]])
+def test_the_script_is_found_from_other_folders_and_beside_other_modules(options, tmp_path):
+    (tmp_path / "config.py").touch()
+    script = ["experiment"] if options == ["-m"] else [ROOT / "experiment.py"]
+    command = [sys.executable, *options, *script, "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 BAD = {
     ("run", "--seeds", "0"): "--seeds",
     ("run", "--seeds", "x"): "--seeds",
-    ("run", "--set", "PH2_FREEZE_EPOC=3"): "PH2_FREEZE_EPOCH",
+    ("run", "--seeds", "7-3"): "--seeds",
+    ("run", "--seeds", "1,,2"): "--seeds",
+    ("run", "--seeds", "1000000000"): "NUM_SEEDS",
+    ("run", "--seeds", "9999999999999999"): "NUM_SEEDS",
+    ("study", "--sweep-seeds", "0-99999999999"): "100000",
+    ("run", "--set", "NUM_SEEDS=-1"): "NUM_SEEDS",
+    ("run", "--threads", "1000000"): "THREADS",
+    ("run", "--set", f"BATCH_SIZE={10**30}"): "BATCH_SIZE",
+    ("run", "--set", f"PH1_LEARNING_RATE={10**500}"): "PH1_LEARNING_RATE",
+    ("run", "--set", "HIDDEN_SIZES=(10,)*999"): "HIDDEN_SIZES",
+    ("compare", "--trials", "10000000"): "--trials",
+    ("run", "--set", "BATCH_SIZE=7", "--set", "BATCH_SIZE=8"): "BATCH_SIZE=8",
+    ("run", "--seeds", "3", "--set", "NUM_SEEDS=4"): "--seeds",
+    ("run", "--device", "cpu", "--set", "DEVICE=cuda"): "--device",
+    ("run", "--set", "VIT_MODEL=x"): "VIT_MODEL=x",
+    ("run", "--verify"): "--verify",
+    ("run", "--set", "BATCH_SIZE=7", "--set", "PH2_FREEZE_EPOC=3"): "PH2_FREEZE_EPOCH",  # then none is set
     ("run", "--set", "PH2_FREEZE_EPOCH=three"): "PH2_FREEZE_EPOCH",
     ("run", "--set", "PH2_FREEZE_EPOCH"): "--set",
     ("run", "--set", "IMPORTANCE_THRESHOLD_PERCENTILE=160"): "IMPORTANCE_THRESHOLD_PERCENTILE",
@@ -214,6 +214,9 @@ BAD = {
     ("run", "--features", "a", "--data-root", "b"): "--data-root",
     ("run", "--vit-model", "x"): "--vit-model",
     ("study", "--vit-model", "x"): "--vit-model",
+    ("study", "--set", "PH2_INIT=phase1"): "PH2_INIT",
+    ("study", "--seeds", "5,"): "--seeds",
+    ("study", "--seeds", "5-5"): "--seeds",
     ("run", "--results-dir", ""): "RESULTS_DIR",
     ("run", "--set", "SEEDS_PER_CHUNK=0"): "SEEDS_PER_CHUNK",
     ("run", "--threads", "0"): "THREADS",
@@ -229,17 +232,60 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+@pytest.mark.parametrize("arguments", BAD, ids=lambda arguments: " ".join(arguments)[:60])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, command, tmp_path):
     code, printed, (sentence,) = command(*arguments)
     assert (code, printed) == (2, "")
     assert BAD[arguments] in sentence
+    assert config.BATCH_SIZE == 32
     assert everything(tmp_path).keys() <= {"results/settings.json"}
 
 
-def test_every_name_of_a_wrong_setting_is_met_before_any_is_set(command):
-    assert command("run", "--set", "BATCH_SIZE=7", "--set", "NOTHING=1")[0] == 2
-    assert config.BATCH_SIZE == 32
+def test_bad_input_in_a_process_of_the_shell_is_one_line_and_exit_code_2(tmp_path):
+    done = shell("features", "--set", "BATCH_SIZE=7", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(".*BATCH_SIZE.*\n", done.stderr)
+
+
+IMAGES = {"DATA_ROOT", "VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS"}
+USED = {  # by commands that do not train
+    ("features",): {*IMAGES, "DEVICE", "THREADS"},
+    ("figures",): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
+    ("predict", "x.png", "--weights", "no.safetensors"): {"VIT_MODEL", "EXTRACTION_BATCH_SIZE", "DEVICE", "THREADS"},
+    ("export-domainbed", "out"): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
+    ("import-domainbed", "runs"): set(),
+    ("docs",): set(),
+}
+
+
+@pytest.mark.parametrize("arguments", USED, ids=" ".join)
+def test_a_setting_that_a_command_does_not_use_is_refused_by_name(arguments, command):
+    for name in config.names().keys() - USED[arguments]:
+        code, _, (sentence,) = command(*arguments, "--set", f"{name}={getattr(config, name)}")
+        assert code == 2
+        assert name in sentence
+    for name in USED[arguments] - {"DATA_ROOT", "FEATURES_FILE"}:
+        _, _, lines = command(*arguments, "--set", f"{name}={getattr(config, name)}")
+        assert not any("does not use" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("3", [0, 1, 2]), ("100-102", [100, 101, 102]), ("0, 3,7-9", [0, 3, 7, 8, 9]), ("5,5", [5]), ("4-4", [4])],
+)
+def test_seeds_are_a_number_of_them_a_range_or_a_list(typed, expected, command, feature_file, monkeypatch):
+    trained = {}
+
+    def stop(run, *_):
+        trained["seeds"] = list(run.seeds)
+        raise InputError("enough")
+
+    monkeypatch.setattr("study.run.Run.check_memory", stop)
+    for name in ("run", "compare"):
+        trained.clear()
+        code, _, lines = command(name, "--features", feature_file, "--seeds", typed, *SMALL)
+        assert (code, lines) == (2, ["enough"])
+        assert trained["seeds"] == expected
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["predict", "--help"]], ids=" ".join)
@@ -250,9 +296,10 @@ def test_help_says_what_there_is(arguments, command):
 
 
 def test_other_settings_leave_what_is_there_until_overwrite(run, tmp_path):
-    assert run("out", "--seeds", 2, "--no-figures")[0] == 0
+    options = ["--seeds", 2, "--no-figures", "--holdouts", "art"]
+    assert run("out", *options)[0] == 0
     before = everything(tmp_path / "out")
-    options = ["--seeds", 2, "--no-figures", "--set", "BATCH_SIZE=16"]
+    options += ["--set", "BATCH_SIZE=16"]
     code, _, (sentence,) = run("out", *options)
     assert code == 2
     assert "BATCH_SIZE" in sentence
@@ -288,8 +335,9 @@ def test_images_to_prediction_with_a_tiny_vit(command, tiny_vit, tmp_path, monke
     assert (tmp_path / "out" / "plots" / "samples.png").is_file()
     weights, picture = tmp_path / "out/weights/phase2_photo_importance.safetensors", tree / "art" / "dog" / "000.png"
     network = ["--weights", weights, "--vit-model", tiny_vit]
-    code, printed, error = command("predict", picture, picture, *network, "--seed", 1)
+    code, printed, error = command("predict", picture, picture, *network, "--seed", 1, "--output", "table.csv")
     assert (code, error) == (0, [])
+    assert len((tmp_path / "table.csv").read_text("utf-8").splitlines()) == 1 + 2
     first, second = printed.splitlines()
     name, _, ranked = first.rpartition(": ")
     assert (name, second) == (str(picture), first)
