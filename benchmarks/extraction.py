@@ -24,12 +24,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import Measured, in_turn, new_parser, positive, ratio, run, seconds, shown, spread
 from PIL import Image
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from measuring import Measured, in_turn, new_parser, positive, ratio, run, seconds, shown, spread
 
 from config import Settings
 from dataset import ImageDataset, find_dataset, load_image
@@ -108,8 +105,7 @@ def columns(row: dict) -> dict[str, object]:
     return cells | {"seed / extraction": shown(seed, 1) if seed else ""}
 
 
-def main() -> int:
-    """Measure what the command line says."""
+if __name__ == "__main__":
     parser = new_parser(__doc__)
     parser.add_argument("--data-root", required=True, metavar="DIR", help="folder of domain folders of class folders")
     parser.add_argument("--vit-model", required=True, metavar="ID_OR_DIR", help="hub name or local directory")
@@ -122,8 +118,4 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="decoding processes (default: that of the project)")
     parser.add_argument("--batch-size", type=positive, help="images per forward pass (default: that of the project)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    return run(parser, measure, columns)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parser, measure, columns))

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -17,24 +18,30 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the benchmarks as well, which import this module before those of the project
+
 from config import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scikit-learn", "transformers")
 
 Name = str | tuple
 Measured = tuple[dict[str, object], list[dict]]  # what was measured, and the rows of the report
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
+def new_parser(description: str, commands: Sequence[str] = ()) -> argparse.ArgumentParser:
     """A command line with the options that every benchmark has.
 
     Args:
         description: docstring of the benchmark; its first line is shown.
+        commands: of `experiment.py`, measured by default, where the benchmark measures some.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--repeats", type=positive, default=3, help="times everything is measured (default 3)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
+    if commands:
+        help_ = f"what follows 'experiment.py', in quotes, without --results-dir (default: {'; '.join(commands)})"
+        parser.add_argument("commands", nargs="*", default=commands, metavar="COMMAND", help=help_)
     return parser
 
 
@@ -101,20 +108,15 @@ def machine() -> dict[str, object]:
 
 def processor() -> str:
     """The processor by name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:(.*)$", facts.read_text() if facts.is_file() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def in_turn(contenders: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
     """Seconds of each contender by repeat, A B C A B C …: what else the machine does affects all alike.
 
-    Args:
-        contenders: name, or its parts -> a function that measures once and returns seconds.
-        repeats: number of rounds.
+    A contender's name, or its parts, leads to a function that measures once and returns seconds.
     """
     found = {name: [] for name in contenders}
     for repeat in range(repeats):
@@ -150,14 +152,19 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def command_seconds(command: str, checkout: Path = ROOT) -> float:
-    """Seconds of ``python experiment.py COMMAND`` as a process, from start to exit, into an empty results directory.
+def command_seconds(command: str, checkout: Path = ROOT, folder: Path | None = None) -> float:
+    """Seconds of ``python experiment.py COMMAND`` as a process, from start to exit.
+
+    Args:
+        command: what follows, without ``--results-dir``.
+        checkout: of the project.
+        folder: the results directory; default a new one.
 
     Raises:
         InputError: the command fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = ["experiment.py", *shlex.split(command), "--results-dir", folder]
+    with tempfile.TemporaryDirectory() as new:
+        arguments = ["experiment.py", *shlex.split(command), "--results-dir", str(folder or new)]
         return seconds(lambda: start_python(arguments, checkout))
 
 

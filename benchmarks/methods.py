@@ -15,12 +15,8 @@ import argparse
 import sys
 from functools import partial
 from math import ceil
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from measuring import Measured, in_turn, new_parser, positive, ratio, run, seconds, shown, spread
 
 from config import Settings
@@ -69,13 +65,8 @@ def columns(row: dict) -> dict[str, object]:
     return cells | {"/ plain training": shown(row["over_plain_training"])}
 
 
-def main() -> int:
-    """Measure what the command line says."""
+if __name__ == "__main__":
     parser = new_parser(__doc__)
     parser.add_argument("--methods", metavar="A,B", help="names (default all); ERM and ERMBalanced are added")
     parser.add_argument("--seeds", type=positive, default=20, help="networks at once (default 20)")
-    return run(parser, measure, columns)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parser, measure, columns))

@@ -23,17 +23,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from measuring import Measured, in_turn, new_parser, numbers, positive, ratio, run, shown, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from measuring import Measured, in_turn, new_parser, numbers, positive, ratio, run, shown, spread
 
 from config import Settings
 from engine import BatchOrder, MatmulEngine, SplitFeatures, random_start, train
@@ -55,11 +51,7 @@ class Contender(NamedTuple):
 
 
 class Clock:
-    """Seconds per epoch.
-
-    Args:
-        device: waited for at the end of each epoch.
-    """
+    """Seconds per epoch on a device, which is waited for at the end of each."""
 
     def __init__(self, device: str):
         self.device, self.ends = device, []
@@ -206,16 +198,11 @@ def columns(row: dict) -> dict[str, object]:
     return cells | {f"/ {name}": shown(over[name], 1) if over else "" for name in LOOPS}
 
 
-def main() -> int:
-    """Measure what the command line says."""
+if __name__ == "__main__":
     parser = new_parser(__doc__)
     parser.add_argument("--networks", type=numbers, default=[1, 16, 160], help="at once (default 1,16,160)")
     parser.add_argument("--dims", type=numbers, default=[192, 768], help="lengths of a feature (default 192,768)")
     parser.add_argument("--images", type=positive, default=9991, help="in the data set, 140 or more (default 9991)")
     parser.add_argument("--epochs", type=positive, default=3, help="epochs that are counted (default 3)")
     parser.add_argument("--compiled", action="store_true", help="also the engine with a compiled step")
-    return run(parser, measure, columns)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parser, measure, columns))

@@ -19,8 +19,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from measuring import (
     ROOT,
     Measured,
@@ -75,7 +73,7 @@ def measure(args: argparse.Namespace) -> Measured:
     if not (args.against / "trainer_phase1.py").is_file():
         raise InputError(f"--against {args.against}: there is no checkout of this project.")
     actions = {f"training of {args.networks}": partial(training_seconds, args.networks, args.epochs)}
-    actions |= {command: partial(command_seconds, command) for command in args.commands or COMMANDS}
+    actions |= {command: partial(command_seconds, command) for command in args.commands}
     sides = {"this": ROOT, "other": args.against.resolve()}
     both = {pair: partial(actions[pair[0]], checkout=sides[pair[1]]) for pair in product(actions, sides)}
     taken = in_turn(both, args.repeats)
@@ -92,16 +90,9 @@ def columns(row: dict) -> dict[str, object]:
     return {"what": row["what"]} | {key: shown(row[key]) for key in ("this", "other", "this_over_other")}
 
 
-def main() -> int:
-    """Measure what the command line says."""
-    parser = new_parser(__doc__)
+if __name__ == "__main__":
+    parser = new_parser(__doc__, COMMANDS)
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="the other checkout")
     parser.add_argument("--networks", type=positive, default=160, help="trained at once (default 160)")
     parser.add_argument("--epochs", type=positive, default=5, help="of a training (default 5)")
-    help_ = f"what follows 'experiment.py', in quotes, without --results-dir (default: {'; '.join(COMMANDS)})"
-    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=help_)
-    return run(parser, measure, columns)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parser, measure, columns))
