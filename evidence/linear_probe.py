@@ -1,12 +1,15 @@
 """The linear probe: logistic regression on the features, a yardstick without random starts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from config import InputError
 from engine import SplitFeatures
 from study import Run
 
@@ -22,6 +25,8 @@ COLUMNS = ("holdout", "split", "C", "validation", "full", "in", "out")
 def kept_probe(run: Run, holdouts: Sequence[str] | None = None) -> pd.DataFrame:
     """`linear_probe` on the splits of a run's first `SPLITS` seeds; kept in its results directory.
 
+    C is chosen on the first split, and the others take it.
+
     Args:
         run: features, splits and seeds.
         holdouts: default those of the run.
@@ -29,27 +34,46 @@ def kept_probe(run: Run, holdouts: Sequence[str] | None = None) -> pd.DataFrame:
     Returns:
         A row per holdout and split, indexed by holdout: see `linear_probe`, and "split", the seed whose split it is
         (the number of the split where all seeds share one).
+
+    Raises:
+        InputError: the file that was kept is damaged.
     """
     holdouts = [*(run.holdouts if holdouts is None else holdouts)]
-    shared = run.data.split_seed != "seed"
-    splits = [run.data.split_seed] if shared else [*run.seeds[:SPLITS]]
+    splits = [*run.seeds[:SPLITS]] if run.data.split_seed == "seed" else [run.data.split_seed]
     path = run.results.directory / FILE
-    kept = pd.read_csv(path).set_index(["holdout", "split"]) if path.is_file() else None
-    wanted = pd.MultiIndex.from_product([holdouts, splits], names=["holdout", "split"])
-    units = [(holdout, (split,)) for holdout, split in wanted if kept is None or (holdout, split) not in kept.index]
-    if units:
+    kept = _read(path)
+    for part in (splits[:1], splits[1:]):
+        missing = [unit for unit in product(holdouts, part) if unit not in kept.index]
+        if missing:
+            chosen = {name: [kept.loc[(name, splits[0]), "C"]] for name in holdouts} if part != splits[:1] else {}
+            rows = _fit(run, missing, chosen)
+            kept = rows if kept.empty else pd.concat([kept, rows]).sort_index()
+            with run.writing():
+                run.results.write_text(FILE, kept.reset_index().to_csv(index=False))
+    return kept.loc[pd.MultiIndex.from_product([holdouts, splits], names=kept.index.names)].reset_index("split")
 
-        def fit(unit: tuple[str, tuple[int]], tick: Callable[[], object]) -> pd.DataFrame:
-            holdout, (split,) = unit
-            row = linear_probe(run.data, [holdout], split).reset_index()
-            tick()
-            return row.assign(split=split)[[*COLUMNS]]
 
-        rows = pd.concat(run.side_by_side("Linear probe", units, fit, 1, 2 * run.data.features.numel(), "fit"))
-        kept = pd.concat([kept, rows.set_index(["holdout", "split"])]).sort_index()
-        with run.writing():
-            run.results.write_text(FILE, kept.reset_index().to_csv(index=False))
-    return kept.loc[wanted].reset_index("split")
+def _read(path: Path) -> pd.DataFrame:
+    """What was kept, by holdout and split."""
+    try:
+        table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+        return table[[*COLUMNS]].set_index(["holdout", "split"])
+    except (ValueError, KeyError):
+        raise InputError(f"'{path}' is damaged: delete it, and logistic regression is fitted again.") from None
+
+
+def _fit(run: Run, units: Sequence[tuple[str, int]], strengths: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    """Rows for pairs of a holdout and a split, with a holdout's own values of C if it has any."""
+
+    def fit(unit: tuple[str, tuple[int]], tick: Callable[[], object]) -> pd.DataFrame:
+        holdout, (split,) = unit
+        row = linear_probe(run.data, [holdout], split, strengths.get(holdout, STRENGTHS)).reset_index()
+        tick()
+        return row.assign(split=split)[[*COLUMNS]]
+
+    chunks = [(holdout, (split,)) for holdout, split in units]
+    rows = pd.concat(run.side_by_side("Linear probe", chunks, fit, 1, 2 * run.data.features.numel(), "fit"))
+    return rows.set_index(["holdout", "split"]).sort_index()
 
 
 def probe_words(probe: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from config import Settings
+from config import InputError, Settings
 from engine import SplitFeatures
 from evidence.linear_probe import STRENGTHS, kept_probe, linear_probe
 from tests.factories import SMALL, blobs, make_run, save_blobs, split_blobs
@@ -171,10 +171,22 @@ def test_a_run_keeps_the_probe_of_its_first_splits(tmp_path, fitted, split, spli
     assert table.index.tolist() == [name for name in run.holdouts for _ in splits]
     assert table["split"].tolist() == splits * len(run.holdouts)
     for holdout in run.holdouts:
-        own = [linear_probe(run.data, [holdout], number).loc[holdout, "full"] for number in splits]
+        chosen = linear_probe(run.data, [holdout], splits[0]).loc[holdout, "C"]
+        assert set(table.loc[[holdout], "C"]) == {chosen}
+        own = [linear_probe(run.data, [holdout], number, [chosen]).loc[holdout, "full"] for number in splits]
         assert table.loc[[holdout], "full"].tolist() == pytest.approx(own)
     assert fitted
     fitted.clear()
     again = kept_probe(make_run(features, tmp_path / "run", seeds=range(3, 15), settings=run.settings), ["sketch"])
     pd.testing.assert_frame_equal(again, table.loc[["sketch"]], check_dtype=False)
     assert not fitted
+
+
+def test_a_damaged_file_is_refused_by_its_name(tmp_path):
+    features = save_blobs(tmp_path / "features.npz", per_cell=10)
+    run = make_run(features, tmp_path / "run")
+    for text in ("", "holdout,split\nart,0\n", "\0"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "linear_probe.csv").write_text(text)
+        with pytest.raises(InputError, match=r"linear_probe\.csv"):
+            kept_probe(run)
