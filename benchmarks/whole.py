@@ -20,8 +20,8 @@ from measuring import Measured, command_seconds, in_turn, new_parser, run, shown
 COMMANDS = (
     "run --seeds 1 --no-figures",
     "run --seeds 20",
-    "study --seeds 20",
-    "compare --seeds 5 --algorithms ERM,ImportanceMask,SWAD",
+    "study --seeds 2",
+    "compare --seeds 2 --algorithms ERM,ImportanceMask,SWAD",
 )
 
 

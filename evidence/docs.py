@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from config import InputError
-from evidence.report import family_shown, interval, probe_sentence, splits_shown, summary, verdict_counts
+from evidence.report import family_shown, interval, probe_sentence, splits_shown, summary, verdict_counts, verdict_words
 from storage import Results, atomic_write
-from study import finding, levels, lodo_table, paired_differences, wide_table
+from study import levels, lodo_table, paired_differences, wide_table
 
 WIDTH = 120
 PAGES = ("README.md", "docs/*.md")
@@ -118,7 +118,7 @@ def results_tables(root: str | Path) -> dict[str, str]:
     epochs = _epochs(reference / "study")
     return {
         "setting": paragraph(_setting(Results(reference).read_settings(), records, study)),
-        "finding": paragraph(" ".join(_finding(records, study, epochs))),
+        "finding": paragraph(" ".join(_finding(study, epochs))),
         "accuracy": _accuracies(lodo_table(records)),
         "choices": _choices(records),
         "contrasts": _contrasts(study, epochs),
@@ -165,11 +165,6 @@ def paragraph(text: str, bullet: str = "") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=bullet, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def minus(text: str) -> str:
-    """Negative numbers with a minus sign instead of a hyphen."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-
-
 def _study_tables(folder: Path) -> dict[str, pd.DataFrame]:
     by_seed = ("seeds", "seeds_longer", "sources", "sources_longer")
     found = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
@@ -198,13 +193,18 @@ def _setting(about: Mapping, records: Sequence[Mapping], study: Mapping[str, pd.
     )
 
 
-def _finding(records: Sequence[Mapping], study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
-    """The README's three sentences: the run, the study's contrasts, and how far the features alone go."""
+def _finding(study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
+    """The README's three sentences: the first contrast, all of them, and how far the features alone go."""
+    first = [next(study[name].itertuples()) for name in ("contrasts", "contrasts_longer")]
+    said = [
+        f"{verdict_words(row.verdict)} at {count} epochs ({interval(row)} points)"
+        for row, count in zip(first, epochs, strict=True)
+    ]
     family = pd.concat([study["contrasts"], study["contrasts_longer"]])
     counts = verdict_counts(family)
     *most, last = (f"{words} in {count}" for words, count in counts.items() if count or words == "helps")
     return [
-        minus(finding(records)),
+        f"Against plain training, importance masking {' and '.join(said)}; 95 % intervals over {first[0].n} seeds.",
         f"In the {len(family)} contrasts fixed in advance, with plain training and with random and permuted masks, "
         f"from two starts, at {epochs[0]} and {epochs[1]} epochs, over {family['n'].max()} seeds, it {', '.join(most)} "
         f"and {last} of them.",

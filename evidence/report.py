@@ -39,6 +39,11 @@ difference there can only come from the structure of the mask."""
 LENGTH_ARMS = (ERM, IMPORTANCE, Arm("erm", "phase1"), Arm("importance", "phase1"))  # shown at both lengths
 
 
+def verdict_words(verdict: str) -> str:
+    """A verdict in the words of a sentence: "hurts", "is undecided"."""
+    return next(words for start, words in VERDICTS.items() if verdict.startswith(start))
+
+
 def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
     """How often each verdict was reached (of a `statistics.family`): words -> contrasts."""
     return {words: int(table["verdict"].str.startswith(start).sum()) for start, words in VERDICTS.items()}
