@@ -10,7 +10,6 @@ import config
 from tests.factories import ROOT
 
 
-
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Runs a benchmark as a script in this process, in an empty folder: exit code, stdout and stderr."""
