@@ -204,7 +204,7 @@ class Verdict:
         if self.seeds_needed > self.n:
             return f"undecided (about {self.seeds_needed} seeds would decide)"
         # power 0.8 leaves one study in five undecided, so these seeds may be enough and have failed to decide
-        return f"undecided (about {self.seeds_needed} seeds usually decide, these {self.n} did not)"
+        return f"undecided (about {self.seeds_needed} seeds usually decide)"
 
 
 def verdict(differences: ArrayLike, margin: float = MARGIN, resamples: int = 10_000, seed: int = 0) -> Verdict:
