@@ -6,7 +6,7 @@ chunk of seeds), and each unit is on disk before the next begins.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Study:
     def __init__(self, run: Run, arms: Sequence[Arm] = (ERM, IMPORTANCE), keep_weights: bool = True):
         self.run, self.arms, self.keep_weights = run, check_arms(arms), keep_weights
 
-    @property
+    @cached_property
     def arm_names(self) -> tuple[str, ...]:
         """Names of the arms, as in records and files."""
         return tuple(arm.name for arm in self.arms)
