@@ -88,17 +88,17 @@ def length_sentence(held_out: pd.DataFrame, sources: pd.DataFrame, epochs: tuple
 
 
 def probe_sentence(probe: pd.DataFrame, accuracies: Mapping[int, pd.DataFrame]) -> str:
-    """Where logistic regression stands beside the best network of any length (epochs -> `lodo_table`)."""
+    """Where logistic regression stands beside the best arm of any length (epochs -> `lodo_table`)."""
     means = {
         f"{row.algorithm}, {epochs} epochs": row.mean
         for epochs, table in accuracies.items()
         for row in table[table["holdout"] == AVERAGE].itertuples()
     }
     best, value = max(means, key=means.get), probe["full"].mean()
-    place = "above every network" if value > means[best] else "not above the best network"
+    place = "above the mean of every arm" if value > means[best] else "not above the mean of the best arm"
     return (
         f"Logistic regression on the same features reaches {100 * value:.1f} %, {place}; "
-        f"the best network ({best}) has {100 * means[best]:.1f} %."
+        f"the best arm ({best}) has {100 * means[best]:.1f} %."
     )
 
 

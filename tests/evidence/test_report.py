@@ -62,7 +62,9 @@ def test_overlap_between_starts_in_a_sentence():
 
 
 @pytest.mark.parametrize(
-    ("full", "place"), [(0.72, "above every network"), (0.68, "not above the best network")], ids=["above", "below"]
+    ("full", "place"),
+    [(0.72, "above the mean of every arm"), (0.68, "not above the mean of the best arm")],
+    ids=["above", "not"],
 )
 def test_where_the_probe_stands(full, place):
     probe = pd.DataFrame({"full": [full - 0.1, full + 0.1], "in": [1.0, 1.0], "out": [0.0, 0.0]})
@@ -72,7 +74,7 @@ def test_where_the_probe_stands(full, place):
     long = pd.DataFrame(rows, columns=["algorithm", "holdout", "mean"])
     assert probe_sentence(probe, {10: short, 30: long}) == (
         f"Logistic regression on the same features reaches {100 * full:.1f} %, {place}; "
-        "the best network (importance, 30 epochs) has 70.0 %."
+        "the best arm (importance, 30 epochs) has 70.0 %."
     )
 
 
