@@ -28,7 +28,9 @@ def load_extractor(name: str | Path) -> ViTFeatureExtractor:
         _check_available(name)
         with _quiet():
             extractor = ViTFeatureExtractor(_load_backbone(name), Preprocessing(_load_processor(name)), _short(name))
-            extractor(extractor.preprocessing(Image.new("RGB", (48, 64)))[None])  # what loads may still not run
+            size = getattr(extractor.model.config, "image_size", 224)  # of one side, or height and width
+            image = Image.new("RGB", (size, size) if isinstance(size, int) else (size[1], size[0]))
+            extractor(extractor.preprocessing(image)[None])  # what loads may still not run
     except InputError:
         raise
     except Exception as error:  # the libraries raise anything on a damaged model

@@ -26,7 +26,7 @@ from field.load import load_method
 from field.selection import tables_by_rule
 from field.unit import Trained, Unit, train_unit
 from storage import FeatureSet, Results, damaged
-from study import SELECTIONS, Arm, Counted, Execution, Run, SavedNetworks, Study, make_records
+from study import SELECTIONS, Arm, Counted, Run, SavedNetworks, Study, make_records
 
 PARTNERS = {"pooled": "ERM", "balanced": "ERMBalanced"}  # the baseline for each way of making a batch
 CLASSIFIERS = 4  # memory that a method may need for a network: experts, averages and adversaries
@@ -92,19 +92,10 @@ class Comparison:
         """
         results = results if isinstance(results, Results) else Results(results)
         records = [record for record in results.records() if "trial" in record]
-        about = results.read_settings()
-        if not records or about is None:
-            raise InputError(f"'{results.directory}' holds no comparison: run compare first, or give --results-dir.")
-        data = features()
-        if data.fingerprint != about["features"]["fingerprint"]:
-            raise InputError("The comparison was made with other features: give them with --features or --data-root.")
-        settings = Settings.current(**{name.lower(): value for name, value in about["settings"].items()})
-        held_out = {record["holdout"] for record in records}
-        single = [name for name in data.domain_names if name in held_out]
-        run = Run(data, settings, results, sorted({r["seed"] for r in records}), single, Execution(progress=False))
+        run = Run.of(results, features, records, "comparison")
         trials = 1 + max(record["trial"] for record in records)
         methods = sorted({record["algorithm"] for record in records}) if methods is None else methods
-        return cls(run, methods, trials, any("+" in name for name in held_out))
+        return cls(run, methods, trials, any("+" in record["holdout"] for record in records))
 
     @property
     def names(self) -> tuple[str, ...]:

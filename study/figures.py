@@ -8,14 +8,13 @@ import numpy as np
 import torch
 
 import visualization as draw
-from config import InputError, Settings
 from dataset import find_dataset, load_image
 from engine import accuracies, classify
 from importance import flatten
 from storage import FeatureSet, Results
 from study.archive import SavedNetworks
 from study.masks import overlap_table
-from study.run import Execution, Run
+from study.run import Run
 from study.study import Study
 from study.tables import AVERAGE, levels, lodo_table, paired_differences
 from visualization import Figure
@@ -244,13 +243,4 @@ def study_of(results: Results, features: Callable[[], FeatureSet]) -> Study:
     Raises:
         InputError: there is no run, or it was made with other features.
     """
-    records, about = results.records(), results.read_settings()
-    if not records or about is None:
-        raise InputError(f"'{results.directory}' holds no results: give another --results-dir.")
-    data = features()
-    if data.fingerprint != about["features"]["fingerprint"]:
-        raise InputError("The results were made with other features: give them with --features or --data-root.")
-    settings = Settings.current(**{name.lower(): value for name, value in about["settings"].items()})
-    held_out, seeds = {record["holdout"] for record in records}, sorted({record["seed"] for record in records})
-    holdouts = [name for name in data.domain_names if name in held_out]
-    return Study(Run(data, settings, results, seeds, holdouts, Execution(progress=False)))
+    return Study(Run.of(results, features, results.records(), "run"))

@@ -121,6 +121,28 @@ class Run:
             clear_results([results], features, settings, holdouts)
         return cls(features, settings, results, seeds, holdouts, execution)
 
+    @classmethod
+    def of(cls, results: Results, features: Callable[[], FeatureSet], records: Sequence[Mapping], what: str) -> "Run":
+        """The run that records of a results directory are of, to read them.
+
+        Args:
+            features: returns those that it was made with; called once there are records, as it may take long.
+            what: the records are, for the message.
+
+        Raises:
+            InputError: there are none, or they were made with other features.
+        """
+        about = results.read_settings()
+        if not records or about is None:
+            raise InputError(f"'{results.directory}' holds no {what}: make one, or give another --results-dir.")
+        data = features()
+        if data.fingerprint != about["features"]["fingerprint"]:
+            raise InputError(f"The {what} was made with other features: give them with --features or --data-root.")
+        settings = Settings.current(**{name.lower(): value for name, value in about["settings"].items()})
+        held_out, seeds = {record["holdout"] for record in records}, sorted({record["seed"] for record in records})
+        holdouts = [name for name in data.domain_names if name in held_out]
+        return cls(data, settings, results, seeds, holdouts, Execution(progress=False))
+
     def beside(
         self, directory: str | Path, settings: Settings | None = None, seeds: Sequence[int] | None = None
     ) -> "Run":

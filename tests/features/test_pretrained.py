@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
@@ -55,6 +56,15 @@ def change(folder, name, **entries):
 
 
 PROCESSOR = "preprocessor_config.json"
+
+
+def test_a_processor_that_resizes_nothing_takes_images_of_the_right_size(copy):
+    change(copy, PROCESSOR, do_resize=False)
+    extractor = load_extractor(copy)
+    pixels = extractor.preprocessing(Image.new("RGB", (32, 32)))
+    assert extractor(pixels[None]).shape == (1, 24)
+
+
 DAMAGES = {
     "another architecture": lambda folder: change(folder, "config.json", model_type="beit"),
     "other sizes than the weights": lambda folder: change(folder, "config.json", intermediate_size=40),

@@ -205,7 +205,7 @@ def test_a_study_is_found_again_in_its_directory(finished, data, tmp_path):
     study = figures.study_of(finished.run.results, lambda: data)
     assert (study.run.seeds, study.run.holdouts) == (finished.run.seeds, finished.run.holdouts)
     assert study.run.settings == finished.run.settings
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match="--results-dir"):
         figures.study_of(Results(tmp_path), lambda: pytest.fail("it looked for features"))
     other = small_run(tmp_path).features
     with pytest.raises(InputError, match="--features"):
