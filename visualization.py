@@ -688,6 +688,8 @@ def overlap_matrix(values, names: Sequence[str], title: str, chance: float | Non
     """
     words = "intersection over union" + ("" if chance is None else f" (chance: {chance:.2f})")
     values = as_array(values)
+    if values.shape != (len(names), len(names)):
+        raise ValueError(f"{len(names)} masks have as many rows and columns, not {values.shape}.")
     np.fill_diagonal(values, np.nan)
     return matrices([Panel("", values, names, names)], title, words, (chance or 0, 1))
 

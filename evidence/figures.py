@@ -74,7 +74,7 @@ def _forest(directory: Path, about: Sequence[Mapping]) -> Figure:
 
 def _overlap(directory: Path, about: Mapping) -> Figure:
     tables = "domain_overlap", "seed_stability"
-    table, stability = (pd.read_csv(directory / f"{name}.csv", index_col=0) for name in tables)
+    table, stability = (pd.read_csv(directory / f"{name}.csv") for name in tables)
     seeds = pd.read_csv(directory / "contrasts.csv")["n"].max()
     title = f"Overlap (IoU) of the masks of single domains ({_title(about, seeds)})"
     return overlap_matrix(table.to_numpy(), list(table), title, stability["chance"].iloc[0])

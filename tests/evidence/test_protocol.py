@@ -13,7 +13,7 @@ import config
 from config import InputError, Settings
 from evidence import FAMILY, OTHERS, Protocol, family_table, forest_figure
 from evidence.contrasts import FAMILY_ARMS, seed_averages
-from evidence.figures import save_all
+from evidence.figures import all_figures, save_all
 from evidence.protocol import LONGER, places, scaled, sweep_arms
 from evidence.report import summary
 from importance import unimportant_rate
@@ -271,6 +271,15 @@ def test_figures_are_drawn_again_from_the_tables(done, tmp_path):
     assert path.read_bytes().startswith(b"%PDF")
     with pytest.raises(InputError, match="no complete study"):
         save_all(tmp_path)
+
+
+def test_the_overlap_of_every_two_domains_is_drawn(done):
+    table = pd.read_csv(done[0] / "domain_overlap.csv")
+    axes = dict(all_figures(done[0]))["overlap"]().axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(table) == list(HOLDOUTS)
+    shown = sorted(float(text.get_text()) for text in axes.texts)
+    table = table.to_numpy()
+    assert shown == pytest.approx(sorted(table[~np.eye(3, dtype=bool)]), abs=0.0051)
 
 
 def leave_results(place, settings):
