@@ -27,7 +27,7 @@ from torch import Tensor
 
 from config import InputError, Settings
 from storage.atomic import atomic_write, remove_leftovers, write_errors
-from storage.schema import RECORD, SETTINGS, check_json, damaged
+from storage.schema import check_json, damaged
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Results:
             stored = json.loads(path.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise damaged(f"'{path}'", error) from error
-        check_json(f"'{path}'", stored, SETTINGS)
+        check_json(f"'{path}'", stored, "settings")
         return stored
 
     def clear(self) -> None:
@@ -211,17 +211,17 @@ class Results:
         return stat.st_size, stat.st_mtime_ns
 
     def _parse(self) -> dict[str, dict]:
-        *lines, torn = self._records_path.read_bytes().split(b"\n")
+        path, records = self._records_path, {}
+        *lines, torn = path.read_bytes().split(b"\n")
         if torn:
-            log.warning("The last line of %s is torn and passed over.", self._records_path)
-        records = {}
+            log.warning("The last line of %s is torn and passed over.", path)
         for number, line in enumerate(lines, start=1):
-            where = f"Line {number} of '{self._records_path}'"
+            where = f"Line {number} of '{path}'"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise damaged(where, error) from error
-            check_json(where, record, RECORD)
+            check_json(where, record, "record")
             records[record["key"]] = record
         return records
 

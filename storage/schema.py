@@ -1,7 +1,8 @@
 """What the files of a results directory must hold, declared once. Each is checked against this where it is read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,38 +10,44 @@ from torch import Tensor
 
 from config import InputError
 
+Fault = tuple[str, str]  # where in a value, ".features.counts" or "[3]"; what is wrong there
+Check = Callable[[object], Fault | None]  # of a value read from JSON: its first fault
+
 # Kinds of JSON: a type (object = any), several (one of them), a list of one kind, {str: kind} for any names, or names
 # with their kinds. A name that ends in "?" may be missing, and others may be there.
 SHARES = ({"full": float, "in": float, "out": float}, None)
 FACTS = {"feature_size": int, "model": ({"name": str}, None)}
-RECORD = {
-    "key": str,
-    "algorithm": str,
-    "holdout": str,
-    "seed": int,
-    "selection": str,
-    "settings": str,
-    "failed": (str, None),
-    "accuracy": SHARES,
-    "balanced_accuracy": SHARES,
-    "validation?": (float, None),
-    "epoch?": (int, None),
-    "note?": str,
-    "trial?": int,
-    "hyperparameters?": {str: object},
-}
-SETTINGS = {
-    "hash": str,
-    "settings": {str: object},
-    "features": FACTS | {"dataset": str, "fingerprint": str, "counts": {str: {str: int}}},
-    "environments": [{str: object}],
-    "holdouts?": {str: str},
-}
-HEADER = {
-    "class_names": [str],
-    "domain_names?": [str],
-    "hidden_sizes": [int],
-    "features": FACTS | {"preprocessing": ({str: object}, None)},
+JSON = {
+    "record": {
+        "key": str,
+        "algorithm": str,
+        "holdout": str,
+        "seed": int,
+        "selection": str,
+        "settings": str,
+        "failed": (str, None),
+        "accuracy": SHARES,
+        "balanced_accuracy": SHARES,
+        "validation?": (float, None),
+        "epoch?": (int, None),
+        "note?": str,
+        "trial?": int,
+        "hyperparameters?": {str: object},
+    },
+    "settings": {
+        "hash": str,
+        "settings": {str: object},
+        "features": FACTS | {"dataset": str, "fingerprint": str, "counts": {str: {str: int}}},
+        "environments": [{str: object}],
+        "holdouts?": {str: str},
+    },
+    "header": {
+        "class_names": [str],
+        "domain_names?": [str],
+        "hidden_sizes": [int],
+        "trained_blocks?": int,
+        "features": FACTS | {"preprocessing": ({str: object}, None)},
+    },
 }
 
 # Files, a pattern -> arrays, patterns too -> "f" for floats, "i" integers or "b" booleans, and the axes. Axes of one
@@ -51,14 +58,17 @@ ARRAYS = {
     "histories/phase1_*": CURVES | {"train_accuracy": "f SE"},
     "histories/phase2_*": CURVES | {"train_accuracy": "f SE", "correct": "i SEDPC"},
     "histories/compare_*": CURVES | {"correct": "i SEDPC"},  # and what the method records
+    "importance/phase1_* of blocks": {"importance_*": "f Soi"},
+    "importance/holdout_* of blocks": {"bits_*": "i So*"},
     "importance/*": {"importance_*": "f Soi", "normalized_*": "f Soi", "mask_*": "b Soi"},
 }
 
 
-def check_json(where: str, value: object, kind: object) -> None:
-    """Raise an `InputError` that names the first fault of a value read from JSON, if it has one."""
-    if fault := next(_faults(value, kind, ""), None):
-        raise damaged(where, fault)
+def check_json(where: str, value: object, kind: str) -> None:
+    """Raise an `InputError` that names the first fault of a value read from JSON, a kind of `JSON`, if it has one."""
+    if fault := _check(kind)(value):
+        place, what = fault
+        raise damaged(where, f"{place.removeprefix('.') or 'it'} {what}")
 
 
 def damaged(where: str, fault: object) -> InputError:
@@ -66,37 +76,81 @@ def damaged(where: str, fault: object) -> InputError:
     return InputError(f"{where} is damaged or not of this project ({fault}): restore it, or use another.")
 
 
-def _faults(value: object, kind: object, name: str) -> Iterator[str]:
-    said = name or "it"
+@cache
+def _check(kind: str) -> Check:
+    """The check of a kind of `JSON`, composed once: a results directory holds many thousands of records."""
+    return _check_of(JSON[kind])
+
+
+def _check_of(kind: object) -> Check:
+    """The check of a kind, as in `JSON`."""
     if isinstance(kind, tuple):
-        if all(any(_faults(value, one, name)) for one in kind):
-            yield from _faults(value, kind[0], name)
-    elif isinstance(kind, list):
-        items = value if isinstance(value, list) else ()
-        if items is not value:
-            yield f"{said} is no list"
-        for number, item in enumerate(items):
-            yield from _faults(item, kind[0], f"{name}[{number}]")
-    elif isinstance(kind, dict):
-        items = value if isinstance(value, dict) else {}
-        if items is not value:
-            yield f"{said} is no object"
-        for key, inner in (dict.fromkeys(items, kind[str]) if str in kind else kind).items():
-            plain = key.removesuffix("?")
-            if plain in items:
-                yield from _faults(items[plain], inner, f"{name}.{plain}".removeprefix("."))
-            elif plain == key and items is value:
-                yield f"{said} lacks {key}"
-    elif kind is None:
-        if value is not None:
-            yield f"{said} is not null"
-    elif not (kind is object or type(value) is kind or (kind is float and type(value) is int)):
-        yield f"{said} is no {kind.__name__}"
+        return _one_of([_check_of(one) for one in kind])
+    if isinstance(kind, list):
+        return _each(list, _check_of(kind[0]), enumerate, "[{}]", "is no list")
+    if isinstance(kind, dict):
+        if str in kind:
+            return _each(dict, _check_of(kind[str]), dict.items, ".{}", "is no object")
+        return _named({name: _check_of(inner) for name, inner in kind.items()})
+    return _plain(kind)
+
+
+def _plain(kind: type | None) -> Check:
+    """That a value is of exactly this type, as True is no int; an int is a float."""
+    if kind is object:
+        return lambda value: None
+    types = {float: {float, int}, None: {type(None)}}.get(kind, {kind})
+    fault = "", "is not null" if kind is None else f"is no {kind.__name__}"
+    return lambda value: None if type(value) in types else fault
+
+
+def _one_of(checks: Sequence[Check]) -> Check:
+    """That a value passes one of the checks; its fault is that of the first."""
+
+    def check(value: object) -> Fault | None:
+        for one in checks:
+            if one(value) is None:
+                return None
+        return checks[0](value)
+
+    return check
+
+
+def _each(container: type, inner: Check, items: Callable, name: str, otherwise: str) -> Check:
+    """That a value is such a container, and that each item passes; `items` gives them with their names."""
+
+    def check(value: object) -> Fault | None:
+        if not isinstance(value, container):
+            return "", otherwise
+        for key, item in items(value):
+            if fault := inner(item):
+                return name.format(key) + fault[0], fault[1]
+        return None
+
+    return check
+
+
+def _named(checks: Mapping[str, Check]) -> Check:
+    """That a value is an object with these names, but for those that end in "?", and what each must pass."""
+    entries = [(name.removesuffix("?"), name.endswith("?"), inner) for name, inner in checks.items()]
+
+    def check(value: object) -> Fault | None:
+        if not isinstance(value, dict):
+            return "", "is no object"
+        for name, optional, inner in entries:
+            if name in value:
+                if fault := inner(value[name]):
+                    return f".{name}{fault[0]}", fault[1]
+            elif not optional:
+                return "", f"lacks {name}"
+        return None
+
+    return check
 
 
 def check_arrays(kind: str, path: Path, arrays: Mapping[str, Tensor], header: object) -> None:
     """Raise an `InputError` that names the first fault of a file of networks ("weights", …), if it has one."""
-    check_json(f"'{path}'", header, HEADER)
+    check_json(f"'{path}'", header, "header")
     if fault := next(_array_faults(f"{kind}/{path.stem}", arrays, header), None):
         raise damaged(f"'{path}'", fault)
 
@@ -105,6 +159,8 @@ def _array_faults(file: str, arrays: Mapping[str, Tensor], header: Mapping) -> I
     seeds = arrays.get("seeds", torch.empty(0))
     if not 0 < seeds.numel() == seeds.unique().numel():
         yield "its seeds are missing, or one is there twice"
+    if file.startswith("importance/") and header.get("trained_blocks"):
+        file += " of blocks"
     wanted = next((table for pattern, table in ARRAYS.items() if fnmatchcase(file, pattern)), {})
     wanted = {"seeds": "i S"} | wanted | {"*": "any S*"}
     lengths = {"P": 2, "C": len(header["class_names"])}
