@@ -14,7 +14,9 @@ import reprlib
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 # Data
 DATA_ROOT: str | None = None  # folder of domain folders of class folders; None = the bundled features
@@ -48,6 +50,19 @@ PH2_LR_UNIMPORTANT_START: float = 1e-4  # tracked weights outside the mask, firs
 PH2_LR_DECAY_RATE: float = 0.5  # factor on it after each epoch
 PH2_FREEZE_EPOCH: int = 7  # epochs after which it is exactly 0; 0 = from the start
 PH2_INIT: str = "fresh"  # "fresh" random network, or "phase1" for Phase 1's own start
+
+# Trained blocks: the same two phases on the last blocks of the ViT, instead of on frozen features (needs DATA_ROOT)
+TRAINED_BLOCKS: int = 0  # how many of the last blocks; 0 = none. With blocks, these take the place of those above:
+BLOCK_HIDDEN_SIZES: tuple[int, ...] = ()  # of the classifier on [CLS]; () = a linear layer
+BLOCK_BATCH_SIZE: int = 64
+BLOCK_EPOCHS: int = 5  # of both phases
+BLOCK_PH1_LEARNING_RATE: float = 1e-4  # Adam; of blocks and classifier
+BLOCK_PH1_DATA: str = "in"  # learning rates are chosen on `out`, so masks must not see it
+BLOCK_SEEDS_PER_CHUNK: int = 1  # seeds trained and written together; these networks are large
+BLOCK_FREEZE_EPOCH: int = 0  # unmarked weights are frozen from the start
+BACKBONE_LEARNING_RATE: float = 1e-4  # Adam, Phase 2; of the blocks' marked weights, biases and norms
+HEAD_START: str = "probe"  # of the classifier: "probe" (logistic regression, as in LP-FT) or "random"
+PROBE_C: float = 0.01  # inverse of the penalty of that regression
 
 # Run
 NUM_SEEDS: int = 10  # seeds 0 … N-1
@@ -150,6 +165,12 @@ LIMITS = {  # settings and options that are numbers: the smallest and the larges
     "PH1_NUM_EPOCHS": (1, 10**5),
     "PH2_NUM_EPOCHS": (1, 10**5),
     "PH2_FREEZE_EPOCH": (0, 10**9),
+    "TRAINED_BLOCKS": (0, 1000),
+    "BLOCK_HIDDEN_SIZES": (1, 10**5),
+    "BLOCK_BATCH_SIZE": (1, 10**6),
+    "BLOCK_EPOCHS": (1, 10**5),
+    "BLOCK_FREEZE_EPOCH": (0, 10**9),
+    "BLOCK_SEEDS_PER_CHUNK": (1, 10**5),
     "IMPORTANCE_THRESHOLD_PERCENTILE": (0, 100),
     "NUM_SEEDS": (1, 10**5),
     "SEEDS_PER_CHUNK": (1, 10**5),
@@ -165,11 +186,26 @@ RULES = (  # other settings, what they must do, and whether a value does
     ),
     (("OUT_FRACTION",), "lie between 0 and 1", lambda part: 0 < part < 1),
     (("HIDDEN_SIZES",), "have two layers or more, to have a tracked matrix", lambda sizes: len(sizes) >= 2),
-    (("HIDDEN_SIZES",), f"have {MOST_LAYERS} layers at most", lambda sizes: len(sizes) <= MOST_LAYERS),
-    (("PH1_LEARNING_RATE", "PH2_LR_IMPORTANT"), "be positive and finite", lambda rate: 0 < rate < math.inf),
+    (
+        ("HIDDEN_SIZES", "BLOCK_HIDDEN_SIZES"),
+        f"have {MOST_LAYERS} layers at most",
+        lambda sizes: len(sizes) <= MOST_LAYERS,
+    ),
+    (
+        (
+            "PH1_LEARNING_RATE",
+            "PH2_LR_IMPORTANT",
+            "BLOCK_PH1_LEARNING_RATE",
+            "BACKBONE_LEARNING_RATE",
+            "PROBE_C",
+        ),
+        "be positive and finite",
+        lambda rate: 0 < rate < math.inf,
+    ),
     (("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE"), "be 0 or more and finite", lambda rate: 0 <= rate < math.inf),
-    (("PH1_DATA",), "be 'all' or 'in'", lambda part: part in ("all", "in")),
+    (("PH1_DATA", "BLOCK_PH1_DATA"), "be 'all' or 'in'", lambda part: part in ("all", "in")),
     (("PH2_INIT",), "be 'fresh' or 'phase1'", lambda start: start in ("fresh", "phase1")),
+    (("HEAD_START",), "be 'probe' or 'random'", lambda start: start in ("probe", "random")),
     (("IMPORTANCE_AGGREGATION",), f"be one of {', '.join(AGGREGATIONS)}", lambda method: method in AGGREGATIONS),
     (("RESULTS_DIR",), "name a directory", str.strip),
 )
@@ -194,6 +230,8 @@ class Settings:
     Fields have the constants' names in lower case; see the comments there for meanings and units.
     """
 
+    constants: ClassVar[Mapping[str, str]] = {}  # field -> the constant that it is read from, where names differ
+
     split_seed: int | str
     out_fraction: float
     hidden_sizes: tuple[int, ...]
@@ -212,28 +250,69 @@ class Settings:
 
     @classmethod
     def current(cls, **overrides) -> "Settings":
-        """The constants of this module as they are now, with `overrides` by field name."""
-        values = {field.name: overrides.pop(field.name, globals()[field.name.upper()]) for field in fields(cls)}
+        """The constants of this module as they are now, with `overrides` by field name.
+
+        With `TRAINED_BLOCKS` these are `BlockSettings`.
+        """
+        if cls is Settings and overrides.get("trained_blocks", TRAINED_BLOCKS):
+            return BlockSettings.current(**overrides)
+        values = {field.name: overrides.pop(field.name, globals()[cls.constant(field.name)]) for field in fields(cls)}
         if overrides:
             raise InputError(f"There is no setting '{next(iter(overrides)).upper()}'.")
         return cls(**values)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "Settings":
+        """The settings that `as_dict` has written; what it does not say is as the constants say."""
+        kind = BlockSettings if values.get("TRAINED_BLOCKS") else Settings
+        known = {kind.constant(field.name): field.name for field in fields(kind)}
+        return kind.current(**{known.get(name, name): value for name, value in values.items()})
+
+    @classmethod
+    def constant(cls, field: str) -> str:
+        """Name of the constant that a field is read from."""
+        return cls.constants.get(field, field.upper())
+
     def __post_init__(self) -> None:
         for field in fields(self):  # equal settings are of equal types, and so of equal hash
-            name = field.name.upper()
+            name = self.constant(field.name)
             object.__setattr__(self, field.name, _coerce(name, getattr(self, field.name), _declared(name)))
             check(name, getattr(self, field.name))
 
     def as_dict(self) -> dict[str, object]:
         """Settings by the constants' names, ready for JSON."""
-        return {
-            name.upper(): list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
-        }
+        values = {self.constant(name): value for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def hash(self) -> str:
         """First 12 hex digits of the SHA-256 of the settings as sorted JSON."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class BlockSettings(Settings):
+    """`Settings` of training the ViT's last blocks: network, batches and schedule have constants of their own."""
+
+    constants: ClassVar[Mapping[str, str]] = {
+        "hidden_sizes": "BLOCK_HIDDEN_SIZES",
+        "batch_size": "BLOCK_BATCH_SIZE",
+        "ph1_num_epochs": "BLOCK_EPOCHS",
+        "ph1_learning_rate": "BLOCK_PH1_LEARNING_RATE",
+        "ph1_data": "BLOCK_PH1_DATA",
+        "ph2_num_epochs": "BLOCK_EPOCHS",
+        "ph2_freeze_epoch": "BLOCK_FREEZE_EPOCH",
+    }
+
+    trained_blocks: int
+    backbone_learning_rate: float
+    head_start: str
+    probe_c: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ph1_num_epochs != self.ph2_num_epochs:
+            raise InputError("BLOCK_EPOCHS is the number of epochs of both phases.")
 
 
 _as_written = {name: globals()[name] for name in names()}

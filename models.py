@@ -1,11 +1,14 @@
-"""The two networks: the frozen ViT that turns an image into features, and the small classifier on top."""
+"""The networks: the frozen ViT that turns an image into features, and what is trained on top or of its last blocks."""
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from config import InputError
 
 
 class FeedforwardClassifier(nn.Module):
@@ -16,6 +19,8 @@ class FeedforwardClassifier(nn.Module):
 
     Shapes: input ``[..., D]`` (D = `in_features`), output (logits) ``[..., num_classes]``.
     """
+
+    chained = True  # the tracked matrices follow one another: rows of one and columns of the next are the same units
 
     def __init__(self, in_features: int, num_classes: int, hidden_sizes: Sequence[int]):
         super().__init__()
@@ -46,6 +51,87 @@ class FeedforwardClassifier(nn.Module):
     def size(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class BackboneTail(nn.Module):
+    """The last blocks of a vision transformer, its final norm, and a classifier on ``[CLS]``.
+
+    It reproduces what the transformer computes from the tokens before those blocks: before training, `representation`
+    is the feature that `ViTFeatureExtractor` gives for the image. The weight matrices of the blocks are the tracked
+    ones: they start from the same pretrained weights in both phases and for every seed, so that a position in a mask
+    means the same weight everywhere.
+
+    Shapes: tokens ``[B, T, D]`` in, ``[CLS]`` first; logits ``[B, num_classes]`` out.
+
+    Args:
+        blocks: of the transformer, first to last; they are copied.
+        arguments: what each block takes besides the tokens, positional and by name, the same for every image.
+        norm: after the last block; None where the transformer's last hidden state has none. It is copied.
+        head: the classifier on ``[CLS]``, or `torch.nn.Identity` for none.
+    """
+
+    chained = False
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        arguments: Sequence[tuple[tuple, Mapping[str, object]]],
+        norm: nn.Module | None,
+        head: FeedforwardClassifier,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(copy.deepcopy(block) for block in blocks).requires_grad_(True)
+        self.norm = nn.Identity() if norm is None else copy.deepcopy(norm).requires_grad_(True)
+        self.head, self.arguments = head, tuple(arguments)
+        self.eval()  # no dropout in the blocks
+
+    def with_head(self, head: nn.Module) -> "BackboneTail":
+        """A copy with another classifier."""
+        return BackboneTail(self.blocks, self.arguments, self.norm, head)
+
+    def representation(self, tokens: Tensor) -> Tensor:
+        """The last ``[CLS]``: ``[B, T, D]`` -> ``[B, D]``."""
+        for block, (more, named) in zip(self.blocks, self.arguments, strict=True):
+            tokens = block(tokens, *more, **named)
+            tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+        return self.norm(tokens[:, 0])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.representation(tokens))
+
+    @property
+    def tracked_names(self) -> tuple[str, ...]:
+        """Parameter names of the weight matrices of the blocks, in the module's order."""
+        linear = [name for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)]
+        return tuple(f"blocks.{name}.weight" for name in linear)
+
+    def tracked(self, params: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tracked matrices among the parameters of such a network or a stack of them: L × ``[*stack, out, in]``."""
+        return [params[name] for name in self.tracked_names]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> "BackboneTail":
+        """The blocks stay in eval mode whatever `mode` is: they are trained without dropout."""
+        return super().train(False)
+
+
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a vision transformer of `transformers`, first to last.
+
+    Raises:
+        InputError: the model has no one list of as many blocks as its configuration says.
+    """
+    depth = getattr(model.config, "num_hidden_layers", None)
+    found = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+    if len(found) != 1:
+        raise InputError(
+            f"The blocks of a {type(model).__name__} cannot be told apart: use a ViT, DeiT, DINOv2 or CLIP."
+        )
+    return found[0]
 
 
 class Preprocessing:
@@ -120,10 +206,52 @@ class ViTFeatureExtractor(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
+        return self._hidden(pixels)[:, 0].float()
+
+    @torch.no_grad()
+    def tokens(self, pixels: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """Features, and the tokens before the last `blocks` blocks: float32 ``[B, D]`` and ``[B, T, D]``."""
+        features, (seen, *_), _ = self._observe(pixels, transformer_blocks(self.model)[-blocks])
+        return features[:, 0].float(), seen.float()
+
+    @torch.no_grad()  # not inference mode: what is observed here is used in training
+    def tail(self, blocks: int) -> BackboneTail:
+        """The last blocks and the norm after them, with no classifier: tokens ``[B, T, D]`` to features ``[B, D]``.
+
+        Raises:
+            InputError: there are fewer blocks, or the features cannot be computed from the tokens before them.
+        """
+        every = transformer_blocks(self.model)
+        if not 1 <= blocks <= len(every):
+            raise InputError(f"TRAINED_BLOCKS must lie in 1 … {len(every)}, the blocks of '{self.name}', not {blocks}.")
+        size = getattr(self.model.config, "image_size", 224)  # of one side, or height and width
+        height, width = (size, size) if isinstance(size, int) else size
+        draw = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (2, 3, height, width), generator=draw, dtype=torch.uint8)
+        calls = [self._observe(pixels, block, exact=True) for block in every[-blocks:]]
+        wanted, arguments = calls[0][0][:, 0], [(tuple(more), named) for _, (_, *more), named in calls]
+        tokens = calls[0][1][0]
+        for norm in (None, *(part for name, part in self.model.named_children() if "norm" in name)):
+            tail = BackboneTail(every[-blocks:], arguments, norm, nn.Identity())
+            found = tail(tokens)
+            if torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())):
+                return tail
+        raise InputError(f"The blocks of '{self.name}' cannot be split: use a ViT, DeiT, DINOv2 or CLIP.")
+
+    def _observe(self, pixels: Tensor, block: nn.Module, exact: bool = False) -> tuple[Tensor, tuple, dict]:
+        """The last hidden state, and what a block was called with on the way there."""
+        seen = []
+        hook = block.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+        with hook:
+            hidden = self._hidden(pixels, exact)
+        return hidden, *seen[0]
+
+    def _hidden(self, pixels: Tensor, exact: bool = False) -> Tensor:
+        """The last hidden state ``[B, T, D]``; `exact`: in float32 whatever the device."""
         pixels = (pixels.to(self.device, non_blocking=True).float() * self.preprocessing.scale - self.mean) / self.std
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden = self.model(pixel_values=pixels).last_hidden_state
-        return hidden[:, 0].float()
+        bfloat16 = self.device.type == "cuda" and not exact
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            return self.model(pixel_values=pixels).last_hidden_state
 
     def train(self, mode: bool = True) -> "ViTFeatureExtractor":
         """Stays in eval mode whatever `mode` is: the backbone is frozen."""

@@ -2,7 +2,8 @@
 
 The name of a cache file contains a hash of everything that determines the features: the model's weights and
 configuration, the preprocessing, the precision, and the path and content of every image. Nothing is looked up by name
-or date alone, so a file that is found is the right one. `storage.feature_file` describes its format.
+or date alone, so a file that is found is the right one. `storage.feature_file` describes its format; where blocks of
+the ViT are trained, the tokens before them lie beside it (`features.tokens`).
 """
 
 import hashlib
@@ -12,14 +13,16 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import config
 from config import InputError
@@ -27,6 +30,7 @@ from dataset import DECODING_VERSION, ImageDataset, find_dataset, load_image
 from engine import choose_device, default_workers
 from features.check import check_images
 from features.pretrained import load_extractor
+from features.tokens import Float16OverflowError, TokenFile
 from models import ViTFeatureExtractor
 from storage import FORMAT_VERSION, FeatureSet, atomic_write, load_features, save_features
 
@@ -69,6 +73,7 @@ def get_features(
     device: str | torch.device | None = None,
     verify: bool = False,
     progress: bool = True,
+    blocks: int | None = None,
 ) -> FeatureSet:
     """The features to work with: of the images in `data_root`, else of `features_file`, else the bundled ones.
 
@@ -81,13 +86,18 @@ def get_features(
         cache_dir: see `extract`; where `config.CACHE_DIR` is None too, `default_cache`.
         verify, progress: see `extract`.
         device: where the ViT runs.
+        blocks: see `extract`; default `config.TRAINED_BLOCKS`.
 
     Raises:
-        InputError: both are given, or the folder, the file or the model cannot be used. The bundled features never
-            take the place of others.
+        InputError: both are given, or the folder, the file or the model cannot be used, or there are blocks but no
+            images. The bundled features never take the place of others.
     """
+    blocks = config.TRAINED_BLOCKS if blocks is None else blocks
+    config.check("TRAINED_BLOCKS", blocks)
     if data_root is not None and features_file is not None:
         raise InputError("DATA_ROOT and FEATURES_FILE exclude each other: set one of them to None.")
+    if blocks and data_root is None:
+        raise InputError("TRAINED_BLOCKS needs DATA_ROOT: features have no tokens.")
     if features_file is not None:
         return load_features(os.path.expanduser(features_file))
     if data_root is None:
@@ -97,7 +107,7 @@ def get_features(
     extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model).to(device)
     cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
-    return extract(dataset, extractor, cache_dir, *sizes, verify=verify, progress=progress)
+    return extract(dataset, extractor, cache_dir, *sizes, verify=verify, progress=progress, blocks=blocks)
 
 
 def extract(
@@ -108,6 +118,7 @@ def extract(
     workers: int | None = None,
     verify: bool = False,
     progress: bool = True,
+    blocks: int = 0,
 ) -> FeatureSet:
     """Features of all images: from the cache, else by one pass of the frozen ViT, and then cached.
 
@@ -122,18 +133,23 @@ def extract(
         workers: decoding processes, 0 = threads of this process; default one per core (at most 16) on CUDA, 0 on a
             CPU.
         verify: read every image file again, even if its size and time have not changed.
+        blocks: with 1 or more, the same pass also caches the tokens before so many last blocks, in float16 where it
+            can hold them, and the result has `tokens` and `tail`.
 
     Raises:
         InputError: unreadable images (all are listed before the pass begins), an image that changes during the pass,
-            features that are not finite, too little memory for a single image, an unusable cache folder.
+            features that are not finite, too little memory for a single image, an unusable cache folder; blocks that
+            the model has not, tokens that are not finite, too little disk for them, or a damaged file of them.
     """
     config.check("EXTRACTION_BATCH_SIZE", batch_size)
     config.check("EXTRACTION_WORKERS", workers)
+    config.check("TRAINED_BLOCKS", blocks)
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"CACHE_DIR '{folder}' cannot be created ({error.strerror}): give another folder.") from error
+    tail = extractor.tail(blocks).cpu() if blocks else None
     contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
     header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
     header["preprocessing"] = extractor.preprocessing.describe()
@@ -141,15 +157,54 @@ def extract(
     name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
     path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
     log.info("Features are kept in '%s'.", path)
-    if not path.exists():
+    tokens = TokenFile(path, _token_shape(dataset, extractor, blocks), blocks, extractor.name) if blocks else None
+    run = partial(_run, dataset, contents, extractor, batch_size=batch_size, workers=workers, progress=progress)
+    _cache(path, tokens, run, dataset, header)
+    features = load_features(path, f"images in {dataset.name}")
+    return features if tokens is None else _with_tokens(features, tokens, tail)
+
+
+def _token_shape(dataset: ImageDataset, extractor: ViTFeatureExtractor, blocks: int) -> tuple[int, int, int]:
+    """N, T, D. The first image tells: a model preprocesses all to the same size."""
+    first = extractor.preprocessing(load_image(dataset.root / dataset.files[0]))
+    return len(dataset), *extractor.tokens(first[None], blocks)[1].shape[1:]
+
+
+def _cache(path: Path, tokens: TokenFile | None, run: Callable, dataset: ImageDataset, header: dict) -> None:
+    """Make the file of features and the one of tokens, where they do not exist."""
+    files = [path] if tokens is None else [path, tokens.path]
+    if not all(file.exists() for file in files):
         with _exclusive(path.with_suffix(".lock")), _deaths_of_workers():
-            if not path.exists():  # another process may have written it while this one waited
-                parts = path.with_suffix(".parts")
-                features = _run(dataset, contents, extractor, parts, batch_size, workers, progress)
+            # Asked again: another process may have written them while this one waited.
+            new_tokens = tokens is not None and not tokens.path.exists()
+            if new_tokens:
+                features = _run_with_tokens(run, tokens)
+            elif not path.exists():
+                features = run(path.with_suffix(".parts"))
+            if not path.exists():
                 names = dataset.class_names, dataset.domain_names, dataset.files
                 save_features(path, features, dataset.labels, dataset.domains, *names, **header)
-    shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)  # perhaps of a process that was killed right here
-    return load_features(path, f"images in {dataset.name}")
+            if new_tokens:
+                tokens.finish()
+    for file in files:
+        shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)  # perhaps of a process that was killed right here
+
+
+def _run_with_tokens(run: Callable, tokens: TokenFile) -> Tensor:
+    """The pass that makes both; in float32 from the start again, if float16 turns out not to hold the tokens."""
+    while True:
+        tokens.resume()
+        try:
+            return run(tokens.parts, tokens)
+        except Float16OverflowError as error:
+            log.info("float16 cannot hold the tokens of '%s': starting again in float32.", error)
+            tokens.widen()
+
+
+def _with_tokens(features: FeatureSet, tokens: TokenFile, tail: nn.Module) -> FeatureSet:
+    values = tokens.load()
+    described = {"blocks": tokens.blocks, "tokens": values.shape[1], "type": str(values.dtype).removeprefix("torch.")}
+    return replace(features, tokens=values, tail=tail, header={**features.header, "tokens": described})
 
 
 def _describe_model(extractor: ViTFeatureExtractor) -> dict[str, object]:
@@ -218,11 +273,16 @@ def _run(
     contents: list[str],
     extractor: ViTFeatureExtractor,
     parts: Path,
+    tokens: TokenFile | None = None,
+    *,
     batch_size: int | None,
     workers: int | None,
     progress: bool,
 ) -> Tensor:
-    """Features ``[N, D]`` of all images, float16: those in `parts` are loaded, the others computed and saved there."""
+    """Features ``[N, D]`` of all images, float16: those in `parts` are loaded, the others computed and saved there.
+
+    The tokens of a shard are on the disk before its features, whose file says that the shard is done.
+    """
     from safetensors.torch import load_file, save_file
     from tqdm.auto import tqdm
 
@@ -232,6 +292,8 @@ def _run(
     shards = {start: parts / f"{start:09d}.safetensors" for start in starts}
     rows = {start: range(start, min(start + SHARD_ROWS, len(dataset))) for start in starts}
     missing = [start for start in starts if not shards[start].exists()]
+    if tokens is not None:
+        tokens.reserve(sum(len(rows[start]) for start in missing))
     batches = [list(rows[s][i : i + limit]) for s in missing for i in range(0, len(rows[s]), limit)]
     done = len(dataset) - sum(map(len, batches))
     loaded = iter(_loader(dataset, contents, extractor, batches, workers))
@@ -239,13 +301,17 @@ def _run(
     with tqdm(total=len(dataset), initial=done, desc=extractor.name, unit="img", **quiet) as bar:
         for start in missing:
             buffer = []
-            while sum(map(len, buffer)) < len(rows[start]):
+            while (filled := sum(map(len, buffer))) < len(rows[start]):
                 pixels, files, changed = next(loaded)
                 if changed:
                     raise InputError(f"'{changed[0]}' has changed since it was checked; run again with verify=True.")
-                features, limit = _forward(extractor, pixels, limit, files)
+                (features, *before), limit = _forward(extractor, tokens, pixels, limit, files)
+                if tokens is not None:
+                    tokens.write(start + filled, before[0], files)
                 buffer.append(features)
                 bar.update(len(features))
+            if tokens is not None:
+                tokens.flush()
             with atomic_write(shards[start]) as temporary:
                 save_file({"features": torch.cat(buffer)}, temporary)
     return torch.cat([load_file(shards[start])["features"] for start in starts])
@@ -297,11 +363,21 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends the workers
 
 
-def _forward(extractor: ViTFeatureExtractor, pixels: Tensor, limit: int, files: list[str]) -> tuple[Tensor, int]:
-    """Features of a batch, float16 ``[B, D]`` on the CPU, and the number of images at a time that fit in memory."""
+def _compute(extractor: ViTFeatureExtractor, tokens: TokenFile | None, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Features of a batch, float16 ``[B, D]``, and its tokens in the type of their file; on the CPU."""
+    if tokens is None:
+        return (extractor(pixels).half().cpu(),)
+    features, before = extractor.tokens(pixels, tokens.blocks)
+    return features.half().cpu(), before.to(getattr(torch, tokens.type)).cpu()
+
+
+def _forward(
+    extractor: ViTFeatureExtractor, tokens: TokenFile | None, pixels: Tensor, limit: int, files: list[str]
+) -> tuple[list[Tensor], int]:
+    """What `_compute` gives, and the number of images at a time that fit in memory."""
     while True:
         try:
-            features = torch.cat([extractor(part).half().cpu() for part in pixels.split(limit)])
+            parts = [_compute(extractor, tokens, part) for part in pixels.split(limit)]
             break
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
             if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
@@ -313,7 +389,8 @@ def _forward(extractor: ViTFeatureExtractor, pixels: Tensor, limit: int, files: 
         log.warning("Out of memory on %s; continuing with %d images at a time.", extractor.device, limit)
         if extractor.device.type == "cuda":
             torch.cuda.empty_cache()
-    if not (finite := features.isfinite().all(1)).all():
+    result = [torch.cat(same) for same in zip(*parts, strict=True)]
+    if not (finite := result[0].isfinite().all(1)).all():
         file = files[int((~finite).nonzero()[0])]
         raise InputError(f"The features of '{file}' are not finite in float16; {extractor.name} cannot be used on it.")
-    return features, limit
+    return result, limit

@@ -12,7 +12,7 @@ for name in ("config", "dataset", "models"):  # others call files of theirs so a
             "with sys.path.insert(0, DIR)."
         )
 
-from storage.atomic import WriteError, atomic_write, remove_leftovers  # noqa: E402
+from storage.atomic import WriteError, atomic_write, remove_leftovers, write_errors  # noqa: E402
 
 # Imported on first use: they need torch, which takes seconds to import, and figures do without it.
 _MODULES = {
@@ -30,7 +30,7 @@ _MODULES = {
     "record_key": "results",
 }
 
-__all__ = ["WriteError", "atomic_write", "remove_leftovers", *_MODULES]
+__all__ = ["WriteError", "atomic_write", "remove_leftovers", "write_errors", *_MODULES]
 
 
 def __getattr__(name: str):

@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import InputError
 from storage.atomic import atomic_write
@@ -45,6 +45,10 @@ class FeatureSet:
         features: memory-mapped when loaded.
         files: unique name of each row, ``"domain/class/file.jpg"`` where it comes from an image.
         source: where they came from, for announcements.
+        tokens: ``[N, T, D]`` before the last blocks of the ViT, float16 or float32, memory-mapped; None unless
+            `features.get_features` was asked for them. Then ``header["tokens"]`` has the number of ``blocks``, T
+            (``tokens``) and the ``type``.
+        tail: those blocks, pretrained: a `models.BackboneTail` without a classifier, tokens in and features out.
     """
 
     features: Tensor
@@ -55,6 +59,8 @@ class FeatureSet:
     files: tuple[str, ...]
     header: dict
     source: str
+    tokens: Tensor | None = None
+    tail: nn.Module | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -82,18 +88,29 @@ class FeatureSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 over the tensors' bytes and all names."""
+        """First 16 hex digits of the SHA-256 over the tensors' bytes and all names.
+
+        Of tokens it is not the bytes, which would take long to read, but what determines them besides the images.
+        """
         digest = hashlib.sha256()
         for tensor in (self.features, self.labels, self.domains):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy())
         digest.update(json.dumps([self.class_names, self.domain_names, self.files]).encode())
+        if self.tokens is not None:
+            weights = self.header["model"]["weights_sha256"]
+            digest.update(json.dumps([self.header["tokens"], weights], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def describe(self) -> str:
         """One line: what these features are and where they came from."""
+        size = f"{len(self)} × {self.feature_size}-d"
+        if self.tokens is not None:
+            blocks = self.header["tokens"]["blocks"]
+            last = "last block" if blocks == 1 else f"last {blocks} blocks"
+            size += f" and {self.tokens.shape[1]} tokens of each image before the {last}"
         return (
-            f"{self.dataset} features: {len(self)} × {self.feature_size}-d, {self.model_name}, "
+            f"{self.dataset} features: {size}, {self.model_name}, "
             f"{self.num_domains} domains, {self.num_classes} classes ({self.source})"
         )
 
@@ -143,8 +160,9 @@ def save_features(
 
 
 def copy_features(features: FeatureSet, output: str | os.PathLike) -> Path:
-    """Write features to another file, byte for byte as `save_features` wrote the file they were loaded from."""
-    header = {key: features.header[key] for key in features.header.keys() - _OWN_KEYS}
+    """Write features, without tokens, to another file: byte for byte the one that they were loaded from."""
+    dropped = _OWN_KEYS if features.tokens is None else _OWN_KEYS | {"tokens"}
+    header = {key: features.header[key] for key in features.header.keys() - dropped}
     names = features.class_names, features.domain_names, features.files
     return save_features(output, features.features, features.labels, features.domains, *names, **header)
 

@@ -1,8 +1,10 @@
-"""What several test files need: small trees of images, and a tiny random ViT in a local directory."""
+"""What several test files need: trees of images, a tiny random ViT in a local directory, a disk with little room."""
 
 import os
 import shutil
+import signal
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,22 @@ def shared_vit() -> Path:
     if not model.is_dir():
         pytest.skip("no ../shared/models/vit-tiny-patch16-224 here")
     return model
+
+
+@pytest.fixture
+def small_disk():
+    """``with small_disk(size):`` no file can become larger than so many bytes; what fits of a write is written."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

@@ -47,9 +47,8 @@ def blobs(domains=("art", "photo", "sketch"), classes=("cat", "dog", "owl"), per
     shifts = 0.5 * torch.randn(len(domains), size, generator=generator)
     x = centres[label] + shifts[domain] + torch.randn(len(label), size, generator=generator)
     files = tuple(f"{domains[i]}/{classes[j]}/{k:04d}.png" for k, (i, j) in enumerate(zip(domain, label, strict=True)))
-    return SimpleNamespace(
-        features=x, labels=label, domains=domain, files=files, class_names=tuple(classes), domain_names=tuple(domains)
-    )
+    names = {"files": files, "class_names": tuple(classes), "domain_names": tuple(domains)}
+    return SimpleNamespace(features=x, labels=label, domains=domain, **names, tokens=None, tail=None)
 
 
 def split_blobs(dtype=torch.float64, settings=None, **kinds) -> SplitFeatures:

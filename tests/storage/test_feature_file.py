@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,28 @@ def test_fingerprint_depends_on_every_part(tmp_path):
     found = [load_features(path).fingerprint for path in paths]
     assert len(set(found)) == len(changes)
     assert all(len(print_) == 16 for print_ in found)
+
+
+def test_fingerprint_of_tokens_is_of_what_determines_them(tmp_path):
+    path = save_features(tmp_path / "f.st", **parts(), model={"name": "m", "weights_sha256": "a"})
+    plain = load_features(path)
+    tokens = torch.empty(12, 7, 5, device="meta")  # which has no bytes to read
+
+    def with_tokens(weights="a", **changes):
+        described = {"blocks": 1, "tokens": 7, "type": "float16"} | changes
+        model = {"name": "m", "weights_sha256": weights}
+        return replace(plain, tokens=tokens, header={**plain.header, "model": model, "tokens": described})
+
+    sets = [plain, with_tokens(), with_tokens("b"), with_tokens(blocks=2), with_tokens(type="float32")]
+    assert len({one.fingerprint for one in sets}) == 5
+    assert with_tokens().fingerprint == with_tokens().fingerprint
+    assert "7 tokens" in with_tokens().describe()
+    assert copy_features(with_tokens(), tmp_path / "g.st").read_bytes() == path.read_bytes()
+
+
+def test_fingerprints_on_disk_stay_what_they_are(tmp_path):
+    content = parts(features=torch.arange(60.0).view(12, 5).half(), files=[f"f{i}" for i in range(12)])
+    assert load_features(save_features(tmp_path / "f.st", **content)).fingerprint == "895ff068022f6f52"
 
 
 # (changed parts, what the message names, whether save_features can be asked to write them)
