@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import Settings
-from engine import BatchOrder, MatmulEngine, Params, SplitFeatures, accuracies, raise_failure, random_start, train
+from engine import BatchOrder, Params, SplitFeatures, accuracies, make_engine, network_start, raise_failure, train
 from importance import degenerate, step_with_rates, weight_importance
 
 
@@ -78,16 +78,17 @@ def train_domain(
     Raises:
         TrainingFailedError: a network failed, see `strict`; names seed, domain and epoch.
     """
-    network = data.network(settings.hidden_sizes)
-    start = random_start(seeds, "start", network)
-    engine = MatmulEngine({name: value.to(data.features) for name, value in start.items()}, settings.ph1_learning_rate)
+    network, rate = data.network(settings.hidden_sizes), settings.ph1_learning_rate
+    start = network_start(data, seeds, "start", settings, [domain], settings.ph1_data)
+    engine = make_engine(data, settings, {name: value[:, None] for name, value in start.items()}, rate, [rate])
     order = BatchOrder(seeds, f"phase1/{domain}", data.rows([domain], settings.ph1_data, seeds), settings.batch_size)
     trained = train(data, engine, seeds, order, settings.ph1_num_epochs, threads=threads, on_epoch=on_epoch)
-    final = {name: value.cpu() for name, value in trained.params.items()}
+    final = {name: value[:, 0].cpu() for name, value in trained.params.items()}
     importance = weight_importance(network.tracked(start), network.tracked(final))
-    failed = torch.where((trained.failed.cpu() == 0) & degenerate(importance), -1, trained.failed.cpu())
+    failed = trained.failed[:, 0].cpu()
+    failed = torch.where((failed == 0) & degenerate(importance), -1, failed)
     if strict or (strict is None and len(seeds) == 1):
         raise_failure(failed, seeds, f"Phase 1, domain {domain}")
     validation = accuracies(trained.correct, data.totals)["out"][..., data.domain_names.index(domain)]
-    curves = (curve.cpu() for curve in (trained.loss, trained.train_accuracy, validation))
+    curves = (curve[:, 0].cpu() for curve in (trained.loss, trained.train_accuracy, validation))
     return DomainNetworks(domain, tuple(seeds), start, final, *curves, importance, failed)

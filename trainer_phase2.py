@@ -17,13 +17,13 @@ from torch import Tensor
 from config import Settings
 from engine import (
     BatchOrder,
-    MatmulEngine,
     Params,
     Rates,
     SplitFeatures,
     accuracies,
+    make_engine,
+    network_start,
     raise_failure,
-    random_start,
     train,
 )
 from importance import Layers, aggregate, degenerate, normalize, top_k_mask, unimportant_rate, weight_rates
@@ -45,7 +45,7 @@ class HoldoutNetworks:
 
     holdout: str
     seeds: tuple[int, ...]
-    start: Params  # name -> [S, V, *shape]
+    start: Params  # name -> [S, V, *shape]; empty where they are not kept
     final: Params
     loss: Tensor  # of each epoch, [S, V, E]
     train_accuracy: Tensor  # [S, V, E]
@@ -98,9 +98,14 @@ class Masking:
         epochs = range(self.settings.ph2_num_epochs)
         return tuple(0.0 if self.prune else low_rate(epoch, self.settings) for epoch in epochs)
 
+    @property
+    def backbone_rate(self) -> float:
+        """Learning rate of the blocks; 0 where there are none."""
+        return getattr(self.settings, "backbone_learning_rate", 0.0)
+
     def same_training(self, other: "Masking") -> bool:
         """Whether two arms are the same networks by construction, so that they need training only once."""
-        if self.settings.ph2_init != other.settings.ph2_init:
+        if self.settings.ph2_init != other.settings.ph2_init or self.backbone_rate != other.backbone_rate:
             return False
         if not all(torch.equal(a, b) for a, b in zip(self.mask, other.mask, strict=True)):
             return False
@@ -115,6 +120,8 @@ def train_holdout(
     arms: Sequence[Masking],
     *,
     strict: bool | None = None,
+    keep_params: bool = True,
+    every_epoch: bool = True,
     threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> HoldoutNetworks:
@@ -124,7 +131,8 @@ def train_holdout(
         seeds: S seeds; all arms of one share its batches, and its start where they start the same way.
         arms: V arms. Those that are the same by construction are trained once and share the result.
         strict: raise for the first failed network; None = only if there is a single seed.
-        threads, on_epoch: see `engine.train`.
+        keep_params: return starts and final parameters.
+        every_epoch, threads, on_epoch: see `engine.train`.
 
     Raises:
         TrainingFailedError: a network failed or its mask cannot be used, see `strict`; names seed, holdout and epoch.
@@ -136,17 +144,19 @@ def train_holdout(
         raise_failure(unusable, seeds, f"Phase 2, holdout {holdout}")
     distinct, source_of = _distinct(arms)
     settings, sources = distinct[0].settings, data.sources(holdout)
-    start = _starts(data, seeds, distinct)
-    engine = MatmulEngine({name: value.to(data.features) for name, value in start.items()}, settings.ph2_lr_important)
+    start = _starts(data, holdout, seeds, distinct)
+    rates = [arm.backbone_rate for arm in distinct]
+    engine = make_engine(data, settings, start, settings.ph2_lr_important, rates)
     order = BatchOrder(seeds, f"phase2/{holdout}", data.rows(sources, "in", seeds), settings.batch_size)
-    options = {"rates": _rates(data, distinct), "threads": threads, "on_epoch": on_epoch}
+    options = {"rates": _rates(data, distinct), "every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
     trained = train(data, engine, seeds, order, settings.ph2_num_epochs, **options)
     failed = torch.where(unusable == 0, trained.failed.cpu()[:, source_of], unusable)
     if strict:
         raise_failure(failed, seeds, f"Phase 2, holdout {holdout}")
     out = accuracies(trained.correct, data.totals)["out"]
     validation = out[..., [data.domain_names.index(name) for name in sources]].mean(-1)
-    start, final = ({name: value.cpu()[:, source_of] for name, value in p.items()} for p in (start, trained.params))
+    kept = (start, trained.params) if keep_params else ({}, {})
+    start, final = ({name: value.cpu()[:, source_of] for name, value in params.items()} for params in kept)
     numbers = (trained.loss, trained.train_accuracy, validation, trained.correct)
     return HoldoutNetworks(holdout, tuple(seeds), start, final, *(n.cpu()[:, source_of] for n in numbers), failed)
 
@@ -161,12 +171,14 @@ def _distinct(arms: Sequence[Masking]) -> tuple[list[Masking], list[int]]:
     return distinct, source_of
 
 
-def _starts(data: SplitFeatures, seeds: Sequence[int], arms: Sequence[Masking]) -> Params:
+def _starts(data: SplitFeatures, holdout: str, seeds: Sequence[int], arms: Sequence[Masking]) -> Params:
     """Initial parameters of every arm: name -> ``[S, V, *shape]``."""
     network = data.network(arms[0].settings.hidden_sizes)
-    purposes = {"fresh": "fresh_start", "phase1": "start"}
+    purposes, trained_on = {"fresh": "fresh_start", "phase1": "start"}, (data.sources(holdout), "in")
     kinds = [arm.settings.ph2_init for arm in arms]
-    drawn = {kind: random_start(seeds, purposes[kind], network) for kind in dict.fromkeys(kinds)}
+    drawn = {
+        kind: network_start(data, seeds, purposes[kind], arms[0].settings, *trained_on) for kind in dict.fromkeys(kinds)
+    }
     start = {name: torch.stack([drawn[kind][name] for kind in kinds], dim=1) for name in drawn[kinds[0]]}
     for v, arm in enumerate(arms):
         if arm.prune:
@@ -193,7 +205,7 @@ def select_epoch(validation_accuracy: Tensor, selection: str) -> Tensor:
     """Epoch (from 0) that a selection rule takes: ``[*, E]`` -> int64 ``[*]``.
 
     "last" is the last epoch; "val" the earliest of those with the best validation accuracy (training-domain
-    validation, Gulrajani & Lopez-Paz 2021).
+    validation, Gulrajani & Lopez-Paz 2021); epochs without one (NaN) cannot be chosen.
 
     Raises:
         ValueError: an unknown selection rule.
@@ -201,6 +213,7 @@ def select_epoch(validation_accuracy: Tensor, selection: str) -> Tensor:
     if selection == "last":
         return torch.full(validation_accuracy.shape[:-1], validation_accuracy.shape[-1] - 1)
     if selection == "val":
-        best = validation_accuracy == validation_accuracy.amax(-1, keepdim=True)
+        known = validation_accuracy.nan_to_num(-1.0)
+        best = known == known.amax(-1, keepdim=True)
         return best.int().argmax(-1)  # the first of equals
     raise ValueError(f"There is no selection rule '{selection}'; known are last, val.")

@@ -1,6 +1,6 @@
 """Thousands of small networks at once: data on a device, random streams, stacks of networks, and the one loop."""
 
-from engine.data import BalancedOrder, BatchOrder, SplitFeatures, accuracies, generator, random_start
+from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.loop import Engine, Trained, TrainingFailedError, classify, failure_reason, raise_failure, train
 from engine.machine import (
@@ -12,19 +12,24 @@ from engine.machine import (
     training_memory,
     training_threads,
 )
+from engine.networks import logistic_regression, make_engine, network_start, random_start
 from engine.stack import MatmulEngine, Params, Rates
+from engine.tail import ClsShortcut, TailEngine
 from engine.workers import side_by_side, stacks_at_a_time
 
 __all__ = [
     "BalancedOrder",
     "Batch",
     "BatchOrder",
+    "ClsShortcut",
     "Engine",
     "FunctionalEngine",
     "MatmulEngine",
+    "Network",
     "Params",
     "Rates",
     "SplitFeatures",
+    "TailEngine",
     "Trained",
     "TrainingFailedError",
     "Validation",
@@ -36,6 +41,9 @@ __all__ = [
     "failure_reason",
     "free_memory",
     "generator",
+    "logistic_regression",
+    "make_engine",
+    "network_start",
     "prepare_machine",
     "raise_failure",
     "random_start",

@@ -1,24 +1,31 @@
-"""Features on a device with the in/out split of each seed; the random streams, starts and batch orders of a seed."""
+"""Features or tokens on a device with each seed's in/out split; the random streams and batch orders of a seed."""
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import InputError, Settings
 from dataset import split
-from engine.stack import Params
-from models import FeedforwardClassifier
+from engine.tail import ClsShortcut
+from models import BackboneTail, FeedforwardClassifier
+
+Network = FeedforwardClassifier | BackboneTail  # what is trained
+CHECKED_IMAGES = 4  # on which the shortcut must agree with the module
 
 
 @dataclass(frozen=True, eq=False)
 class SplitFeatures:
-    """Features on a device, ready for training, with the in/out split of every seed."""
+    """Features on a device, ready for training, with the in/out split of every seed.
 
-    features: Tensor  # float [N, D]
+    With `tokens`, the blocks `tail` after them are trained too, see `models.BackboneTail`.
+    """
+
+    features: Tensor  # float [N, D], of the type to train in
     labels: Tensor  # int64 [N], index into `class_names`
     domains: Tensor  # int64 [N], index into `domain_names`
     files: tuple[str, ...]  # unique name of each row; the split depends on it
@@ -26,6 +33,9 @@ class SplitFeatures:
     domain_names: tuple[str, ...]
     split_seed: int | str  # a number for one split that all seeds share, or "seed" for a split per seed
     out_fraction: float  # part of each domain and class that is `out`; the counts are the same for every split
+    tokens: Tensor | None = None  # [N, T, D], as they are stored: on disk, for a CPU
+    tail: BackboneTail | None = None  # the pretrained blocks after them, without a classifier
+    _networks: dict[tuple[int, ...], Network] = field(default_factory=dict, repr=False)  # by hidden sizes
     _splits: dict[int, Tensor] = field(default_factory=dict, repr=False)  # split seed -> bool [N], True = `in`
 
     @classmethod
@@ -39,13 +49,28 @@ class SplitFeatures:
             raise InputError(f"There is one class only, '{data.class_names[0]}': two are needed to tell them apart.")
         tensors = data.features.to(device, dtype), data.labels.to(device), data.domains.to(device)
         names = tuple(data.files), tuple(data.class_names), tuple(data.domain_names)
-        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction)
+        tokens = None if data.tokens is None else data.tokens.to(device)
+        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction, tokens, data.tail)
         made.inside([0])  # raises for a domain that is too small
         return made
 
-    def network(self, hidden_sizes: Sequence[int]) -> FeedforwardClassifier:
-        """The classifier for these features and classes, as an outline without weights."""
-        return FeedforwardClassifier.outline(self.features.shape[1], len(self.class_names), hidden_sizes)
+    @property
+    def inputs(self) -> Tensor:
+        """What networks are trained on: the tokens where there are some, else the features."""
+        return self.features if self.tokens is None else self.tokens
+
+    def network(self, hidden_sizes: Sequence[int]) -> Network:
+        """The network for these inputs and classes; its classifier is an outline without weights."""
+        sizes = tuple(hidden_sizes)
+        if sizes not in self._networks:
+            head = FeedforwardClassifier.outline(self.features.shape[1], len(self.class_names), sizes)
+            self._networks[sizes] = head if self.tail is None else self.tail.with_head(head)
+        return self._networks[sizes]
+
+    @cached_property
+    def shortcut(self) -> ClsShortcut | None:
+        """What computes the features of `tail` for whole stacks; None where only the module itself does."""
+        return None if self.tail is None else ClsShortcut.of(self.tail, self.tokens[:CHECKED_IMAGES])
 
     def inside(self, seeds: Sequence[int]) -> Tensor:
         """Whether a row is in the `in` split of each seed: bool ``[S, N]``."""
@@ -102,26 +127,6 @@ def generator(seed: int, purpose: str, name: str = "") -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def random_start(seeds: Sequence[int], purpose: str, network: FeedforwardClassifier) -> Params:
-    """`nn.Linear`'s own initialization, once per seed: name -> ``[S, *shape]`` (float32, CPU).
-
-    Args:
-        seeds: one network for each; a seed's start does not depend on the seeds beside it.
-        purpose: "start" (Phase 1) or "fresh_start" (Phase 2).
-        network: outline of the classifier, see `SplitFeatures.network`.
-    """
-    draws = [generator(seed, purpose) for seed in seeds]
-    params = {}
-    for i, layer in enumerate(network.layers):
-        params[f"layers.{i}.weight"] = torch.empty(len(seeds), *layer.weight.shape)
-        params[f"layers.{i}.bias"] = torch.empty(len(seeds), *layer.bias.shape)
-        bound = 1 / math.sqrt(layer.in_features)
-        for s, draw in enumerate(draws):
-            nn.init.kaiming_uniform_(params[f"layers.{i}.weight"][s], a=math.sqrt(5), generator=draw)
-            nn.init.uniform_(params[f"layers.{i}.bias"][s], -bound, bound, generator=draw)
-    return params
-
-
 class BatchOrder:
     """Batches of each seed's `rows`, int64 ``[S, n]``: a new permutation per epoch, the short last batch kept.
 
@@ -176,11 +181,17 @@ def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[
         balanced: mean over classes of the recall (classes without images left out) instead of the plain share.
 
     Returns:
-        part -> float64 ``[*, domains]``.
+        part -> float64 ``[*, domains]``; NaN where answers were not counted (below 0).
     """
-    correct, totals = correct.double(), totals.double()
+    correct, totals = torch.where(correct < 0, torch.nan, correct.double()), totals.double()
     parts = {"full": (correct.sum(-2), totals.sum(-2))}
     parts |= {name: (correct[..., i, :], totals[:, i, :]) for i, name in enumerate(("in", "out"))}
     if balanced:
-        return {name: (right / of).nanmean(-1) for name, (right, of) in parts.items()}
+        return {name: _mean_recall(right, of) for name, (right, of) in parts.items()}
     return {name: right.sum(-1) / of.sum(-1) for name, (right, of) in parts.items()}
+
+
+def _mean_recall(right: Tensor, of: Tensor) -> Tensor:
+    """Mean over the classes that have images: ``[*, domains, classes]`` -> ``[*, domains]``."""
+    there = of > 0
+    return torch.where(there, right / of, 0).sum(-1) / there.sum(-1)

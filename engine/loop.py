@@ -27,10 +27,10 @@ class Engine(Protocol):
     shape: torch.Size  # [*stack]; its first axis is S
 
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on batches ``[S, B, D]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[*stack]``."""
+        """One step on batches ``[S, B, …]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[*stack]``."""
 
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[*stack, N]``."""
+        """Whether each network classifies the rows ``[N, …]`` as their targets ``[N]``: bool ``[*stack, N]``."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -44,7 +44,7 @@ class Trained:
     params: Params  # final parameters, name -> [*stack, *shape]
     loss: Tensor  # mean cross-entropy (nats) over each epoch's batches, [*stack, E]
     train_accuracy: Tensor  # over the epoch's own batches, as they were met, [*stack, E]; NaN where it is not counted
-    correct: Tensor  # right answers after each epoch, int64 [*stack, E, domains, 2, classes] (2 = in, out)
+    correct: Tensor  # right answers after each epoch, int64 [*stack, E, domains, 2, classes] (2 = in, out); -1 = n/a
     failed: Tensor  # first epoch (from 1) whose loss or weights were not finite, 0 = none, [*stack]
 
 
@@ -56,17 +56,19 @@ def train(
     epochs: int,
     *,
     rates: Callable[[int], Rates] = lambda epoch: {},
+    every_epoch: bool = True,
     threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> Trained:
-    """Train a stack of networks and count its right answers after every epoch.
+    """Train a stack of networks and count its right answers after every epoch, or after the last one.
 
     Args:
-        data: networks train in its type and on its device.
+        data: networks train on its inputs, in the type and on the device of its features.
         engine: holds the networks and takes the steps.
         seeds: S seeds; right answers are counted by the split of each.
         order: each seed's batches.
         rates: epoch (from 0) -> {parameter name: factor on its update, broadcastable to ``[*stack, *shape]``}.
+        every_epoch: count right answers after every epoch; False: after the last, those of the others are -1.
         threads: CPU threads. The products are small: a second thread gains little, and on a busy machine, threads
             that wait for one another can take thirty times as long.
         on_epoch: called after each epoch (progress).
@@ -81,8 +83,8 @@ def train(
             factors = rates(epoch)
             (loss_sum, right_sum), count = data.features.new_zeros(2, *engine.shape), 0
             for rows in order.next_epoch():  # [S, B]
-                features = gather(data.features, rows, buffers)
-                loss, right = engine.step(features, data.labels.take(rows), factors, data.domains.take(rows))
+                inputs = gather(data.inputs, rows, buffers)
+                loss, right = engine.step(inputs, data.labels.take(rows), factors, data.domains.take(rows))
                 loss_sum += loss * rows.shape[1]
                 right_sum += right
                 count += rows.shape[1]
@@ -91,23 +93,26 @@ def train(
             finite = [value.isfinite().reshape(*engine.shape, -1).all(-1) for value in engine.params.values()]
             fine = losses[-1].isfinite() & torch.stack(finite).all(0)
             failed = torch.where(fine | (failed > 0), failed, epoch + 1)
-            correct.append(count_correct(engine, data, cells))
+            if every_epoch or epoch == epochs - 1:
+                correct.append(count_correct(engine, data, cells))
+            else:
+                correct.append(failed.new_full((*engine.shape, *data.cell_shape), -1))
             on_epoch()
     axis = len(engine.shape)
     params = {name: value.detach() for name, value in engine.params.items()}
     return Trained(params, torch.stack(losses, axis), torch.stack(shares, axis), torch.stack(correct, axis), failed)
 
 
-def gather(features: Tensor, rows: Tensor, buffers: dict[int, Tensor]) -> Tensor:
-    """Rows of the features for each seed: ``[N, D]`` at ``[S, B]`` -> ``[S, B, D]``.
+def gather(inputs: Tensor, rows: Tensor, buffers: dict[int, Tensor]) -> Tensor:
+    """Rows of the inputs for each seed: ``[N, …]`` at ``[S, B]`` -> ``[S, B, …]``.
 
     The caller keeps `buffers`, batch size -> tensor: new memory for each batch takes twenty times as long.
     """
     size = rows.shape[1]
     if size not in buffers:
-        buffers[size] = features.new_empty(rows.numel(), features.shape[1])
-    torch.index_select(features, 0, rows.reshape(-1), out=buffers[size])
-    return buffers[size].view(*rows.shape, -1)
+        buffers[size] = inputs.new_empty(rows.numel(), *inputs.shape[1:])
+    torch.index_select(inputs, 0, rows.reshape(-1), out=buffers[size])
+    return buffers[size].view(*rows.shape, *inputs.shape[1:])
 
 
 def rows_at_a_time(engine: Engine, rows: int) -> int:
@@ -123,10 +128,10 @@ def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
     `cells` are the `SplitFeatures.cells` of each seed, ``[S, N]``, or ``[1, N]`` for all seeds.
     """
     size, total = rows_at_a_time(engine, len(data.labels)), math.prod(data.cell_shape)
-    pieces = zip(data.features.split(size), data.labels.split(size), cells.split(size, dim=1), strict=True)
+    pieces = zip(data.inputs.split(size), data.labels.split(size), cells.split(size, dim=1), strict=True)
     counts = data.features.new_zeros(*engine.shape, total)  # a float holds counts up to 2**24 exactly
-    for features, labels, cell in pieces:
-        right = engine.right(features, labels).to(counts.dtype)
+    for inputs, labels, cell in pieces:
+        right = engine.right(inputs, labels).to(counts.dtype)
         if len(cell) == 1:
             counts += right @ nn.functional.one_hot(cell[0], total).to(counts.dtype)
         else:

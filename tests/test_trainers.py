@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import Settings
-from engine import BatchOrder, MatmulEngine, TrainingFailedError, random_start
+from engine import BatchOrder, TrainingFailedError, make_engine, random_start
 from importance import aggregate, flatten, normalize, top_k_mask
 from models import FeedforwardClassifier
 from tests.factories import split_blobs
@@ -186,11 +186,11 @@ def test_arms_share_starts_and_batches(domains):
 def test_arms_that_are_the_same_are_trained_once_and_share_every_bit(data, mask, monkeypatch):
     trained = []
 
-    def engine(start, learning_rate):
+    def engine(data, settings, start, *rates):
         trained.append(start["layers.0.bias"].shape[:2])
-        return MatmulEngine(start, learning_rate)
+        return make_engine(data, settings, start, *rates)
 
-    monkeypatch.setattr("trainer_phase2.MatmulEngine", engine)
+    monkeypatch.setattr("trainer_phase2.make_engine", engine)
     every, frozen = [torch.ones_like(layer) for layer in mask], replace(SETTINGS, ph2_freeze_epoch=0)
     arms = [Masking(every, SETTINGS), Masking(mask, SETTINGS), Masking(every, frozen)]
     arms.append(Masking(every, SETTINGS, prune=True))

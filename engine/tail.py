@@ -1,0 +1,299 @@
+"""Stacks of `models.BackboneTail`: the last blocks of a vision transformer, trained for all seeds and arms at once.
+
+For a single block the tokens below it are constants and only ``[CLS]`` is read above it. Then attention needs no keys
+and values of all tokens: with X̂ the normalized tokens before the norm's affine part γ, β, the scores of a head are
+``X̂ u / √d`` with ``u = γ ⊙ (W_kᵀ q)``, and its output is ``W_v (γ ⊙ m + β) + b_v`` with ``m = X̂ᵀ softmax(scores)``
+(β and the key's bias add the same to every score, which the softmax cancels). This is exact, needs no gradient to the
+tokens, and reads X̂ once for all arms of a seed. `ClsShortcut` is this; other blocks, and several, take the module
+itself, one network after the other.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.optim.adam import adam
+
+from engine.stack import Params, Rates
+from importance import scaled_update
+from models import BackboneTail
+
+ROLES = {  # role in a pre-norm block -> what implementations call the module
+    "norm1": ("layernorm_before", "norm1", "layer_norm1"),
+    "query": ("attention.q_proj", "self_attn.q_proj", "attention.attention.query"),
+    "key": ("attention.k_proj", "self_attn.k_proj", "attention.attention.key"),
+    "value": ("attention.v_proj", "self_attn.v_proj", "attention.attention.value"),
+    "output": ("attention.o_proj", "self_attn.out_proj", "attention.output.dense"),
+    "scale1": ("layer_scale1",),
+    "norm2": ("layernorm_after", "norm2", "layer_norm2"),
+    "gate": ("mlp.gate_proj",),  # of a SwiGLU
+    "in": ("mlp.fc1", "mlp.up_proj", "intermediate.dense"),
+    "out": ("mlp.fc2", "mlp.down_proj", "output.dense"),
+    "scale2": ("layer_scale2",),
+}
+OPTIONAL = ("scale1", "gate", "scale2")
+ACTIVATIONS = ("mlp.activation_fn", "mlp.act_fn", "intermediate.intermediate_act_fn")
+TOLERANCE = 1e-9  # of the shortcut's features, relative to the largest, in float64
+
+
+@dataclass(frozen=True)
+class ClsShortcut:
+    """``[CLS]`` after one block and the final norm, for a stack of networks.
+
+    Attributes:
+        names: role in the block, and "norm" -> prefix of its parameters in a `BackboneTail`; optional ones may lack.
+        heads: number of attention heads.
+        eps: of the norms, by role.
+        activation: of the MLP, elementwise.
+    """
+
+    names: Mapping[str, str]
+    heads: int
+    eps: Mapping[str, float]
+    activation: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, tail: BackboneTail, tokens: Tensor) -> "ClsShortcut | None":
+        """The shortcut for a tail, or None if it does not cover it.
+
+        Whether it does is decided by the numbers: in float64 both must give the same features on `tokens`
+        ``[B, T, D]``, a few images' own.
+        """
+        if len(tail.blocks) != 1:
+            return None
+        found = cls._find(tail)
+        if found is None:
+            return None
+        wide, tokens = BackboneTail(tail.blocks, tail.arguments, tail.norm, nn.Identity()).double(), tokens.double()
+        params = {name: value.detach()[None, None] for name, value in wide.named_parameters()}
+        with torch.no_grad():
+            wanted = wide(tokens)
+            try:
+                given = found.representation(params, tokens[None])[0, 0]
+            except (RuntimeError, KeyError):  # parameters of other shapes or names
+                return None
+        return found if bool(((given - wanted).abs() <= TOLERANCE * wanted.abs().max()).all()) else None
+
+    @classmethod
+    def _find(cls, tail: BackboneTail) -> "ClsShortcut | None":
+        modules = dict(tail.blocks[0].named_modules())
+        there = {role: next((n for n in names if n in modules), None) for role, names in ROLES.items()}
+        attention = modules.get((there["query"] or "").rsplit(".", 1)[0])
+        heads = getattr(attention, "num_attention_heads", None) or getattr(attention, "num_heads", None)
+        activation = next((modules[name] for name in ACTIVATIONS if name in modules), None)
+        missing = [role for role in ROLES if there[role] is None and role not in OPTIONAL]
+        if heads is None or activation is None or missing:
+            return None
+        names = {role: f"blocks.0.{name}" for role, name in there.items() if name is not None}
+        norms = {"norm1": modules[there["norm1"]], "norm2": modules[there["norm2"]]}
+        if not isinstance(tail.norm, nn.Identity):
+            names["norm"], norms["norm"] = "norm", tail.norm
+        if not all(isinstance(norm, nn.LayerNorm) for norm in norms.values()):
+            return None
+        eps = {role: norm.eps for role, norm in norms.items()}
+        return cls(names, heads, eps, activation)
+
+    def representation(self, params: Params, tokens: Tensor) -> Tensor:
+        """The last ``[CLS]``.
+
+        Args:
+            params: of `BackboneTail`, name -> ``[S, V, *shape]``.
+            tokens: before the block, ``[S, B, T, D]``; the V networks of a seed share them.
+
+        Returns:
+            ``[S, V, B, D]``.
+        """
+        cls, of = tokens[:, None, :, 0], _Parameters(params, self.names)
+        normalized = F.layer_norm(tokens, tokens.shape[-1:], eps=self.eps["norm1"])  # X̂
+        attended = self._attention(of, normalized)
+        cls = cls + of.scaled("scale1", of.linear("output", attended))
+        hidden = of.norm("norm2", cls, self.eps)
+        if "gate" in self.names:
+            hidden = self.activation(of.linear("gate", hidden)) * of.linear("in", hidden)
+        else:
+            hidden = self.activation(of.linear("in", hidden))
+        cls = cls + of.scaled("scale2", of.linear("out", hidden))
+        return of.norm("norm", cls, self.eps) if "norm" in self.names else cls
+
+    def _attention(self, of: "_Parameters", normalized: Tensor) -> Tensor:
+        """Attention of ``[CLS]`` to all tokens: X̂ ``[S, B, T, D]`` -> ``[S, V, B, D]``."""
+        seeds, batch, _, width = normalized.shape
+        gain, shift = of("norm1", "weight"), of("norm1", "bias")  # γ, β: [S, V, D]
+        seen = normalized[:, None, :, 0] * gain.unsqueeze(-2) + shift.unsqueeze(-2)
+        query = of.linear("query", seen).unflatten(-1, (self.heads, -1)).movedim(-2, 2)  # [S, V, H, B, d]
+        key, value = (of(role, "weight").unflatten(-2, (self.heads, -1)) for role in ("key", "value"))  # […, H, d, D]
+        reads = (query @ key) * (gain[:, :, None, None] / math.sqrt(query.shape[-1]))  # u: [S, V, H, B, D]
+        every = reads.movedim(3, 1).reshape(seeds * batch, -1, width)  # all arms and heads of an image in one product
+        images = normalized.flatten(0, 1)
+        weights = (every @ images.transpose(1, 2)).softmax(-1)  # [S · B, V · H, T]
+        means = (weights @ images).view(seeds, batch, *reads.shape[1:3], width).movedim(1, 3)  # m: [S, V, H, B, D]
+        means = means * gain[:, :, None, None] + shift[:, :, None, None]
+        heads = means @ value.transpose(-1, -2)  # [S, V, H, B, d]
+        attended = heads.movedim(2, 3).flatten(-2)
+        return attended + of("value", "bias").unsqueeze(-2) if of.has("value", "bias") else attended
+
+
+class _Parameters:
+    """The parameters of a stack by role in the block."""
+
+    def __init__(self, params: Params, names: Mapping[str, str]):
+        self.params, self.names = params, names
+
+    def __call__(self, role: str, kind: str) -> Tensor:
+        return self.params[f"{self.names[role]}.{kind}"]
+
+    def has(self, role: str, kind: str) -> bool:
+        return role in self.names and f"{self.names[role]}.{kind}" in self.params
+
+    def linear(self, role: str, rows: Tensor) -> Tensor:
+        """``[S, V, B, in]`` -> ``[S, V, B, out]``."""
+        rows = rows @ self(role, "weight").transpose(-1, -2)
+        return rows + self(role, "bias").unsqueeze(-2) if self.has(role, "bias") else rows
+
+    def norm(self, role: str, rows: Tensor, eps: Mapping[str, float]) -> Tensor:
+        """Layer norm of the last axis of ``[S, V, B, D]``."""
+        rows = F.layer_norm(rows, rows.shape[-1:], eps=eps[role])
+        return rows * self(role, "weight").unsqueeze(-2) + self(role, "bias").unsqueeze(-2)
+
+    def scaled(self, role: str, rows: Tensor) -> Tensor:
+        """LayerScale, where the block has it."""
+        return rows * self(role, "lambda1").unsqueeze(-2) if self.has(role, "lambda1") else rows
+
+
+class TailEngine:
+    """Stacks ``[S, V]`` of `models.BackboneTail`, trained by Adam on cross-entropy.
+
+    Args:
+        tail: the network; its parameters are not used.
+        shortcut: computes its features for a stack; None = the module itself, one network after the other.
+        start: initial parameters, name -> ``[S, V, *shape]``, on the device and of the type to train in. Copied.
+        learning_rates: parameter name -> learning rate of Adam of each network, ``[S, V]``.
+
+    Attributes:
+        params, shape: see `engine.Engine`.
+    """
+
+    def __init__(
+        self, tail: BackboneTail, shortcut: ClsShortcut | None, start: Params, learning_rates: Mapping[str, Tensor]
+    ):
+        self.tail, self.shortcut = tail, shortcut
+        self.params = {name: value.clone(memory_format=torch.contiguous_format) for name, value in start.items()}
+        self.shape = next(iter(self.params.values())).shape[:2]
+        self.optimizer = StackedAdam(self.params, learning_rates)
+        self._rates: Rates = {}
+        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (1 or 0, weights where it is 0, 0 elsewhere)
+
+    def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of every network on its seed's tokens ``[S, B, T, D]``, see `engine.Engine`.
+
+        Parameters that are not in `rates` step in full; `domains` are not used.
+        """
+        self._set_rates(rates)
+        leaves = {name: value.detach().requires_grad_() for name, value in self.params.items()}
+        logits = self._logits(leaves, features)  # [S, V, B, classes]
+        spread = targets[:, None].expand(logits.shape[:-1])
+        loss = F.cross_entropy(logits.movedim(-1, 1), spread, reduction="none").mean(-1)
+        gradients = torch.autograd.grad(loss.sum(), [*leaves.values()], allow_unused=True)
+        with torch.no_grad():
+            self._update(dict(zip(leaves, gradients, strict=True)))
+            return loss.detach(), (logits.argmax(-1) == spread).sum(-1)
+
+    def _set_rates(self, rates: Rates) -> None:
+        """Scale updates by these rates from now on; weights at rate 0 are remembered as they are."""
+        if rates is self._rates:  # the same epoch
+            return
+        self._rates, self._frozen = rates, {}
+        if all(bool(((rate == 0) | (rate == 1)).all()) for rate in rates.values()):
+            for name, rate in rates.items():
+                free = rate.to(self.params[name]).expand_as(self.params[name]).contiguous()
+                self._frozen[name] = free, self.params[name] * (1 - free)
+
+    def _update(self, gradients: Mapping[str, Tensor | None]) -> None:
+        scaled = () if self._frozen else self._rates
+        before = {name: self.params[name].clone() for name in scaled}
+        self.optimizer.step(gradients)
+        for name in scaled:
+            self.params[name].copy_(scaled_update(before[name], self.params[name], self._rates[name]))
+        for name, (free, held) in self._frozen.items():  # the same as `scaled_update`, several times as fast
+            torch.addcmul(held, self.params[name], free, out=self.params[name])
+
+    def _logits(self, params: Params, tokens: Tensor) -> Tensor:
+        """Tokens ``[S, B, T, D]`` -> logits ``[S, V, B, classes]``."""
+        tokens = tokens.to(next(iter(params.values())).dtype)
+        if self.shortcut is not None:
+            features = self.shortcut.representation(params, tokens)
+            return stacked_head(params, features)
+        grid = [[self._single(params, s, v, tokens[s]) for v in range(self.shape[1])] for s in range(len(tokens))]
+        return torch.stack([torch.stack(row) for row in grid])
+
+    def _single(self, params: Params, s: int, v: int, tokens: Tensor) -> Tensor:
+        return functional_call(self.tail, {name: value[s, v] for name, value in params.items()}, (tokens,))
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Tokens ``[N, T, D]`` -> logits ``[S, V, N, classes]``."""
+        if self.shortcut is None:
+            return self._logits(self.params, features.expand(self.shape[0], *features.shape))
+        together = {name: value.flatten(0, 1).unsqueeze(0) for name, value in self.params.items()}  # [1, S · V, …]
+        return self._logits(together, features.unsqueeze(0)).view(*self.shape, len(features), -1)
+
+    def right(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Whether each network classifies tokens ``[N, T, D]`` as their targets ``[N]``: bool ``[S, V, N]``."""
+        return self.logits(features).argmax(-1) == targets
+
+
+def stacked_head(params: Params, features: Tensor) -> Tensor:
+    """The classifier ``head`` of a stack: ``[S, V, B, D]`` -> logits ``[S, V, B, classes]``."""
+    depth = sum(name.startswith("head.layers.") and name.endswith(".weight") for name in params)
+    for i in range(depth):
+        weight, bias = params[f"head.layers.{i}.weight"], params[f"head.layers.{i}.bias"]
+        features = features @ weight.transpose(-1, -2) + bias.unsqueeze(-2)
+        features = torch.relu(features) if i < depth - 1 else features
+    return features
+
+
+class StackedAdam:
+    """Adam (Kingma & Ba 2015) with a learning rate per network and parameter, by the function behind `torch.optim`.
+
+    Args:
+        params: name -> ``[S, V, *shape]``, contiguous; updated in place.
+        learning_rates: name -> ``[S, V]``.
+    """
+
+    def __init__(self, params: Params, learning_rates: Mapping[str, Tensor]):
+        self.names = [*params]
+        means = {name: torch.zeros_like(value) for name, value in params.items()}
+        squares = {name: torch.zeros_like(value) for name, value in params.items()}
+        self.steps = torch.zeros((), device=next(iter(params.values())).device)
+        self._groups = []  # (learning rate, parameters, means, squares, their place among the gradients)
+        networks = [_networks(kind) for kind in (params, means, squares)]
+        for k in range(len(networks[0])):
+            rates = {name: float(learning_rates[name].flatten()[k]) for name in self.names}
+            for rate in dict.fromkeys(rates.values()):
+                own = [name for name in self.names if rates[name] == rate]
+                self._groups.append((rate, *([kind[k][name] for name in own] for kind in networks), k, own))
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """One step; a parameter without a gradient stays."""
+        # The fused function reads all tensors in the order of their memory.
+        known = _networks({name: value.contiguous() for name, value in gradients.items() if value is not None})
+        self.steps += 1
+        for rate, params, means, squares, k, names in self._groups:
+            there = [i for i, name in enumerate(names) if name in known[k]]
+            lists = ([kind[i] for i in there] for kind in (params, means, squares))
+            params, means, squares = lists
+            grads, steps = [known[k][names[i]] for i in there], [self.steps - 1 for _ in there]
+            options = {"beta1": 0.9, "beta2": 0.999, "lr": rate, "weight_decay": 0.0, "eps": 1e-8}
+            adam(params, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, **options)
+
+
+def _networks(params: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Stacked parameters ``[S, V, *shape]`` -> those of each network, views."""
+    unbound = {name: value.flatten(0, 1).unbind(0) for name, value in params.items()}
+    count = len(next(iter(unbound.values())))
+    return [{name: values[k] for name, values in unbound.items()} for k in range(count)]
