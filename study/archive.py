@@ -15,6 +15,9 @@ file                                           arrays, each with a leading seed 
                                                the method records; <held> joins two holdouts by "+"
 ``weights/compare_<method>_<trial>_<held>``    ``final.<parameter>``, ``failed``
 =============================================  ================================================================
+
+Networks that start from pretrained blocks are large, and all their starts are the same: of Phase 1 only the importance
+is kept, of Phase 2's masks the bits (``bits_<l>``, uint8 ``[S, out, ⌈in/8⌉]``), and weights without their start.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +25,13 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from config import InputError
-from engine import Params
+from engine import Network, Params
 from importance import normalize, top_k_mask
-from models import FeedforwardClassifier
 from storage import Results, check_arrays, damaged, load_arrays
 from trainer_phase1 import DomainNetworks
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks
@@ -90,6 +93,9 @@ class SavedNetworks:
     def layers(self, kind: str) -> list[Tensor]:
         """Tracked layers, L × ``[S, out, in]``: "initial", "final", "importance", "normalized" or "mask"."""
         arrays = self._arrays("importance")
+        if kind == "mask" and "bits_1" in arrays:
+            widths = [layer.shape[-1] for layer in self._archive.network.tracked(self._archive.parameters)]
+            return [_unpacked(arrays[f"bits_{i}"], width) for i, width in enumerate(widths, start=1)]
         return [arrays[name] for number in range(1, len(arrays)) if (name := f"{kind}_{number}") in arrays]
 
     def params(self, when: str = "final") -> Params:
@@ -106,8 +112,10 @@ class Archive:
         header: what every file says.
     """
 
-    def __init__(self, results: Results, seeds: Sequence[int], network: FeedforwardClassifier, header: Mapping):
+    def __init__(self, results: Results, seeds: Sequence[int], network: Network, header: Mapping):
         self.results, self.seeds, self.network, self.header = results, tuple(seeds), network, dict(header)
+        self.parameters = dict(network.named_parameters())
+        self.pretrained = not network.chained
         self._files: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._seeds: dict[tuple[str, str], set[int]] = {}
 
@@ -129,7 +137,8 @@ class Archive:
 
     def phase1_seeds(self, domain: str) -> set[int]:
         """Seeds whose Phase 1 of a domain is complete."""
-        return set.intersection(*(self._stored_seeds(kind, f"phase1_{domain}") for kind in KINDS))
+        kinds = ("importance", "histories") if self.pretrained else KINDS
+        return set.intersection(*(self._stored_seeds(kind, f"phase1_{domain}") for kind in kinds))
 
     def phase2_seeds(self, holdout: str, arms: Iterable[str], weights: bool) -> set[int]:
         """Seeds whose Phase 2 of a holdout is complete for all arms, with their weights where asked for."""
@@ -168,30 +177,33 @@ class Archive:
     def save_domain(self, networks: DomainNetworks, percent: float) -> None:
         """Write Phase 1 of a domain, with the mask that it alone would give at `percent` per cent."""
         name, header = f"phase1_{networks.domain}", self.header | {"phase": 1, "domain": networks.domain}
-        layers = {
-            "initial": self.network.tracked(networks.start),
-            "final": self.network.tracked(networks.final),
-            "importance": networks.importance,
-            "normalized": normalize(networks.importance),
-            "mask": top_k_mask(networks.importance, percent),
-        }
+        layers = {"importance": networks.importance}
+        if not self.pretrained:
+            layers["initial"], layers["final"] = map(self.network.tracked, (networks.start, networks.final))
+            layers["normalized"] = normalize(networks.importance)
+            layers["mask"] = top_k_mask(networks.importance, percent)
         history = {key: getattr(networks, key) for key in (*CURVES, "failed")}
         self._write("importance", name, networks.seeds, _numbered(layers), header)
         self._write("histories", name, networks.seeds, history, header)
-        self._write("weights", name, networks.seeds, _weights(networks.failed, networks.final, networks.start), header)
+        if not self.pretrained:
+            weights = _weights(networks.failed, networks.final, networks.start)
+            self._write("weights", name, networks.seeds, weights, header)
 
     def save_holdout(self, networks: HoldoutNetworks, arms: Sequence[str], masks: HoldoutMasks, weights: bool) -> None:
         """Write Phase 2 of a holdout: a file per arm (names in the order of `networks`), and the holdout's masks."""
         seeds, about = networks.seeds, self.header | {"phase": 2, "holdout": networks.holdout}
         layers = {"importance": masks.scores, "normalized": masks.normalized, "mask": masks.mask}
+        if self.pretrained:
+            layers = {"bits": [_packed(layer) for layer in masks.mask]}
         for v, arm in enumerate(arms):
             name, header = f"phase2_{networks.holdout}_{arm}", about | {"algorithm": arm}
             start, final = ({k: value[:, v] for k, value in p.items()} for p in (networks.start, networks.final))
             history = {key: getattr(networks, key)[:, v] for key in (*CURVES, "correct", "failed")}
             self._write("histories", name, seeds, history, header)
             if weights:
-                self._write("weights", name, seeds, _weights(history["failed"], final, start), header)
-            if arm == "importance":
+                kept = _weights(history["failed"], final, None if self.pretrained else start)
+                self._write("weights", name, seeds, kept, header)
+            if arm == "importance" and not self.pretrained:
                 layers = {"initial": self.network.tracked(start), "final": self.network.tracked(final)} | layers
         self._write("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), about)
 
@@ -234,6 +246,15 @@ def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise damaged(f"'{path}'", f"{wrong[0]} is not as its header says")
     return tuple(arrays["seeds"].tolist()), params, arrays.get("failed", torch.zeros_like(arrays["seeds"])), header
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Bool ``[S, out, in]`` -> uint8 ``[S, out, ⌈in/8⌉]``, eight to a byte."""
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1))
+
+
+def _unpacked(bits: Tensor, width: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1, count=width)).bool()
 
 
 def _params(arrays: Mapping[str, Tensor], when: str) -> Params:

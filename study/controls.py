@@ -5,22 +5,31 @@ All masks of a study have the same density. `erm` (every weight at the full rate
 but not its place, and `other_seed` takes the mask of another start. `frozen` and `prune` change what happens to the
 unmarked weights. Each can begin from a fresh start, where a position in the mask means nothing yet, or from Phase 1's
 start, where it does.
+
+Of the last blocks of a ViT, which start from pretrained weights, two more can be asked for: `magnitude` marks the
+largest of those weights, and `head` none, so that the classifier, biases and norms learn alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from config import InputError, Settings
-from engine import generator
+from engine import Network, generator
 from importance import Layers, mask_size, top_k_mask, unflatten
 from trainer_phase2 import HoldoutMasks, Masking
 
 STARTS = ("fresh", "phase1")
-SWEPT = ("IMPORTANCE_THRESHOLD_PERCENTILE", "IMPORTANCE_AGGREGATION", "PH2_FREEZE_EPOCH")
+SWEPT = (
+    "IMPORTANCE_THRESHOLD_PERCENTILE",
+    "IMPORTANCE_AGGREGATION",
+    "PH2_FREEZE_EPOCH",
+    "BLOCK_FREEZE_EPOCH",
+    "BACKBONE_LEARNING_RATE",
+)
 
 
 class MaskSource(NamedTuple):
@@ -30,6 +39,7 @@ class MaskSource(NamedTuple):
     seeds: tuple[int, ...]
     own: Callable[[Settings], HoldoutMasks]  # masks of these seeds
     next_seed: Callable[[Settings], HoldoutMasks]  # masks of each next seed (s + 1)
+    network: Network  # that is trained; with pretrained weights if it has some
 
     def per_seed(self, draw: Callable[[int, str, list[Tensor]], list[Tensor]], masks: HoldoutMasks) -> list[Tensor]:
         """A mask for each seed, stacked: `draw` makes it of seed, holdout and importance mask L × ``[out, in]``."""
@@ -63,6 +73,18 @@ def permuted_mask(seed: int, holdout: str, mask: Layers) -> list[Tensor]:
     return [layer[orders[i + 1]][:, orders[i]] for i, layer in enumerate(mask)]
 
 
+def permuted_matrices(seed: int, holdout: str, mask: Layers) -> list[Tensor]:
+    """The mask with the rows and the columns of each matrix permuted at random, in each in its own way.
+
+    How many weights of a row and of a column are marked stays; which row and column they belong to does not.
+    """
+    draw = generator(seed, "permuted_mask", holdout)
+    return [
+        layer[torch.randperm(len(layer), generator=draw)][:, torch.randperm(layer.shape[1], generator=draw)]
+        for layer in mask
+    ]
+
+
 def _importance(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
     return masks.mask
 
@@ -84,7 +106,17 @@ def _random_layer(masks: HoldoutMasks, source: MaskSource, percent: float) -> La
 
 
 def _permuted(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
-    return source.per_seed(permuted_mask, masks)
+    return source.per_seed(permuted_mask if source.network.chained else permuted_matrices, masks)
+
+
+def _none(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    return [torch.zeros_like(layer) for layer in masks.mask]
+
+
+def _magnitude(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+    pretrained = source.network.tracked(dict(source.network.named_parameters()))
+    largest = top_k_mask([weights.detach().cpu().abs() for weights in pretrained], percent)
+    return [layer.expand(len(source.seeds), -1, -1) for layer in largest]
 
 
 @dataclass(frozen=True)
@@ -99,6 +131,7 @@ class Control:
         next_seed: the mask comes from Phase 1 of the next seed, which must be trained too.
         learned: the mask comes from an importance: there is none of a network that failed, and with
             `PH1_DATA = "all"` it depends on the sources' validation images.
+        pretrained: it is of pretrained weights only, with `TRAINED_BLOCKS`.
     """
 
     mask: Callable[[HoldoutMasks, MaskSource, float], Layers]
@@ -107,6 +140,7 @@ class Control:
     prune: bool = False
     next_seed: bool = False
     learned: bool = True
+    pretrained: bool = False
 
 
 CONTROLS: Mapping[str, Control] = {
@@ -119,6 +153,10 @@ CONTROLS: Mapping[str, Control] = {
     "other_seed": Control(_importance, "the importance mask of the next seed, from another start", next_seed=True),
     "prune": Control(_importance, "the importance mask; the other weights are zero", prune=True),
     "frozen": Control(_importance, "the importance mask; the other weights keep their start", frozen=True),
+    "magnitude": Control(_magnitude, "the largest pretrained weights", learned=False, pretrained=True),
+    "head": Control(
+        _none, "no weight of the blocks; classifier, biases and norms alone", learned=False, pretrained=True
+    ),
 }
 
 
@@ -158,7 +196,10 @@ class Arm:
 
     def settings(self, settings: Settings) -> Settings:
         """The settings that this arm is trained with."""
-        own = {name.lower(): value for name, value in self.changes}
+        known = {settings.constant(field.name): field.name for field in fields(settings)}
+        if unknown := [name for name, _ in self.changes if name not in known]:
+            raise InputError(f"{unknown[0]} is no setting of this training: the arm '{self.name}' cannot change it.")
+        own = {known[name]: value for name, value in self.changes}
         if self.start:
             own["ph2_init"] = self.start
         if CONTROLS[self.control].frozen:
@@ -183,11 +224,15 @@ class Arm:
 
 
 ERM, IMPORTANCE = Arm("erm"), Arm("importance")
-BOTH_STARTS = tuple(Arm(control, start) for start in (None, "phase1") for control in CONTROLS)
+BOTH_STARTS = tuple(
+    Arm(name, start) for start in (None, "phase1") for name, control in CONTROLS.items() if not control.pretrained
+)
 
 
-def check_arms(arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """Arms, each once; an `InputError` for anything else."""
+def check_arms(arms: Sequence[Arm], pretrained: bool = False) -> tuple[Arm, ...]:
+    """Arms, each once; an `InputError` for anything else, or for one that needs `pretrained` weights without them."""
     if wrong := [arm for arm in arms if not isinstance(arm, Arm)]:
         raise InputError(f"An arm of a study is a study.Arm, not {wrong[0]!r}.")
+    if not pretrained and (needy := [arm.name for arm in arms if CONTROLS[arm.control].pretrained]):
+        raise InputError(f"The arm '{needy[0]}' is of pretrained weights: it needs TRAINED_BLOCKS.")
     return tuple(dict.fromkeys(arms))

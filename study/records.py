@@ -24,7 +24,13 @@ class Counted(NamedTuple):
 
 
 def make_records(
-    run: Run, name: str, holdouts: Sequence[str], counted: Counted, more: Mapping | None = None, peeked: bool = False
+    run: Run,
+    name: str,
+    holdouts: Sequence[str],
+    counted: Counted,
+    more: Mapping | None = None,
+    peeked: bool = False,
+    selections: Sequence[str] = SELECTIONS,
 ) -> list[dict]:
     """One record per selection rule and seed; with two holdouts the accuracies are those on the first of them.
 
@@ -33,6 +39,7 @@ def make_records(
         holdouts: domains left out of training.
         more: further entries (a comparison's trial and hyperparameters).
         peeked: the masks depend on validation images, which is noted where validation selects.
+        selections: rules, see `trainer_phase2.select_epoch`.
     """
     totals = run.data.totals.cpu()
     shares = {
@@ -40,7 +47,7 @@ def make_records(
         "balanced_accuracy": accuracies(counted.correct, totals, balanced=True),
     }
     target, records = run.features.domain_names.index(holdouts[0]), []
-    for selection in SELECTIONS:
+    for selection in selections:
         epochs = select_epoch(counted.validation_accuracy, selection).tolist()
         for s, (seed, epoch) in enumerate(zip(counted.seeds, epochs, strict=True)):
             code = int(counted.failed[s])

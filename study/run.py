@@ -14,13 +14,21 @@ from tqdm.auto import tqdm
 import config
 from config import InputError, Settings
 from dataset import find_dataset
-from engine import SplitFeatures, check_memory, prepare_machine, side_by_side, stacks_at_a_time, training_memory
+from engine import (
+    Network,
+    SplitFeatures,
+    check_memory,
+    prepare_machine,
+    side_by_side,
+    stacks_at_a_time,
+    training_memory,
+)
 from features import get_features
-from models import FeedforwardClassifier
 from storage import FeatureSet, Results, environment
 from study.archive import Archive
 
 LARGEST_SEED = 10**15
+ACTIVATIONS_OF_BLOCK = 60  # numbers kept per image and feature while the blocks of a network are trained
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class Run:
             "class_names": list(features.class_names),
             "domain_names": list(features.domain_names),
             "hidden_sizes": list(settings.hidden_sizes),
+            **({} if self.data.tail is None else {"trained_blocks": settings.trained_blocks}),
             "features": self.facts,
             "settings": settings.hash,
         }
@@ -138,21 +147,21 @@ class Run:
         data = features()
         if data.fingerprint != about["features"]["fingerprint"]:
             raise InputError(f"The {what} was made with other features: give them with --features or --data-root.")
-        settings = Settings.current(**{name.lower(): value for name, value in about["settings"].items()})
+        settings = Settings.from_dict(about["settings"])
         held_out, seeds = {record["holdout"] for record in records}, sorted({record["seed"] for record in records})
         holdouts = [name for name in data.domain_names if name in held_out]
         return cls(data, settings, results, seeds, holdouts, Execution(progress=False))
 
     def beside(
-        self, directory: str | Path, settings: Settings | None = None, seeds: Sequence[int] | None = None
+        self, results: Results | str | Path, settings: Settings | None = None, seeds: Sequence[int] | None = None
     ) -> "Run":
         """A run on the same features and holdouts in a directory of its own, with other settings or seeds."""
         seeds = self.seeds if seeds is None else seeds
-        return Run(self.features, settings or self.settings, Results(directory), seeds, self.holdouts, self.execution)
+        return Run(self.features, settings or self.settings, results, seeds, self.holdouts, self.execution)
 
     @property
-    def network(self) -> FeedforwardClassifier:
-        """The classifier that is trained, as an outline without weights."""
+    def network(self) -> Network:
+        """What is trained, see `SplitFeatures.network`."""
         return self.data.network(self.settings.hidden_sizes)
 
     @property
@@ -215,7 +224,8 @@ class Run:
         """Refuse to train units (see `side_by_side`) of so many networks per seed if they do not fit into memory."""
         batch = min(self.settings.batch_size, len(self.features))
         computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
-        of_batch = batch * (self.features.feature_size + networks * computed)
+        computed += 0 if self.data.tail is None else ACTIVATIONS_OF_BLOCK * self.features.feature_size
+        of_batch = batch * (2 * self.data.inputs[0].numel() + networks * computed)
         seeds = max((len(unit[-1]) for unit in units), default=0)
         check_memory(training_memory(seeds, networks * self.network.size, of_batch), self.execution.device)
 
@@ -229,7 +239,8 @@ class Run:
 def current_execution(strict: bool = False) -> Execution:
     """`Execution` as the constants of `config` say; sets up the machine."""
     device = prepare_machine(config.DEVICE, config.THREADS)
-    return Execution(device, config.THREADS or 1, config.SEEDS_PER_CHUNK, strict)
+    chunk = config.BLOCK_SEEDS_PER_CHUNK if config.TRAINED_BLOCKS else config.SEEDS_PER_CHUNK
+    return Execution(device, config.THREADS or 1, chunk, strict)
 
 
 def check_before_extraction(

@@ -27,10 +27,16 @@ class Study:
     Args:
         arms: what to compare; default plain training and importance masking.
         keep_weights: write the weights of Phase 2; a study of many arms can do without them.
+        records_only: measure Phase 2 after the last epoch only, and keep nothing of it but the records of that: for a
+            grid of many large networks.
     """
 
-    def __init__(self, run: Run, arms: Sequence[Arm] = (ERM, IMPORTANCE), keep_weights: bool = True):
-        self.run, self.arms, self.keep_weights = run, check_arms(arms), keep_weights
+    def __init__(
+        self, run: Run, arms: Sequence[Arm] = (ERM, IMPORTANCE), keep_weights: bool = True, records_only: bool = False
+    ):
+        self.run, self.keep_weights, self.records_only = run, keep_weights and not records_only, records_only
+        self.arms = check_arms(arms, pretrained=run.data.tail is not None)
+        self.selections = ("last",) if records_only else SELECTIONS
 
     @cached_property
     def arm_names(self) -> tuple[str, ...]:
@@ -45,14 +51,15 @@ class Study:
     def phase1(self) -> None:
         """Train what is missing of Phase 1: one network per domain and seed."""
         run = self.run
-        wanted = {*run.seeds, *(seed + 1 for seed in run.seeds if any(arm.needs_next_seed for arm in self.arms))}
+        missing = self._missing()  # what is damaged of Phase 2 is found now, not after Phase 1
+        seeds = set().union(*missing.values()) if self.records_only else {*run.seeds}
+        wanted = {*seeds, *(seed + 1 for seed in seeds if any(arm.needs_next_seed for arm in self.arms))}
         units = [(d, chunk) for d in run.domains for chunk in run.chunks(wanted - run.archive.phase1_seeds(d))]
 
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> DomainNetworks:
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
             return train_domain(run.data, *unit, run.settings, **options)
 
-        self._missing()  # what is damaged of Phase 2 is found now, not after Phase 1
         run.check_memory(units, len(self.arms))  # Phase 2 needs the most
         with run.writing(units):
             floats, epochs = run.network.size, run.settings.ph1_num_epochs
@@ -69,6 +76,7 @@ class Study:
             source = mask_source(run, [holdout], seeds)
             maskings = [arm.masking(source, run.settings) for arm in self.arms]
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
+            options |= {"keep_params": not self.records_only, "every_epoch": not self.records_only}
             return train_holdout(run.data, holdout, seeds, maskings, **options), source.own(run.settings)
 
         run.check_memory(units, len(self.arms))
@@ -94,7 +102,7 @@ class Study:
             return self
         names = [name for name in run.features.domain_names if name in holdouts]
         every = Run(run.features, run.settings, run.results, sorted(seeds), names, run.execution)
-        return Study(every, self.arms, self.keep_weights)
+        return Study(every, self.arms, self.keep_weights, self.records_only)
 
     def records(self) -> list[dict]:
         """What is on disk of these arms, seeds and holdouts."""
@@ -124,23 +132,28 @@ class Study:
         """Seeds whose Phase 2 is not complete on disk, by holdout."""
         run, recorded, missing = self.run, self._complete(self.run.records()), {}
         for holdout in run.holdouts:
-            stored = run.archive.phase2_seeds(holdout, self.arm_names, self.keep_weights)
+            stored = {*run.seeds}
+            if not self.records_only:
+                stored = run.archive.phase2_seeds(holdout, self.arm_names, self.keep_weights)
             missing[holdout] = {seed for seed in run.seeds if seed not in stored or (holdout, seed) not in recorded}
         return missing
 
     def _complete(self, records: Iterable[Mapping]) -> set[tuple[str, int]]:
         """Holdouts and seeds with all records of all arms."""
         counts = Counter((r["holdout"], r["seed"]) for r in records if r["algorithm"] in self.arm_names)
-        return {pair for pair, count in counts.items() if count == len(self.arms) * len(SELECTIONS)}
+        return {pair for pair, count in counts.items() if count == len(self.arms) * len(self.selections)}
 
     def _save(self, networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
         run = self.run
-        run.archive.save_holdout(networks, self.arm_names, masks, self.keep_weights)
+        if not self.records_only:
+            run.archive.save_holdout(networks, self.arm_names, masks, self.keep_weights)
         records = []
         for v, arm in enumerate(self.arms):
             own = (values[:, v] for values in (networks.validation_accuracy, networks.correct, networks.failed))
             peeked = arm.saw_validation(run.settings)
-            records += make_records(run, arm.name, [networks.holdout], Counted(networks.seeds, *own), peeked=peeked)
+            counted = Counted(networks.seeds, *own)
+            choice = {"peeked": peeked, "selections": self.selections}
+            records += make_records(run, arm.name, [networks.holdout], counted, **choice)
         run.results.append(records)
 
 
@@ -156,4 +169,5 @@ def mask_source(run: Run, holdouts: Sequence[str], seeds: Sequence[int]) -> Mask
 
         return cache(lambda settings: masks_for(*importances(), settings))
 
-    return MaskSource("+".join(holdouts), tuple(seeds), masks_of(seeds), masks_of([seed + 1 for seed in seeds]))
+    own, following = masks_of(seeds), masks_of([seed + 1 for seed in seeds])
+    return MaskSource("+".join(holdouts), tuple(seeds), own, following, run.network)

@@ -5,16 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from config import InputError, Settings
 from importance import flatten
+from models import BackboneTail, FeedforwardClassifier
 from study import BOTH_STARTS, CONTROLS, ERM, IMPORTANCE, Arm, MaskSource, permuted_mask, random_layer_mask
-from study.controls import random_mask
+from study.controls import check_arms, random_mask
 from trainer_phase2 import masks_for
 
 SETTINGS = Settings.current(hidden_sizes=(7, 5, 6, 4))
 SEEDS = (3, 4)
+PRETRAINED = ("magnitude", "head")
 SHAPES = [(5, 7), (6, 5), (4, 6)]
+NETWORK = FeedforwardClassifier.outline(3, 2, SETTINGS.hidden_sizes)
 N = sum(a * b for a, b in SHAPES)
 K = int(0.6 * N + 0.5)
 
@@ -26,7 +30,7 @@ def masks(seed, settings=SETTINGS, failed=(0, 0)):
 
 
 def source(own=lambda settings: masks(0, settings), after=lambda settings: masks(1, settings)):
-    return MaskSource("sketch", SEEDS, own, after)
+    return MaskSource("sketch", SEEDS, own, after, NETWORK)
 
 
 def masking(control, start=None, changes=(), settings=SETTINGS, masks_from=None):
@@ -45,7 +49,7 @@ def test_arms_are_named_by_what_they_are():
     assert len({arm, Arm("importance", "phase1", changes), ERM}) == 2
     two = {"PH2_FREEZE_EPOCH": 2, "IMPORTANCE_AGGREGATION": "min"}
     assert Arm(changes=two).name == "importance[PH2_FREEZE_EPOCH=2,IMPORTANCE_AGGREGATION=min]"
-    names = [f"{control}{start}" for start in ("", "@phase1") for control in CONTROLS]
+    names = [f"{control}{start}" for start in ("", "@phase1") for control in CONTROLS if control not in PRETRAINED]
     assert [arm.name for arm in BOTH_STARTS] == names
 
 
@@ -141,6 +145,45 @@ def test_permuted_renames_units_consistently_through_the_layers():
     assert paths(own) != paths(alone)
 
 
+def block(seed=0):
+    """A block of pretrained weights of the usual shapes."""
+    torch.manual_seed(seed)
+    layers = nn.Sequential(*(nn.Linear(a, b) for b, a in SHAPES))
+    return BackboneTail([layers], [((), {})], None, nn.Identity())
+
+
+def test_of_pretrained_blocks_permuted_keeps_the_counts_of_rows_and_columns_of_each_matrix():
+    made = masking("permuted", masks_from=source()._replace(network=block())).mask
+    for own, layer in zip(masks(0).mask, made, strict=True):
+        for s in range(len(SEEDS)):
+            assert sorted(own[s].sum(0).tolist()) == sorted(layer[s].sum(0).tolist())
+            assert sorted(own[s].sum(1).tolist()) == sorted(layer[s].sum(1).tolist())
+    assert not torch.equal(flatten(made), flatten(masks(0).mask))
+    units = masking("permuted").mask  # of a chain of layers, units are renamed
+    assert not torch.equal(flatten(made), flatten(units))
+
+
+def test_magnitude_marks_the_largest_pretrained_weights_and_head_none():
+    from_blocks = source()._replace(network=block())
+    largest, none = (flatten(masking(name, masks_from=from_blocks).mask) for name in PRETRAINED)
+    weights = torch.cat([layer.weight.abs().flatten() for layer in block().blocks[0]])
+    assert largest.sum(-1).tolist() == [K, K]
+    assert weights[largest[0]].min() > weights[~largest[0]].max()
+    assert not none.any()
+    with pytest.raises(InputError, match="TRAINED_BLOCKS"):
+        check_arms([ERM, Arm("head")])
+
+
+def test_arms_of_blocks_differ_in_their_rate_and_others_cannot():
+    settings = Settings.current(trained_blocks=1)
+    slow, fast = (Arm("erm", changes={"BACKBONE_LEARNING_RATE": rate}) for rate in (1e-5, 1e-3))
+    made = [arm.masking(source(), settings) for arm in (slow, fast)]
+    assert [arm.backbone_rate for arm in made] == [1e-5, 1e-3]
+    assert not made[0].same_training(made[1])
+    with pytest.raises(InputError, match="BACKBONE_LEARNING_RATE"):
+        slow.masking(source(), SETTINGS)
+
+
 def test_a_full_mask_makes_every_control_of_the_importance_erm():
     full = replace(SETTINGS, importance_threshold_percentile=100.0)
     erm, *others = (masking(control, settings=full) for control in ("erm", "importance", "frozen", "prune"))
@@ -149,7 +192,7 @@ def test_a_full_mask_makes_every_control_of_the_importance_erm():
 
 def test_failures_reach_the_arms_that_use_the_mask():
     failing = source(lambda s: masks(0, s, failed=(0, 3)), lambda s: masks(1, s, failed=(-1, 0)))
-    made = {control: masking(control, masks_from=failing).failed for control in CONTROLS}
+    made = {control: masking(control, masks_from=failing).failed for control in CONTROLS.keys() - PRETRAINED}
     assert made.pop("erm") is made.pop("random") is None
     assert made.pop("other_seed").tolist() == [-1, 0]
     assert {tuple(codes.tolist()) for codes in made.values()} == {(0, 3)}
@@ -171,7 +214,7 @@ def test_settings_of_an_arm_may_be_others():
 @pytest.mark.parametrize("part", ["all", "in"])
 def test_a_mask_from_phase_1_on_all_images_saw_those_of_validation(part):
     seen = {arm.control for arm in BOTH_STARTS if arm.saw_validation(replace(SETTINGS, ph1_data=part))}
-    assert seen == (CONTROLS.keys() - {"erm", "random"} if part == "all" else set())
+    assert seen == (CONTROLS.keys() - {"erm", "random", *PRETRAINED} if part == "all" else set())
 
 
 def test_every_control_says_what_it_is():
