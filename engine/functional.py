@@ -1,6 +1,6 @@
-"""The engine of the methods of `field`: pure functions of one network, run for all seeds by `torch.func.vmap`."""
+"""The engine of the methods of `field`: pure functions of one network, run for a whole stack by `torch.func.vmap`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Method(Protocol):
     setup: Any
     validate_every: float | None
 
+    def with_values(self, values: Mapping[str, Tensor]) -> "Method": ...
     def extra_parameters(self, draw: torch.Generator) -> Params: ...
     def initial_state(self, params: Params) -> dict: ...
     def begin(self, params: Params, state: dict) -> Params: ...
@@ -41,7 +42,7 @@ class Method(Protocol):
 
 
 class Validation(NamedTuple):
-    """What a method is validated on while it trains: the rows of each seed, of all data.
+    """What a method is validated on while it trains: the rows of each network, of all data.
 
     Shapes: `features` ``[N, D]``; `labels` int64 ``[N]``; `rows` int64 ``[S, n]``.
     """
@@ -52,15 +53,18 @@ class Validation(NamedTuple):
 
 
 class FunctionalEngine:
-    """S networks, one per seed, trained by one method.
+    """A stack of S networks, trained by one method: of different seeds, or with different hyperparameters, or both.
 
     Args:
-        method: its functions see one network; here they run under `vmap`.
+        methods: the method of each network. They are of one class and setup; what they draw has the same shapes. Their
+            functions see one network; here they run under `vmap`.
         start: initial parameters of the classifier, name -> ``[S, *shape]``, on the device and of the type to train in.
-        draws: the `noise` stream of each seed, S CPU generators.
+        draws: the `noise` stream of each network, S CPU generators.
         sources: numbers of the source domains among all domains, in order.
         validation: the sources' `out` split; needed if the method sets `validate_every`.
         given: entries of the state that are known before training, such as masks: tensors ``[S, …]``, nested as there.
+        values: hyperparameters in which the networks differ, name -> ``[S]``; under `vmap` the method has the network's
+            own in their place, floats in the type to train in.
 
     Attributes:
         params, shape: see `engine.Engine`.
@@ -70,25 +74,43 @@ class FunctionalEngine:
 
     def __init__(
         self,
-        method: Method,
+        methods: Sequence[Method],
         start: Params,
         draws: Sequence[torch.Generator],
         sources: Sequence[int],
         validation: Validation | None = None,
         given: dict | None = None,
+        values: Mapping[str, Tensor] | None = None,
     ):
-        self.method, self.draws, self.validation = method, draws, validation
+        self.methods, self.draws, self.validation = methods, draws, validation
         like, self.shape = next(iter(start.values())), torch.Size([len(draws)])
-        params = start | stacked([method.extra_parameters(draw) for draw in draws], like)
+        self.values = {name: _like(value, like) for name, value in (values or {}).items()}
+        params = start | stacked([method.extra_parameters(draw) for method, draw in self._networks()], like)
         number = like.new_full((max(sources) + 1,), -1, dtype=torch.long)
         number[torch.as_tensor(sources, device=like.device)] = torch.arange(len(sources), device=like.device)
         self.number_of = number  # among all domains -> among the sources
         with torch.device(like.device):
-            self.state = {**vmap(method.initial_state)(params), **(given or {})}
-        self.params = vmap(method.begin)(params, self.state)
-        every = method.validate_every
-        self.interval = None if every is None else max(1, round(every * method.setup.steps_per_epoch))
+            each = [{name: value[s] for name, value in params.items()} for s in range(len(draws))]
+            states = [method.initial_state(own) for method, own in zip(methods, each, strict=True)]
+            self.state = stacked(states, like) | (given or {})
+        self.params = self._every("begin", params, self.state)
+        every = methods[0].validate_every
+        self.interval = None if every is None else max(1, round(every * methods[0].setup.steps_per_epoch))
         self.steps_taken = 0
+
+    def _networks(self) -> Iterator[tuple[Method, torch.Generator]]:
+        """Method and `noise` stream of each network."""
+        return zip(self.methods, self.draws, strict=True)
+
+    def _every(self, function: str, *args: Any, in_dims: int | tuple = 0) -> Any:
+        """A function of the method, by name, for every network with its own hyperparameters."""
+
+        def one(values: dict[str, Tensor], *args: Any) -> Any:
+            method = self.methods[0].with_values(values) if values else self.methods[0]
+            return getattr(method, function)(*args)
+
+        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
+        return vmap(one, in_dims=(0, *dims))(self.values, *args)
 
     @torch.no_grad()
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +125,8 @@ class FunctionalEngine:
         if rates:
             raise ValueError("`rates` must be empty: a method scales its updates itself.")
         batch = Batch(features, targets, self.number_of[domains])
-        noise = stacked([self.method.draw(draw, features.shape[1]) for draw in self.draws], features)
-        self.params, self.state, loss = vmap(self.method.update)(self.params, batch, self.state, noise)
+        noise = stacked([method.draw(draw, features.shape[1]) for method, draw in self._networks()], features)
+        self.params, self.state, loss = self._every("update", self.params, batch, self.state, noise)
         self.steps_taken += 1
         if self.interval and self.steps_taken % self.interval == 0:
             self._validate()
@@ -113,16 +135,16 @@ class FunctionalEngine:
     def _validate(self) -> None:
         features, labels, rows = self.validation
         if bool((rows == rows[:1]).all()):  # one split for all seeds
-            logits = vmap(self.method.forward, in_dims=(0, None))(self.params, features[rows[0]])
+            logits = self._every("forward", self.params, features[rows[0]], in_dims=(0, None))
         else:
-            logits = vmap(lambda params, own: self.method.forward(params, features[own]))(self.params, rows)
+            logits = self._every("forward", self.params, features[rows])
         loss = F.cross_entropy(logits.movedim(1, 2), labels[rows], reduction="none").mean(-1)
-        self.state = self.state | vmap(self.method.validated)(self.params, self.state, loss)
+        self.state = self.state | self._every("validated", self.params, self.state, loss)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """``[N, D]`` -> ``[S, N, classes]``."""
-        return vmap(self.method.logits, in_dims=(0, 0, None))(self.params, self.state, features)
+        return self._every("logits", self.params, self.state, features, in_dims=(0, 0, None))
 
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """Whether each network classifies the rows ``[N, D]`` as their targets ``[N]``: bool ``[S, N]``."""
@@ -130,10 +152,10 @@ class FunctionalEngine:
 
 
 def stacked(drawn: Sequence[dict], like: Tensor) -> dict:
-    """One dictionary of tensors per seed -> tensors ``[S, …]`` on the device of `like`, floats in its type."""
+    """One dictionary of tensors per network -> tensors ``[S, …]`` on the device of `like`, floats in its type."""
+    return tree_map(lambda *values: _like(torch.stack(values), like), *drawn) if drawn[0] else {}
 
-    def join(*values: Tensor) -> Tensor:
-        value = torch.stack(values)
-        return value.to(like) if value.is_floating_point() else value.to(like.device)
 
-    return tree_map(join, *drawn) if drawn[0] else {}
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    """On the device of `like`; floats in its type."""
+    return value.to(like) if value.is_floating_point() else value.to(like.device)

@@ -1,13 +1,13 @@
 """The methods of the field on the same features, seeds, starts and splits, through the one training loop.
 
 A `Comparison` trains every method on every holdout with the same number of trials: trial 0 has the method's defaults
-(learning rates and masks as the settings say), the others draw its hyperparameters at random. It resumes by (method,
-trial, holdouts, chunk of seeds), as `study.Study` does. `selection` chooses among the trained networks, `report` and
-`figures` show what came out.
+(learning rates and masks as the settings say), the others draw its hyperparameters at random. Trials of a method that
+need networks of the same shapes are trained in one stack. It resumes by (method, trial, holdouts, chunk of seeds), as
+`study.Study` does. `selection` chooses among the trained networks, `report` and `figures` show what came out.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
@@ -82,19 +82,27 @@ class Comparison:
         results: Results | str | Path,
         features: Callable[[], FeatureSet],
         methods: Iterable[str | type[Algorithm]] | None = None,
+        own: Iterable[str] = (),
     ) -> "Comparison":
-        """The comparison that a results directory holds, by its records; of all its methods if no others are named.
+        """The comparison that a results directory holds, by its records.
 
-        `features` returns those that it was made with, and is called once a comparison was found: it may take long.
+        Args:
+            features: returns those that it was made with; called once a comparison was found, as it may take long.
+            methods: these only; default all that it holds.
+            own: where files have those of its methods that are not known by name ("FILE.py:NAME").
 
         Raises:
-            InputError: the directory holds no comparison, or one that was made with other features.
+            InputError: the directory holds no comparison, or one that was made with other features; a method is not
+                known, or one of `own` is none of the comparison's.
         """
         results = results if isinstance(results, Results) else Results(results)
         records = [record for record in results.records() if "trial" in record]
         run = Run.of(results, features, records, "comparison")
         trials = 1 + max(record["trial"] for record in records)
-        methods = sorted({record["algorithm"] for record in records}) if methods is None else methods
+        held = {record["algorithm"] for record in records}
+        if foreign := [place for place in own if _found(place).__name__ not in held]:
+            raise InputError(f"'{results.directory}' has no results of {foreign[0]}; it has {', '.join(sorted(held))}.")
+        methods = sorted(held) if methods is None else methods
         return cls(run, methods, trials, any("+" in record["holdout"] for record in records))
 
     @property
@@ -129,20 +137,20 @@ class Comparison:
     def train(self) -> None:
         """Train what is missing, with Phase 1 for methods with masks."""
         run, units = self.run, self.missing()
-        self._complete_records()
         if not units:
             return
-        run.check_memory(units, CLASSIFIERS)
+        run.check_memory([(unit.seeds * len(unit.trials),) for unit in units], CLASSIFIERS)
         self._curves = self._tables = None
         if controls := dict.fromkeys(unit.method.control for unit in units if unit.method.control is not None):
             Study(run, [Arm(control) for control in controls]).phase1()
 
-        def train(unit: Unit, tick: Callable[[], None]) -> Trained:
-            return train_unit(run, unit, self.values(unit.method, unit.trial), tick)
+        def train(unit: Unit, tick: Callable[[], None]) -> list[Trained]:
+            return train_unit(run, unit, [self.values(unit.method, trial) for trial in unit.trials], tick)
 
         vmap(grad(torch.sum))(torch.ones(1, 1))  # torch.func loads 900 modules: here once, not in every process
         with run.writing(units):
-            floats, epochs = CLASSIFIERS * run.network.size, run.settings.ph2_num_epochs
+            floats = CLASSIFIERS * run.network.size * max(len(unit.trials) for unit in units)
+            epochs = run.settings.ph2_num_epochs
             for unit, trained in zip(units, run.side_by_side("Methods", units, train, epochs, floats), strict=True):
                 self._save(unit, trained)
 
@@ -153,26 +161,39 @@ class Comparison:
             InputError: what is on disk is damaged, or was trained by another version of a method or with other
                 hyperparameters.
         """
-        run, units = self.run, []
-        for method, trial, holdouts in product(self.methods, range(self.trials), self.holdouts):
-            where = method.__name__, trial, holdouts
-            if run.archive.method_seeds(*where, weights=False):
-                self._check_stored(method, trial, run.archive.method(*where))
-            stored = run.archive.method_seeds(*where, weights=self._keeps_weights(*where))
-            units += [Unit(method, trial, holdouts, chunk) for chunk in run.chunks({*run.seeds} - stored)]
+        run, units, recorded = self.run, [], self._recorded()
+        for method, holdouts in product(self.methods, self.holdouts):
+            missing = [self._missing_seeds(method, trial, holdouts, recorded) for trial in range(self.trials)]
+            for chunk in run.chunks(set().union(*missing)):
+                stacks = defaultdict(list)  # what trials have to share for a stack -> trials
+                for trial, seeds in enumerate(missing):
+                    if own := tuple(seed for seed in chunk if seed in seeds):
+                        stacks[own, self._fixed(method, trial)].append(trial)
+                for (seeds, _), trials in stacks.items():
+                    size = max(1, run.execution.seeds_per_chunk // len(seeds))
+                    parts = [tuple(trials[i : i + size]) for i in range(0, len(trials), size)]
+                    units += [Unit(method, part, holdouts, seeds) for part in parts]
         return units
 
-    def _complete_records(self) -> None:
-        """Write the records that are missing of networks on disk, as after a full disk: nothing is trained for them."""
-        run, records = self.run, self.run.records()
-        recorded = Counter((r["algorithm"], r.get("trial"), r["holdout"]) for r in records)
-        for method, trial, holdouts in product(self.methods, range(self.trials), self.holdouts):
-            where = method.__name__, trial, holdouts
-            stored = {*run.seeds} & run.archive.method_seeds(*where, weights=self._keeps_weights(*where))
-            if recorded[method.__name__, trial, "+".join(holdouts)] < len(SELECTIONS) * len(stored):
-                saved = run.archive.method(*where)
-                with run.writing():
-                    self._record(Unit(method, trial, holdouts, saved.seeds), saved.history)
+    def _recorded(self) -> set[tuple]:
+        """Method, trial, holdouts and seed of the networks with all their records."""
+        counts = Counter((r["algorithm"], r.get("trial"), r["holdout"], r["seed"]) for r in self.run.records())
+        return {network for network, count in counts.items() if count == len(SELECTIONS)}
+
+    def _missing_seeds(
+        self, method: type[Algorithm], trial: int, holdouts: tuple[str, ...], recorded: set[tuple]
+    ) -> set[int]:
+        """Seeds whose networks are not whole on disk; without records, the stack that was written may be cut off."""
+        run, where = self.run, (method.__name__, trial, holdouts)
+        if run.archive.method_seeds(*where, weights=False):
+            self._check_stored(method, trial, run.archive.method(*where))
+        stored = run.archive.method_seeds(*where, weights=self._keeps_weights(*where))
+        held_out = "+".join(holdouts)
+        return {s for s in run.seeds if s not in stored or (method.__name__, trial, held_out, s) not in recorded}
+
+    def _fixed(self, method: type[Algorithm], trial: int) -> tuple:
+        """The hyperparameters of a trial in which the networks of a stack must not differ."""
+        return tuple(value for name, value in self.values(method, trial).items() if name not in method.tensors())
 
     def _check_stored(self, method: type[Algorithm], trial: int, saved: SavedNetworks) -> None:
         """Refuse what is damaged, and to mix results of a method with those that were trained otherwise."""
@@ -195,25 +216,28 @@ class Comparison:
         """Whether the weights are kept: for the ensemble."""
         return name == PARTNERS["pooled"] and trial == 0 and len(holdouts) == 1
 
-    def _save(self, unit: Unit, trained: Trained) -> None:
+    def _save(self, unit: Unit, trained: Sequence[Trained]) -> None:
         """Write the arrays of a unit, then its records, all at once: what has records has arrays."""
-        method, trial, holdouts, seeds = unit
-        about = {"algorithm": method.__name__, "holdouts": list(holdouts), "version": method.version}
-        about |= self._choice(unit) | {"steps_per_epoch": trained.steps_per_epoch}
-        params = trained.params if self._keeps_weights(method.__name__, trial, holdouts) else None
-        self.run.archive.save_method(about, seeds, trained.history, params)
-        self._record(unit, trained.history)
-
-    def _record(self, unit: Unit, history: Mapping[str, torch.Tensor]) -> None:
-        counted = Counted(unit.seeds, *(history[key] for key in ("validation_accuracy", "correct", "failed")))
-        choice, peeked = self._choice(unit), self.saw_validation(unit.method)
-        records = make_records(self.run, unit.method.__name__, unit.holdouts, counted, choice, peeked)
+        (method, trials, holdouts, seeds), records = unit, []
+        for trial, own in zip(trials, trained, strict=True):
+            about = {"algorithm": method.__name__, "holdouts": list(holdouts), "version": method.version}
+            about |= self._choice(method, trial) | {"steps_per_epoch": own.steps_per_epoch}
+            params = own.params if self._keeps_weights(method.__name__, trial, holdouts) else None
+            self.run.archive.save_method(about, seeds, own.history, params)
+            records += self._records(method, trial, holdouts, seeds, own.history)
         self.run.results.append(records)
 
-    def _choice(self, unit: Unit) -> dict[str, object]:
-        """What headers and records say of a unit beside method, holdouts and seeds."""
-        values = self.values(unit.method, unit.trial)
-        return {"trial": unit.trial, "hyperparameters": values, "batches": unit.method.batches}
+    def _records(
+        self, method: type[Algorithm], trial: int, holdouts: Sequence[str], seeds: Sequence[int], history: Mapping
+    ) -> list[dict]:
+        """Records of the networks of a trial."""
+        counted = Counted(seeds, *(history[key] for key in ("validation_accuracy", "correct", "failed")))
+        choice, peeked = self._choice(method, trial), self.saw_validation(method)
+        return make_records(self.run, method.__name__, holdouts, counted, choice, peeked)
+
+    def _choice(self, method: type[Algorithm], trial: int) -> dict[str, object]:
+        """What headers and records say of a trial beside method, holdouts and seeds."""
+        return {"trial": trial, "hyperparameters": self.values(method, trial), "batches": method.batches}
 
     def curves(self) -> pd.DataFrame:
         """Accuracies after each epoch of these methods, trials, holdouts and seeds, see `field.curves`.
@@ -224,7 +248,7 @@ class Comparison:
             InputError: something is not trained yet.
         """
         if self._curves is None:
-            if missing := self.missing():
+            if missing := [run for unit in self.missing() for run in unit.runs]:
                 raise InputError(
                     f"The comparison is incomplete: {len(missing)} runs are missing, first {missing[0]}. All methods "
                     "need the same seeds, trials and holdouts: train them first."

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from config import Settings
+from config import InputError, Settings
 from engine import (
     BalancedOrder,
     BatchOrder,
@@ -23,19 +26,19 @@ from engine import (
     random_start,
     train,
 )
-from field.algorithms import Algorithm, Setup
+from field.algorithms import Algorithm, Setup, State
 
 
 @dataclass
 class MethodNetworks:
-    """One method, one set of held-out domains, S seeds.
+    """One method with one set of hyperparameters, one set of held-out domains, S seeds.
 
     Attributes:
         holdouts: domains left out of training: one, or two for leave-one-domain-out validation.
         seeds: S seeds.
         method: the method, with its hyperparameters.
-        engine: the trained stack; its `state` holds what the method recorded.
         params: final parameters, name -> ``[S, *shape]``, CPU.
+        state: final state, which holds what the method recorded, name -> ``[S, …]``, CPU.
         loss, validation_accuracy: per epoch, ``[S, E]``; validation is the unweighted mean over source domains of the
             accuracy on their `out` split.
         correct: right answers after each epoch, ``[S, E, domains, 2, classes]``.
@@ -45,8 +48,8 @@ class MethodNetworks:
     holdouts: tuple[str, ...]
     seeds: tuple[int, ...]
     method: Algorithm
-    engine: FunctionalEngine
     params: Params
+    state: State
     loss: Tensor
     validation_accuracy: Tensor
     correct: Tensor
@@ -79,28 +82,109 @@ def train_method(
         InputError: an unknown hyperparameter.
         ValueError: the method needs a mask and got none.
     """
-    network, sources = data.network(settings.hidden_sizes), data.sources(holdouts)
+    options = {"masks": None if mask is None else [mask], "threads": threads, "on_epoch": on_epoch}
+    return train_trials(data, holdouts, seeds, [method], settings, **options)[0]
+
+
+def train_trials(
+    data: SplitFeatures,
+    holdouts: Sequence[str],
+    seeds: Sequence[int],
+    methods: Sequence[Callable[[Setup], Algorithm]],
+    settings: Settings,
+    *,
+    masks: Sequence[Params] | None = None,
+    threads: int = 1,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> list[MethodNetworks]:
+    """`train_method` for several sets of hyperparameters, all in one stack: the same networks up to float rounding.
+
+    Args:
+        methods: make one class with T sets of hyperparameters, which differ in nothing but `Algorithm.tensors`.
+        masks: a mask for each of them.
+
+    Returns:
+        The networks of each set, in order.
+
+    Raises:
+        InputError: see `train_method`; or the method needs a number where it has a tensor.
+        ValueError: no masks, or methods that cannot be trained in one stack.
+    """
+    engine = _stack(data, holdouts, seeds, methods, settings, masks)
+    first, every = engine.methods[0], [*seeds] * len(methods)
+    order, epochs = _order(data, holdouts, every, first), settings.ph2_num_epochs
+    try:
+        trained = train(data, engine, every, order, epochs, threads=threads, on_epoch=on_epoch)
+    except RuntimeError as error:
+        if not (engine.values and "vmap" in str(error)):
+            raise
+        raise InputError(
+            f"{type(first).__name__} needs a number where it has a tensor, in one of the hyperparameters in which its "
+            f"trials differ ({', '.join(engine.values)}): use torch.where instead of `if`, or declare it in the class "
+            "as a Hyperparameter without tensor=True."
+        ) from error
+    sources = [data.domain_names.index(name) for name in data.sources(holdouts)]
+    validation = accuracies(trained.correct, data.totals)["out"][..., sources].mean(-1)
+    whole = trained.params, engine.state, trained.loss, validation, trained.correct, trained.failed
+    return [
+        MethodNetworks(
+            tuple(holdouts),
+            tuple(seeds),
+            engine.methods[t * len(seeds)],
+            *tree_map(lambda value, t=t: value.unflatten(0, (len(methods), -1))[t].cpu().clone(), whole),
+        )
+        for t in range(len(methods))
+    ]
+
+
+def _stack(
+    data: SplitFeatures,
+    holdouts: Sequence[str],
+    seeds: Sequence[int],
+    methods: Sequence[Callable[[Setup], Algorithm]],
+    settings: Settings,
+    masks: Sequence[Params] | None,
+) -> FunctionalEngine:
+    """The networks before the first step: those of all seeds with the first set of hyperparameters, then the second, …
+
+    See `train_trials`.
+    """
+    sources, every = data.sources(holdouts), [*seeds] * len(methods)
     steps = ceil(data.rows(sources, "in", seeds).shape[1] / settings.batch_size)
     sizes = data.features.shape[1], len(data.class_names), len(sources)
-    made = method(Setup(*sizes, settings.hidden_sizes, settings.batch_size, steps, settings.ph2_num_epochs))
-    if made.control is not None and mask is None:
-        raise ValueError(f"{type(made).__name__} needs a mask.")
-    start = {name: value.to(data.features) for name, value in random_start(seeds, "fresh_start", network).items()}
-    numbers = [data.domain_names.index(name) for name in sources]
-    engine = FunctionalEngine(
-        made,
-        start,
-        [generator(seed, "noise", "+".join(sorted(holdouts))) for seed in seeds],
-        numbers,
-        Validation(data.features, data.labels, data.rows(sources, "out", seeds)),
-        given=None if made.control is None else {"mask": {n: m.to(data.features.device) for n, m in mask.items()}},
+    setup = Setup(*sizes, settings.hidden_sizes, settings.batch_size, steps, settings.ph2_num_epochs)
+    trials = [method(setup) for method in methods]
+    values, given = _differing(trials), None
+    if trials[0].control is not None:
+        if masks is None:
+            raise ValueError(f"{type(trials[0]).__name__} needs a mask.")
+        given = {"mask": {n: torch.cat([mask[n] for mask in masks]).to(data.features.device) for n in masks[0]}}
+    start = random_start(every, "fresh_start", data.network(settings.hidden_sizes))
+    return FunctionalEngine(
+        [trial for trial in trials for _ in seeds],
+        {name: value.to(data.features) for name, value in start.items()},
+        [generator(seed, "noise", "+".join(sorted(holdouts))) for seed in every],
+        [data.domain_names.index(name) for name in sources],
+        Validation(data.features, data.labels, data.rows(sources, "out", every)),
+        given,
+        {name: value.repeat_interleave(len(seeds)) for name, value in values.items()},
     )
-    order = _order(data, holdouts, seeds, made)
-    trained = train(data, engine, seeds, order, settings.ph2_num_epochs, threads=threads, on_epoch=on_epoch)
-    validation = accuracies(trained.correct, data.totals)["out"][..., numbers].mean(-1)
-    params = {name: value.cpu() for name, value in trained.params.items()}
-    found = (value.cpu() for value in (trained.loss, validation, trained.correct, trained.failed))
-    return MethodNetworks(tuple(holdouts), tuple(seeds), made, engine, params, *found)
+
+
+def _differing(trials: Sequence[Algorithm]) -> dict[str, Tensor]:
+    """Hyperparameters in which the trials of a stack differ: name -> ``[T]``, float64 or int64.
+
+    Those in which they agree stay numbers: a single trial is trained with numbers alone.
+
+    Raises:
+        ValueError: the trials cannot be trained in one stack.
+    """
+    first = trials[0]
+    values = {name: [trial.values[name] for trial in trials] for name in first.values}
+    differing = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    if fixed := sorted({*differing} - {*first.tensors()}):
+        raise ValueError(f"Trials of {type(first).__name__} that differ in {', '.join(fixed)} cannot share a stack.")
+    return {name: torch.from_numpy(np.array(found)) for name, found in differing.items()}
 
 
 def _order(data: SplitFeatures, holdouts: Sequence[str], seeds: Sequence[int], method: Algorithm):

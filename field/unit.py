@@ -1,6 +1,6 @@
-"""What a comparison trains and writes at a time: one method and trial, one choice of held-out domains, S seeds."""
+"""What a comparison trains and writes at a time: trials of one method, one choice of held-out domains, S seeds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,25 +9,27 @@ from torch import Tensor
 
 from engine import Params, raise_failure
 from field.algorithms import Algorithm, expert_use
-from field.train import MethodNetworks, train_method
+from field.train import MethodNetworks, train_trials
 from study import Arm, Run, mask_source
 from trainer_phase2 import Masking
 
 
 class Unit(NamedTuple):
-    """What is trained and written at a time."""
+    """What is trained in one stack and written at a time."""
 
     method: type[Algorithm]
-    trial: int  # number of its hyperparameters
+    trials: tuple[int, ...]  # numbers of sets of hyperparameters that can share a stack
     holdouts: tuple[str, ...]  # one or two domains left out of training
     seeds: tuple[int, ...]
 
-    def __str__(self) -> str:
-        return f"{self.method.__name__}, trial {self.trial}, holdout {'+'.join(self.holdouts)}"
+    @property
+    def runs(self) -> list[str]:
+        """The runs that it consists of, one for each trial, in words."""
+        return [f"{self.method.__name__}, trial {t}, holdout {'+'.join(self.holdouts)}" for t in self.trials]
 
 
 class Trained(NamedTuple):
-    """What is kept of a unit.
+    """What is kept of one trial of a unit.
 
     Attributes:
         steps_per_epoch: updates in an epoch.
@@ -42,37 +44,47 @@ class Trained(NamedTuple):
     params: Params
 
 
-def train_unit(run: Run, unit: Unit, values: Mapping, tick: Callable[[], None]) -> Trained:
-    """Train the networks of a unit with hyperparameters; `tick` is called after each epoch.
+def train_unit(run: Run, unit: Unit, values: Sequence[Mapping], tick: Callable[[], None]) -> list[Trained]:
+    """Train the networks of a unit, with the hyperparameters of each trial; `tick` is called after each epoch.
 
     A method with masks needs Phase 1 on disk.
 
     Raises:
         TrainingFailedError: the run is strict, and a network failed or its mask cannot be used.
     """
-    masking = masking_of(run, unit, values)
-    mask = None if masking is None else dict(zip(run.network.tracked_names, masking.mask, strict=True))
-    method = partial(unit.method, **values)
-    options = {"mask": mask, "threads": run.execution.threads, "on_epoch": tick}
-    networks = train_method(run.data, unit.holdouts, unit.seeds, method, run.settings, **options)
-    failed = networks.failed
+    method, _, holdouts, seeds = unit
+    maskings = [masking_of(run, method, holdouts, seeds, own) for own in values]
+    names, masks = run.network.tracked_names, None
+    if method.control is not None:
+        masks = [dict(zip(names, masking.mask, strict=True)) for masking in maskings]
+    methods = [partial(method, **own) for own in values]
+    options = {"masks": masks, "threads": run.execution.threads, "on_epoch": tick}
+    trials = train_trials(run.data, holdouts, seeds, methods, run.settings, **options)
+    return [_kept(run, *each) for each in zip(unit.runs, trials, maskings, strict=True)]
+
+
+def _kept(run: Run, name: str, networks: MethodNetworks, masking: Masking | None) -> Trained:
+    """What is kept of the networks of a run, `name` in words."""
+    failed, method = networks.failed, networks.method
     if masking is not None and masking.failed is not None:
         failed = torch.where(failed == 0, masking.failed, failed)
     if run.strict:
-        raise_failure(failed, unit.seeds, str(unit))
+        raise_failure(failed, networks.seeds, name)
     history = {key: getattr(networks, key) for key in ("loss", "validation_accuracy", "correct")} | {"failed": failed}
-    history |= {key: networks.engine.state[key].cpu() for key in unit.method.record_names}
-    if unit.method.routed:
+    history |= {key: networks.state[key] for key in method.record_names}
+    if method.routed:
         history["expert_use"] = _expert_use(run, networks)
-    return Trained(networks.method.setup.steps_per_epoch, history, networks.params)
+    return Trained(method.setup.steps_per_epoch, history, networks.params)
 
 
-def masking_of(run: Run, unit: Unit, values: Mapping) -> Masking | None:
+def masking_of(
+    run: Run, method: type[Algorithm], holdouts: Sequence[str], seeds: Sequence[int], values: Mapping
+) -> Masking | None:
     """The masks that a method trains with, as the study makes them from the source domains; None without a mask."""
-    if unit.method.control is None:
+    if method.control is None:
         return None
-    arm = Arm(unit.method.control, changes={"IMPORTANCE_THRESHOLD_PERCENTILE": values["kept"]})
-    return arm.masking(mask_source(run, unit.holdouts, unit.seeds), run.settings)
+    arm = Arm(method.control, changes={"IMPORTANCE_THRESHOLD_PERCENTILE": values["kept"]})
+    return arm.masking(mask_source(run, holdouts, seeds), run.settings)
 
 
 def _expert_use(run: Run, networks: MethodNetworks) -> Tensor:
@@ -81,7 +93,7 @@ def _expert_use(run: Run, networks: MethodNetworks) -> Tensor:
     shape = len(data.domain_names), len(data.class_names)
     groups, found = data.domains * shape[1] + data.labels, []
     for s in range(len(networks.seeds)):
-        params = {name: value[s] for name, value in networks.engine.params.items()}
+        params = {name: value[s].to(data.features) for name, value in networks.params.items()}
         routing = networks.method.routing(params, data.features).detach()
         found.append(expert_use(routing, groups, shape[0] * shape[1]).view(*shape, -1).cpu())
     return torch.stack(found)

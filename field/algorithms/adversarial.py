@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from engine import Batch, Params
 from field.algorithms.base import Algorithm, Hyperparameter, choice, log_uniform, power_of_two, register
-from field.algorithms.parts import adam, adam_state, linear, new_linear, one_hot
+from field.algorithms.parts import adam, adam_state, is_zero, linear, new_linear, one_hot
 
 
 @register
@@ -36,12 +36,20 @@ class DANN(Algorithm):
 
     batches = "balanced"
     hyperparameters = {
-        "adversary_weight": Hyperparameter(1.0, "λ, weight of the discriminator's loss", log_uniform(-2, 2)),
-        "learning_rate_d": Hyperparameter(1e-3, "learning rate of the discriminator's Adam", log_uniform(-4, -2)),
-        "weight_decay_d": Hyperparameter(0.0, "L2 penalty inside that Adam", log_uniform(-6, -2)),
-        "d_steps_per_g_step": Hyperparameter(1, "discriminator's steps for one of the classifier", power_of_two(0, 3)),
-        "grad_penalty": Hyperparameter(0.0, "weight of the discriminator's gradient penalty", log_uniform(-2, 1)),
-        "beta1": Hyperparameter(0.5, "decay of the first moment in both Adams", choice(0.0, 0.5)),
+        "adversary_weight": Hyperparameter(
+            1.0, "λ, weight of the discriminator's loss", log_uniform(-2, 2), tensor=True
+        ),
+        "learning_rate_d": Hyperparameter(
+            1e-3, "learning rate of the discriminator's Adam", log_uniform(-4, -2), tensor=True
+        ),
+        "weight_decay_d": Hyperparameter(0.0, "L2 penalty inside that Adam", log_uniform(-6, -2), tensor=True),
+        "d_steps_per_g_step": Hyperparameter(
+            1, "discriminator's steps for one of the classifier", power_of_two(0, 3), tensor=True
+        ),
+        "grad_penalty": Hyperparameter(
+            0.0, "weight of the discriminator's gradient penalty", log_uniform(-2, 1), tensor=True
+        ),
+        "beta1": Hyperparameter(0.5, "decay of the first moment in both Adams", choice(0.0, 0.5), tensor=True),
         "mlp_width": Hyperparameter(64, "units in each hidden layer of the discriminator", power_of_two(4, 8)),
         "mlp_depth": Hyperparameter(3, "linear layers of the discriminator", choice(3, 4, 5)),
     }
@@ -79,7 +87,7 @@ class DANN(Algorithm):
             return F.cross_entropy(self.discriminate(params, read), batch.domains, reduction="none")
 
         loss = (self.row_weights(batch, read) * each(read)).sum()
-        if self.grad_penalty:
+        if not is_zero(self.grad_penalty):
             by_input = torch.func.grad(lambda read: each(read).sum())(read)
             loss = loss + self.grad_penalty * (by_input**2).sum(1).mean()
         return loss
@@ -135,7 +143,7 @@ class CDANN(DANN):
         return 1 / (self.setup.domains * self.setup.classes * rows)
 
 
-def reversed_gradient(value: Tensor, weight: float) -> Tensor:
+def reversed_gradient(value: Tensor, weight: float | Tensor) -> Tensor:
     """`value` itself, with a gradient multiplied by -`weight`."""
     still = value.detach()
     return still - weight * (value - still)

@@ -17,7 +17,9 @@ class RepresentationAlignment(Algorithm):
 
     batches = "balanced"
     hyperparameters = {
-        "penalty_weight": Hyperparameter(1.0, "weight of the mean distance of two domains", log_uniform(-1, 1))
+        "penalty_weight": Hyperparameter(
+            1.0, "weight of the mean distance of two domains", log_uniform(-1, 1), tensor=True
+        )
     }
 
     def distances(self, representations: Tensor) -> Tensor:
@@ -91,7 +93,9 @@ class Mixup(Algorithm):
 
     batches = "balanced"
     hyperparameters = {
-        "alpha": Hyperparameter(0.2, "both parameters of the share's Beta: near 0 = no mixing", log_uniform(-1, 1))
+        "alpha": Hyperparameter(
+            0.2, "both parameters of the share's Beta: near 0 = no mixing", log_uniform(-1, 1), tensor=True
+        )
     }
 
     def draw(self, draw, rows):
@@ -137,9 +141,13 @@ class Fishr(Switching):
     """
 
     hyperparameters = {
-        "penalty_weight": Hyperparameter(1000.0, "weight of the variances' difference", log_uniform(1, 4)),
-        "anneal": Hyperparameter(1500 / 5001, "fraction before the penalty begins", uniform(0, 5000 / 5001)),
-        "ema": Hyperparameter(0.95, "fraction of the remembered variances kept at each step", uniform(0.9, 0.99)),
+        "penalty_weight": Hyperparameter(1000.0, "weight of the variances' difference", log_uniform(1, 4), tensor=True),
+        "anneal": Hyperparameter(
+            1500 / 5001, "fraction before the penalty begins", uniform(0, 5000 / 5001), tensor=True
+        ),
+        "ema": Hyperparameter(
+            0.95, "fraction of the remembered variances kept at each step", uniform(0.9, 0.99), tensor=True
+        ),
     }
     switches = ("anneal",)
 

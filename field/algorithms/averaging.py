@@ -17,22 +17,26 @@ class WeightAverage(Algorithm):
 
     Arpit et al. begin at step 100 of 5001; here it is the same fraction of the training, but never before the first
     step: they begin with a pretrained network, here the classifier's start is random. Their ensemble of several such
-    averages is not formed: each seed predicts alone. The state "average" is the vector of weights that predicts, in the
-    order of `flatten`. Averaging begins as in the paper; the authors' code begins one step earlier, with θ_t₀₋₁.
+    averages is not formed: each seed predicts alone. Averaging begins as in the paper; the authors' code begins one
+    step earlier, with θ_t₀₋₁.
+
+    State: "average", the vector of weights that predicts, in the order of `flatten`; "begin", t₀.
     """
 
     hyperparameters = {
-        "start": Hyperparameter(100 / 5001, "fraction of the training after which averaging begins", uniform(0, 0.5))
+        "start": Hyperparameter(
+            100 / 5001, "fraction of the training after which averaging begins", uniform(0, 0.5), tensor=True
+        )
     }
 
     def initial_state(self, params):
-        return {**super().initial_state(params), "average": flatten(params)}
+        begin = torch.tensor(max(1, round(self.start * self.setup.steps)))
+        return {**super().initial_state(params), "average": flatten(params), "begin": begin}
 
     def update(self, params, batch, state, noise):
         new, state, loss = super().update(params, batch, state, noise)
         now, old = flatten(new), state["average"]
-        begin = max(1, round(self.start * self.setup.steps))
-        behind = state["step"] - begin  # weights in the average so far, if positive
+        behind = state["step"] - state["begin"]  # weights in the average so far, if positive
         average = torch.where(behind > 0, old + (now - old) / (behind.clamp(min=0) + 1), now)
         return new, {**state, "average": average}, loss
 
@@ -73,7 +77,7 @@ class SWAD(Algorithm):
         "n_converge": Hyperparameter(3, "averaging starts at a validation whose loss is the smallest of this many"),
         "n_tolerance": Hyperparameter(6, "averaging ends when this many validations are all above the threshold"),
         "tolerance_ratio": Hyperparameter(
-            0.3, "threshold above the loss at the start, as its fraction", choice(0.2, 0.3)
+            0.3, "threshold above the loss at the start, as its fraction", choice(0.2, 0.3), tensor=True
         ),
     }
 

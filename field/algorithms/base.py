@@ -1,10 +1,11 @@
 """What all methods share: hyperparameters, the `Algorithm` that every method extends, and the methods by name.
 
 Everything a method does in a step is a pure function of one network: tensors in, tensors out, nothing kept on the
-object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that S seeds train at once. Therefore
+object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that all seeds and trials train at once. Therefore
 - what a method remembers (moments of Adam, averages, whose turn it is) is in `state`, a nested dictionary of tensors;
 - random numbers come in as `noise`, drawn outside (`Algorithm.draw`);
-- a branch that depends on a tensor is a `torch.where`.
+- a branch that depends on a tensor is a `torch.where`;
+- a hyperparameter in which the networks of a stack differ is a tensor as well (`Hyperparameter.tensor`).
 
 `Algorithm` documents shapes and types of what a method can override; the overrides do not repeat them.
 """
@@ -34,11 +35,22 @@ class Hyperparameter:
         default: value in trial 0.
         meaning: what it does, with its unit.
         search: NumPy generator -> a value, the distribution of random search; None = never searched.
+        tensor: whether trials that differ in it can be trained in one stack. It must be a number then, and the
+            functions that run under `vmap` must work with a scalar tensor in its place: no `if`, `round` or shape may
+            depend on it there. By default trials with different values are trained one after the other.
+
+    Raises:
+        InputError: `tensor` for a text.
     """
 
     default: float | int | str
     meaning: str
     search: Callable[[np.random.Generator], float | int | str] | None = None
+    tensor: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tensor and isinstance(self.default, str):
+            raise InputError(f"The hyperparameter '{self.default}' ({self.meaning}) is a text: it cannot be a tensor.")
 
 
 def log_uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
@@ -101,7 +113,9 @@ class Algorithm:
 
     Attributes:
         hyperparameters: name -> `Hyperparameter`, declared by this class; those of its base classes are added. Their
-            values are attributes of the object, by the same names.
+            values are attributes of the object, by the same names: numbers; but in the functions under `vmap`, scalar
+            tensors where trials differ in a hyperparameter that is declared with ``tensor=True``, as learning rate and
+            weight decay are here. (A class that needs them as numbers declares them again without.)
         version: number of the method's code, written with its results. Raise it when you change what the method
             computes: results of different versions are not mixed. (Comments, docstrings and defaults need no new
             version; the values of the hyperparameters are compared by themselves.)
@@ -119,8 +133,8 @@ class Algorithm:
 
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         # DomainBed draws from 10^U(-5, -3.5) around its default of 5e-5: around this default that is 10^U(-3.7, -2.2)
-        "learning_rate": Hyperparameter(1e-3, "learning rate of Adam", log_uniform(-4, -2)),
-        "weight_decay": Hyperparameter(0.0, "L2 penalty inside Adam", log_uniform(-6, -2)),
+        "learning_rate": Hyperparameter(1e-3, "learning rate of Adam", log_uniform(-4, -2), tensor=True),
+        "weight_decay": Hyperparameter(0.0, "L2 penalty inside Adam", log_uniform(-6, -2), tensor=True),
     }
     version: ClassVar[int] = 1
     batches: ClassVar[str] = "pooled"
@@ -148,12 +162,26 @@ class Algorithm:
         return found
 
     @classmethod
+    def tensors(cls) -> tuple[str, ...]:
+        """Hyperparameters in which networks of one stack may differ: those with ``tensor=True``.
+
+        There are none if the class has an `__init__` of its own, which may compute other attributes from them.
+        """
+        if cls.__init__ is not Algorithm.__init__:
+            return ()
+        return tuple(name for name, h in cls.known_hyperparameters().items() if h.tensor)
+
+    def with_values(self, values: Mapping[str, Tensor]) -> "Algorithm":
+        """The method with other values of some hyperparameters, as the engine calls it under `vmap`."""
+        return type(self)(self.setup, **{**self.values, **values})
+
+    @classmethod
     def from_settings(cls, settings: Settings) -> dict[str, float]:
         """Hyperparameters that the settings of an experiment determine; in trial 0 they replace the defaults."""
         own = cls.known_hyperparameters()["learning_rate"] is not Algorithm.hyperparameters["learning_rate"]
         return {} if own else {"learning_rate": settings.ph2_lr_important}
 
-    # Drawn once or per step, outside of vmap.
+    # Called for one network at a time, once or in each step, outside of vmap.
 
     def extra_parameters(self, draw: torch.Generator) -> Params:
         """Parameters trained beside the classifier's: float32, CPU; `draw` is the `noise` stream of the seed."""
@@ -163,11 +191,14 @@ class Algorithm:
         """Random numbers of a step: float32 or int64, CPU; shapes depend on nothing but the batch's `rows`."""
         return {}
 
-    # Pure functions of one network, run under vmap.
-
     def initial_state(self, params: Params) -> State:
-        """State before the first step; extend the dictionary of `super()`."""
+        """State before the first step; extend the dictionary of `super()`.
+
+        What follows from hyperparameters by Python's arithmetic, such as the number of a step, belongs here.
+        """
         return {"step": torch.zeros((), dtype=torch.long), "adam": adam_state(params)}
+
+    # Pure functions of one network, run under vmap.
 
     def begin(self, params: Params, state: State) -> Params:
         """Parameters before the first step, given the start."""

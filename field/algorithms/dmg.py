@@ -45,11 +45,17 @@ class DMG(Algorithm):
         "initial": Hyperparameter(
             "scalar", "initial mask logits: 'scalar' (`initial_logit`) or 'random_uniform' (in [0, 1), p about 0.62)"
         ),
-        "initial_logit": Hyperparameter(3.0, "initial mask logit if `initial` is 'scalar'", uniform(1, 5)),
-        "mask_learning_rate": Hyperparameter(1e-3, "learning rate of the mask logits' Adam", log_uniform(-4, -2)),
-        "mask_weight_decay": Hyperparameter(0.0, "L2 penalty inside that Adam: p to 1/2", log_uniform(-6, -2)),
-        "overlap_weight": Hyperparameter(0.1, "weight of the overlap between domains' masks", log_uniform(-2, 1)),
-        "sparsity_weight": Hyperparameter(0.0, "weight of the sum of all p"),
+        "initial_logit": Hyperparameter(3.0, "initial mask logit if `initial` is 'scalar'", uniform(1, 5), tensor=True),
+        "mask_learning_rate": Hyperparameter(
+            1e-3, "learning rate of the mask logits' Adam", log_uniform(-4, -2), tensor=True
+        ),
+        "mask_weight_decay": Hyperparameter(
+            0.0, "L2 penalty inside that Adam: p to 1/2", log_uniform(-6, -2), tensor=True
+        ),
+        "overlap_weight": Hyperparameter(
+            0.1, "weight of the overlap between domains' masks", log_uniform(-2, 1), tensor=True
+        ),
+        "sparsity_weight": Hyperparameter(0.0, "weight of the sum of all p", tensor=True),
     }
 
     @property

@@ -34,8 +34,10 @@ class MixtureOfExperts(Algorithm):
     hyperparameters = {
         "experts": Hyperparameter(4, "E, number of experts", choice(2, 4, 6, 8)),
         "chosen": Hyperparameter(2, "experts used for an image (at most E)", choice(1, 2)),
-        "balance_weight": Hyperparameter(0.01, "weight of the load-balancing loss", log_uniform(-3, -1)),
-        "gate_noise": Hyperparameter(1.0, "standard deviation of the scores' noise, times E", uniform(0, 2)),
+        "balance_weight": Hyperparameter(0.01, "weight of the load-balancing loss", log_uniform(-3, -1), tensor=True),
+        "gate_noise": Hyperparameter(
+            1.0, "standard deviation of the scores' noise, times E", uniform(0, 2), tensor=True
+        ),
     }
 
     def extra_parameters(self, draw):
@@ -99,7 +101,9 @@ class SFMoE(MixtureOfExperts):
 
     hyperparameters = {
         "chosen": Hyperparameter(2, "experts used for an image (at most E)"),
-        "gate_noise": Hyperparameter(0.0, "standard deviation of the scores' noise, times E", choice(0.0, 1.0)),
+        "gate_noise": Hyperparameter(
+            0.0, "standard deviation of the scores' noise, times E", choice(0.0, 1.0), tensor=True
+        ),
     }
 
     def router_parameters(self, draw):

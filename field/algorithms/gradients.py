@@ -1,5 +1,7 @@
 """Directions computed from the gradients of the domains' losses."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.func import vmap
@@ -8,7 +10,6 @@ from torch.nn import functional as F
 from engine import Params
 from field.algorithms.base import Algorithm, Hyperparameter, Noise, State, choice, log_uniform, register, uniform
 from field.algorithms.parts import flatten, unflatten
-from models import FeedforwardClassifier
 
 
 class DomainGradients(Algorithm):
@@ -16,10 +17,13 @@ class DomainGradients(Algorithm):
 
     batches = "balanced"
 
-    def __init__(self, setup, **values):
-        super().__init__(setup, **values)
-        outline = FeedforwardClassifier.outline(setup.features, setup.classes, setup.hidden_sizes)
-        self.shapes = {name: value.shape for name, value in outline.named_parameters()}
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter of the classifier, by name."""
+        widths, shapes = (self.setup.features, *self.setup.hidden_sizes, self.setup.classes), {}
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            shapes |= {f"layers.{i}.weight": torch.Size((outputs, inputs)), f"layers.{i}.bias": torch.Size((outputs,))}
+        return shapes
 
     def combined(self, each: Params, state: State, noise: Noise) -> tuple[Params, State]:
         """Direction of the step from the domains' gradients.
@@ -80,7 +84,9 @@ class ANDMask(DomainGradients):
     """
 
     hyperparameters = {
-        "tau": Hyperparameter(1.0, "smallest |mean sign| of a component that is kept, 1 = all agree", uniform(0.5, 1))
+        "tau": Hyperparameter(
+            1.0, "smallest |mean sign| of a component that is kept, 1 = all agree", uniform(0.5, 1), tensor=True
+        )
     }
 
     def mask(self, each: Tensor) -> Tensor:
@@ -106,8 +112,8 @@ class SANDMask(ANDMask):
     """
 
     hyperparameters = {
-        "tau": Hyperparameter(0.5, "|mean sign| above which a component is used", uniform(0, 1)),
-        "k": Hyperparameter(10.0, "steepness of the mask, in units of the variance", log_uniform(-3, 5)),
+        "tau": Hyperparameter(0.5, "|mean sign| above which a component is used", uniform(0, 1), tensor=True),
+        "k": Hyperparameter(10.0, "steepness of the mask, in units of the variance", log_uniform(-3, 5), tensor=True),
     }
 
     def mask(self, each):
@@ -214,7 +220,9 @@ class CorGrad(Projection):
 
     hyperparameters = {
         "n_parts": Hyperparameter(10, "most chunks of a tensor's output units, 1 = whole", choice(1, 2, 5, 10, 20)),
-        "alpha": Hyperparameter(1.0, "weight of an outlier's own gradient, 1 = no correction", uniform(0.5, 1)),
+        "alpha": Hyperparameter(
+            1.0, "weight of an outlier's own gradient, 1 = no correction", uniform(0.5, 1), tensor=True
+        ),
     }
 
     def combined(self, each, state, noise):

@@ -33,7 +33,9 @@ class MTL(Algorithm):
 
     batches = "balanced"
     hyperparameters = {
-        "ema": Hyperparameter(0.99, "weight of the batch's mean in a domain's embedding", choice(0.5, 0.9, 0.99, 1.0))
+        "ema": Hyperparameter(
+            0.99, "weight of the batch's mean in a domain's embedding", choice(0.5, 0.9, 0.99, 1.0), tensor=True
+        )
     }
 
     def extra_parameters(self, draw):

@@ -18,7 +18,9 @@ class Masked(Algorithm):
     """
 
     hyperparameters = {
-        "kept": Hyperparameter(60.0, "per cent of the tracked weights that are marked", choice(20.0, 40.0, 60.0, 80.0))
+        "kept": Hyperparameter(
+            60.0, "per cent of the tracked weights that are marked", choice(20.0, 40.0, 60.0, 80.0), tensor=True
+        )
     }
 
     @classmethod
@@ -57,9 +59,13 @@ class ImportanceMask(Masked):
 
     control = "importance"
     hyperparameters = {
-        "low_rate": Hyperparameter(0.1, "first rate of the other weights, in learning rates", uniform(0, 1)),
-        "decay": Hyperparameter(0.5, "factor on that rate after each epoch", uniform(0.1, 1)),
-        "freeze_after": Hyperparameter(0.7, "fraction of the epochs after which it is exactly zero", uniform(0, 1)),
+        "low_rate": Hyperparameter(
+            0.1, "first rate of the other weights, in learning rates", uniform(0, 1), tensor=True
+        ),
+        "decay": Hyperparameter(0.5, "factor on that rate after each epoch", uniform(0.1, 1), tensor=True),
+        "freeze_after": Hyperparameter(
+            0.7, "fraction of the epochs after which it is exactly zero", uniform(0, 1), tensor=True
+        ),
     }
 
     @classmethod

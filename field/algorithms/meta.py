@@ -40,7 +40,7 @@ class MLDG(TwoLoops):
     `ERMBalanced`.
     """
 
-    hyperparameters = {"beta": Hyperparameter(1.0, "weight of the meta-test loss", log_uniform(-1, 1))}
+    hyperparameters = {"beta": Hyperparameter(1.0, "weight of the meta-test loss", log_uniform(-1, 1), tensor=True)}
 
     def gradients(self, params, batch, state, noise):
         train = self.in_order(batch, noise)
@@ -71,7 +71,9 @@ class Fish(TwoLoops):
     """
 
     hyperparameters = {
-        "meta_lr": Hyperparameter(0.5, "ε, fraction of the way to the end of the inner loop", choice(0.05, 0.1, 0.5))
+        "meta_lr": Hyperparameter(
+            0.5, "ε, fraction of the way to the end of the inner loop", choice(0.05, 0.1, 0.5), tensor=True
+        )
     }
 
     def update(self, params, batch, state, noise):

@@ -47,6 +47,16 @@ def unflatten(flat: Tensor, like: Params) -> Params:
     return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
+def is_zero(value: float | Tensor) -> bool:
+    """Whether a hyperparameter is the number 0, so that what it multiplies need not be computed; a tensor never is."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A hyperparameter, a number or a scalar tensor, as a tensor of the type and on the device of `like`."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
 def adam_state(params: Params) -> State:
     """Moments of Adam before the first step."""
     zeros = torch.zeros_like(flatten(params))
@@ -58,20 +68,20 @@ def adam(
     gradient: Params,
     state: State,
     learning_rate: float | Tensor,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float | Tensor = 0.0,
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
 ) -> tuple[Params, State]:
     """One step of Adam (Kingma & Ba 2015) as a pure function, equal to `torch.optim.Adam`'s: parameters and state.
 
     Args:
         gradient: by name, for at least the names of `params`.
         state: of `adam_state` or the last step.
-        learning_rate: a number, or a scalar tensor.
+        learning_rate: a number, or a scalar tensor, as the others.
         weight_decay: L2, added to the gradient.
         betas: decay of the two moments.
     """
     old, g = flatten(params), flatten({name: gradient[name] for name in params})
-    if weight_decay:
+    if not is_zero(weight_decay):
         g = g + weight_decay * old
     count = state["count"] + 1
     mean = betas[0] * state["mean"] + (1 - betas[0]) * g

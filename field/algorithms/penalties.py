@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from field.algorithms.base import Algorithm, Hyperparameter, State, log_uniform, register, uniform
+from field.algorithms.parts import scalar
 
 STEPS = 5001  # of a training in DomainBed
 BISECTIONS = 40  # halvings of the interval that holds a quantile: far below the noise of a risk
@@ -20,7 +21,7 @@ BISECTIONS = 40  # halvings of the interval that holds a quantile: far below the
 
 def training_fraction(default: float, meaning: str, low: float, high: float) -> Hyperparameter:
     """A length that DomainBed gives in steps, with ``10 ** U(low, high)`` steps as its random search."""
-    return Hyperparameter(default / STEPS, meaning, log_uniform(low - log10(STEPS), high - log10(STEPS)))
+    return Hyperparameter(default / STEPS, meaning, log_uniform(low - log10(STEPS), high - log10(STEPS)), tensor=True)
 
 
 class Switching(Algorithm):
@@ -31,25 +32,26 @@ class Switching(Algorithm):
     Attributes:
         switches: names of the hyperparameters that say after which fraction of the training; a switch at 1 or later
             never happens.
+
+    State: "switches", name of a switch -> number of the first step after it.
     """
 
     batches = "balanced"
     switches: ClassVar[tuple[str, ...]] = ()
 
-    def switch_step(self, switch: str) -> int:
-        """Number of the first step after a switch."""
-        return round(getattr(self, switch) * self.setup.steps)
+    def initial_state(self, params):
+        steps = {switch: torch.tensor(round(getattr(self, switch) * self.setup.steps)) for switch in self.switches}
+        return {**super().initial_state(params), "switches": steps}
 
-    def switched(self, switch: str, state: State, before: float, after: float) -> Tensor:
+    def switched(self, switch: str, state: State, before: float | Tensor, after: float | Tensor) -> Tensor:
         """`before` or `after` (scalar), depending on whether the training is before or after a switch."""
-        like = state["adam"]["mean"]
-        passed = state["step"] >= self.switch_step(switch)
-        return torch.where(passed, like.new_tensor(after), like.new_tensor(before))
+        passed, like = state["step"] >= state["switches"][switch], state["adam"]["mean"]
+        return torch.where(passed, scalar(after, like), scalar(before, like))
 
     def update(self, params, batch, state, noise):
         moments = state["adam"]
-        for switch in self.switches:
-            now = state["step"] == self.switch_step(switch)
+        for step in state["switches"].values():
+            now = state["step"] == step
             moments = {name: torch.where(now, torch.zeros_like(value), value) for name, value in moments.items()}
         return super().update(params, batch, {**state, "adam": moments}, noise)
 
@@ -82,7 +84,7 @@ class IRM(Switching):
     """
 
     hyperparameters = {
-        "irm_weight": Hyperparameter(100.0, "λ after the switch (before: 1)", log_uniform(-1, 5)),
+        "irm_weight": Hyperparameter(100.0, "λ after the switch (before: 1)", log_uniform(-1, 5), tensor=True),
         "irm_anneal": training_fraction(500, "fraction of the training before λ takes effect", 0, 4),
     }
     switches = ("irm_anneal",)
@@ -106,7 +108,9 @@ class IB_ERM(Switching):
     """
 
     hyperparameters = {
-        "ib_weight": Hyperparameter(1.0, "λ of the variance after the switch (before: 0)", log_uniform(-3, 3)),
+        "ib_weight": Hyperparameter(
+            1.0, "λ of the variance after the switch (before: 0)", log_uniform(-3, 3), tensor=True
+        ),
         "ib_anneal": training_fraction(500, "fraction of the training before the variance counts", 0, 4),
     }
     switches = ("ib_anneal",)
@@ -127,7 +131,9 @@ class IB_IRM(IRM, IB_ERM):
     """
 
     hyperparameters = {
-        "ib_weight": Hyperparameter(0.1, "λ of the variance after the switch (before: 0)", log_uniform(-3, 3))
+        "ib_weight": Hyperparameter(
+            0.1, "λ of the variance after the switch (before: 0)", log_uniform(-3, 3), tensor=True
+        )
     }
     switches = ("irm_anneal", "ib_anneal")
 
@@ -146,7 +152,7 @@ class VREx(Switching):
     """
 
     hyperparameters = {
-        "penalty_weight": Hyperparameter(10.0, "β after the switch (before: 1)", log_uniform(-1, 5)),
+        "penalty_weight": Hyperparameter(10.0, "β after the switch (before: 1)", log_uniform(-1, 5), tensor=True),
         "anneal": training_fraction(500, "fraction of the training before β takes effect", 0, 4),
     }
     switches = ("anneal",)
@@ -167,7 +173,9 @@ class GroupDRO(Algorithm):
     """
 
     batches = "balanced"
-    hyperparameters = {"eta": Hyperparameter(1e-2, "η, step size of the weights of the domains", log_uniform(-3, -1))}
+    hyperparameters = {
+        "eta": Hyperparameter(1e-2, "η, step size of the weights of the domains", log_uniform(-3, -1), tensor=True)
+    }
 
     def initial_state(self, params):
         state = super().initial_state(params)
@@ -188,7 +196,9 @@ class SD(Algorithm):
     needs no domains, hence pooled batches.
     """
 
-    hyperparameters = {"penalty_weight": Hyperparameter(0.1, "λ of the squared logits", log_uniform(-5, -1))}
+    hyperparameters = {
+        "penalty_weight": Hyperparameter(0.1, "λ of the squared logits", log_uniform(-5, -1), tensor=True)
+    }
 
     def loss(self, params, batch, state, noise):
         logits = self.forward(params, batch.features)
@@ -206,7 +216,9 @@ class IGA(Algorithm):
     """
 
     batches = "balanced"
-    hyperparameters = {"penalty_weight": Hyperparameter(0.1, "λ of the gradients' variance", log_uniform(-3, 1))}
+    hyperparameters = {
+        "penalty_weight": Hyperparameter(0.1, "λ of the gradients' variance", log_uniform(-3, 1), tensor=True)
+    }
 
     def loss(self, params, batch, state, noise):
         gradients, risks = self.domain_gradients(params, batch)
@@ -214,7 +226,7 @@ class IGA(Algorithm):
         return risks.mean() + self.penalty_weight * variance, {}
 
 
-def quantile_weights(risks: Tensor, quantile: float) -> Tensor:
+def quantile_weights(risks: Tensor, quantile: float | Tensor) -> Tensor:
     """Derivatives of a quantile of the domains' risks by each risk; they sum to 1, and Σ weight · risk is the quantile.
 
     The risks ``[n]`` are smoothed with a Gaussian kernel of width b = 1.06 std n^(−1/5). The quantile t solves
@@ -230,7 +242,7 @@ def quantile_weights(risks: Tensor, quantile: float) -> Tensor:
     units = risks - risks.mean()
     units = units - units.mean()  # the first mean was rounded
     units = units / units.std().clamp_min(least)
-    reach = width * torch.special.ndtri(risks.new_tensor(quantile))
+    reach = width * torch.special.ndtri(scalar(quantile, risks))
     low, high = units.amin() + reach, units.amax() + reach
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -253,10 +265,12 @@ class EQRM(Switching):
     """
 
     hyperparameters = {
-        "quantile": Hyperparameter(0.75, "α, above 0 and below 1; 0.5 is near the mean risk", uniform(0.5, 0.99)),
+        "quantile": Hyperparameter(
+            0.75, "α, above 0 and below 1; 0.5 is near the mean risk", uniform(0.5, 0.99), tensor=True
+        ),
         "burn_in": training_fraction(2500, "fraction of the training on the mean risk", 2.5, 3.5),
         "learning_rate_after": Hyperparameter(
-            2e-5, "learning rate of Adam after the burn-in", log_uniform(log10(2e-6), log10(2e-4))
+            2e-5, "learning rate of Adam after the burn-in", log_uniform(log10(2e-6), log10(2e-4)), tensor=True
         ),
     }
     switches = ("burn_in",)

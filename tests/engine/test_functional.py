@@ -59,7 +59,8 @@ def engine(seeds, rows=None):
     own = [torch.randperm(9, generator=draw[seed])[:6] for seed in seeds]
     validation = Validation(x, torch.arange(9) % 3, torch.stack(own) if rows is None else rows.expand(len(seeds), -1))
     noise = [generator(seed, "noise", "test") for seed in seeds]
-    return FunctionalEngine(Descent(), {"weight": weight}, noise, (0, 2), validation, given={"kept": kept})
+    methods = [Descent() for _ in seeds]
+    return FunctionalEngine(methods, {"weight": weight}, noise, (0, 2), validation, given={"kept": kept})
 
 
 def step(stack, seeds, number=0, rates=None):

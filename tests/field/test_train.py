@@ -9,7 +9,7 @@ import torch
 from config import InputError, Settings
 from engine import SplitFeatures
 from field.algorithms import ALGORITHMS
-from field.train import train_method
+from field.train import train_method, train_trials
 from study import ERM, MaskSource
 from tests.factories import blobs, split_blobs
 from trainer_phase2 import HoldoutMasks, train_holdout
@@ -25,7 +25,8 @@ def data():
 
 def test_erm_is_the_arm_erm(data):
     mask = [torch.zeros(2, 5, 6, dtype=torch.bool), torch.zeros(2, 4, 5, dtype=torch.bool)]  # any: ERM marks all
-    source = MaskSource("sketch", SEEDS, lambda settings: HoldoutMasks([], [], mask, None), lambda settings: None)
+    masks, network = HoldoutMasks([], [], mask, None), data.network(SETTINGS.hidden_sizes)
+    source = MaskSource("sketch", SEEDS, lambda settings: masks, lambda settings: None, network)
     arm = train_holdout(data, "sketch", SEEDS, [ERM.masking(source, SETTINGS)])
     method = train_method(data, ["sketch"], SEEDS, ALGORITHMS["ERM"], SETTINGS)
     for name, value in method.params.items():
@@ -43,7 +44,7 @@ def test_balanced_training_takes_as_many_steps_as_pooled_training(data, holdouts
         networks = train_method(data, holdouts, SEEDS, ALGORITHMS[name], SETTINGS)
         assert networks.method.setup.steps_per_epoch == steps
         assert networks.method.setup.domains == len(sources)
-        assert networks.engine.steps_taken == steps * SETTINGS.ph2_num_epochs
+        assert (networks.state["step"] == steps * SETTINGS.ph2_num_epochs).all()
 
 
 @pytest.mark.parametrize("name", ["ERM", "ERMBalanced", "SWAD"])
@@ -58,6 +59,12 @@ def test_held_out_domains_are_not_learned(data, name):
     assert all(torch.equal(value, theirs.params[key]) for key, value in ours.params.items())
     assert torch.equal(ours.validation_accuracy, theirs.validation_accuracy)
     assert not torch.equal(ours.correct, theirs.correct)
+
+
+def test_trials_that_need_stacks_of_their_own_are_refused_in_one(data):
+    methods = [partial(ALGORITHMS["GMoE"], experts=experts, gate_noise=experts / 10) for experts in (2, 4)]
+    with pytest.raises(ValueError, match="GMoE that differ in experts cannot"):
+        train_trials(data, ["art"], SEEDS, methods, SETTINGS)
 
 
 def test_hyperparameters_reach_the_method_and_unknown_ones_are_refused(data):

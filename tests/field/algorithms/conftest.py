@@ -56,11 +56,11 @@ def batches(steps: int, of: Setup | None = None, seeds=SEEDS, balanced=True, dty
     return found
 
 
-def random_masks(seeds=SEEDS, hidden_sizes=(6, 5, 4)):
-    """Masks of random positions, 60 per cent of each tracked matrix: name -> bool ``[S, out, in]``."""
+def random_masks(seeds=SEEDS, hidden_sizes=(6, 5, 4), part=0.6):
+    """Masks of random positions, `part` of each tracked matrix: name -> bool ``[S, out, in]``."""
     masks = {}
     for i, (fan_in, fan_out) in enumerate(pairwise(hidden_sizes), start=1):
-        each = [torch.rand(fan_out, fan_in, generator=generator(seed, "test_mask", str(i))) < 0.6 for seed in seeds]
+        each = [torch.rand(fan_out, fan_in, generator=generator(seed, "test_mask", str(i))) < part for seed in seeds]
         masks[f"layers.{i}.weight"] = torch.stack(each)
     return masks
 
@@ -76,7 +76,8 @@ def engine(method: Algorithm, seeds=SEEDS, first=None) -> FunctionalEngine:
     """A stack before its first step, from `start` or other parameters."""
     of, draws = method.setup, [generator(seed, "noise", "test") for seed in seeds]
     given = {"mask": random_masks(seeds, of.hidden_sizes)} if method.control else None
-    return FunctionalEngine(method, first or start(seeds, of), draws, range(of.domains), validation(seeds, of), given)
+    known = first or start(seeds, of), draws, range(of.domains), validation(seeds, of), given
+    return FunctionalEngine([method] * len(seeds), *known)
 
 
 def alone(name: str, steps: int, seed: int, of: Setup) -> tuple[Algorithm, Params, State]:
@@ -176,6 +177,7 @@ def methods() -> SimpleNamespace:
         run,
         baseline,
         same,
+        random_masks,
         one_batch,
         one_network,
         network,

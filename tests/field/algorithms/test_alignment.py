@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from engine import Batch, generator
-from field.algorithms.parts import adam_state
 
 
 def coral(a, b):
@@ -107,8 +106,7 @@ def test_fishrs_variances_by_hand(methods):
     params = {"layers.0.weight": one, "layers.0.bias": one[0], "layers.1.weight": torch.zeros(2, 1)}
     params["layers.1.bias"] = zeros
     batch = Batch(torch.tensor([[0.0], [2.0], [1.0], [1.0]]), torch.zeros(4).long(), torch.tensor([0, 0, 1, 1]))
-    state = {"step": torch.tensor(0), "adam": adam_state(params), "variances": torch.zeros(2, 4)}
-    loss, changes = algorithm.loss(params, batch, state, {})
+    loss, changes = algorithm.loss(params, batch, algorithm.initial_state(params), {})
     # Domain 0: gradients by a weight are ±1/2 · (1, 3), of variance 1/4; by a bias equal in both rows. Domain 1: none.
     assert torch.allclose(changes["variances"], torch.tensor([[0.25, 0.0, 0.25, 0.0], [0.0] * 4]))
     assert loss.item() == pytest.approx(np.log(2) + 10 * (4 * 0.125**2) / 8)

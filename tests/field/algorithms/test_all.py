@@ -1,15 +1,21 @@
 """What holds for every method: a stack equals its networks, rows are independent, hyperparameters are checked."""
 
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
-from config import InputError
-from field.algorithms import ALGORITHMS, Algorithm, find, register
+from config import InputError, Settings
+from field.algorithms import ALGORITHMS, Algorithm, Setup, find, register
 from field.algorithms.parts import adam, adam_state
+from field.train import train_method, train_trials
 from models import FeedforwardClassifier
 from study import CONTROLS
+from tests.factories import split_blobs
 
 NAMES = sorted(ALGORITHMS)
 MILD = {"IRM": {"irm_weight": 1.0}, "IB_IRM": {"irm_weight": 1.0}}  # 24 steps are too few to recover from more
@@ -54,7 +60,8 @@ def stack(request, methods):
 
 def test_a_stack_equals_single_runs(methods, stack):
     """The others of the stack change nothing: its last network is that of a plain loop."""
-    method, params, state = methods.alone(type(stack.method).__name__, 50, methods.seeds[-1], stack.method.setup)
+    own = stack.methods[-1]
+    method, params, state = methods.alone(type(own).__name__, 50, methods.seeds[-1], own.setup)
     for key, value in stack.params.items():
         assert torch.allclose(value[-1], params[key], rtol=0, atol=1e-9), key
     x = methods.batches(1)[0][0][0]
@@ -65,7 +72,33 @@ def test_a_row_is_predicted_independently_of_the_others(methods, stack):
     x = methods.batches(2)[0][0][0]
     together, alone = stack.logits(x), torch.cat([stack.logits(row) for row in x.split(1)], dim=1)
     assert torch.allclose(together, alone, rtol=0, atol=1e-9)
-    assert all(key in stack.state for key in stack.method.record_names)
+    assert all(key in stack.state for key in stack.methods[0].record_names)
+
+
+def drawn(method: type[Algorithm], number: int) -> Callable[[Setup], Algorithm]:
+    """The method with random values of all hyperparameters in which the networks of a stack may differ."""
+    rng, known = np.random.default_rng(number), method.known_hyperparameters()
+    return partial(method, **{name: known[name].search(rng) for name in method.tensors() if known[name].search})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trials_in_one_stack_equal_trials_trained_apart(methods, name):
+    settings = Settings.current(ph2_num_epochs=9, hidden_sizes=(6, 5, 4), batch_size=16)
+    data, seeds, made = split_blobs(torch.float64, settings), (0, 1), [drawn(ALGORITHMS[name], n) for n in range(3)]
+    masks = [methods.random_masks(seeds, part=part) for part in (0.3, 0.6, 0.9)]
+    with_mask = ALGORITHMS[name].control is not None
+    together = train_trials(data, ["art"], seeds, made, settings, masks=masks if with_mask else None)
+    assert (together[0].state["step"] >= 50).all()
+    assert len({*(trial.method.learning_rate for trial in together)}) == 3
+    for trial, method, mask in zip(together, made, masks, strict=True):
+        alone = train_method(data, ["art"], seeds, method, settings, mask=mask if with_mask else None)
+        assert trial.method.values == alone.method.values
+        for kind, rtol in (("params", 0), ("state", 1e-9), ("loss", 1e-9)):
+            ours, theirs = tree_leaves(getattr(trial, kind)), tree_leaves(getattr(alone, kind))
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.allclose(a, b, rtol=rtol, atol=1e-9, equal_nan=True), kind
+        assert torch.equal(trial.correct, alone.correct)
+        assert torch.equal(trial.failed, alone.failed)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not ALGORITHMS[name].control])  # those: test_masks.py
@@ -77,7 +110,7 @@ def test_a_method_trains_through_the_one_loop_in_single_precision(methods, name)
     assert networks.validation_accuracy[:, -1].mean() > start.validation_accuracy[:, -1].mean() + 0.1
     assert {value.dtype for value in (networks.loss, *networks.params.values())} == {torch.float32}
     before, structure = tree_flatten(networks.method.initial_state({n: v[0] for n, v in networks.params.items()}))
-    after, now = tree_flatten(networks.engine.state)
+    after, now = tree_flatten(networks.state)
     assert now == structure
     assert [(v.dtype, v.shape) for v in before] == [(v.dtype, v.shape[1:]) for v in after]
 

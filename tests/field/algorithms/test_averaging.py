@@ -99,7 +99,7 @@ def test_each_network_of_a_stack_has_its_own_valley(methods):
     engine = methods.run("SWAD", 1, of=methods.setup(steps_per_epoch=10))  # one step: not validated yet
     for loss in zip(EARLY, NEVER, LATE, strict=True):
         losses = torch.tensor(loss, dtype=torch.float64)
-        engine.state |= torch.func.vmap(engine.method.validated)(engine.params, engine.state, losses)
+        engine.state |= torch.func.vmap(engine.methods[0].validated)(engine.params, engine.state, losses)
     assert engine.state["start"].tolist() == [2, -1, 2]
     assert engine.state["dead"].tolist() == [True, False, False]
     assert engine.state["threshold"].tolist() == pytest.approx([1.3 * 0.45, float("inf"), 1.3 * 0.51])
