@@ -1,0 +1,233 @@
+"""The same question on the ViT's own last blocks: which arms, at which densities and rates, fixed in advance.
+
+Masks over pretrained weights mean the same weight in every domain, phase and seed. A mask that trains fewer weights
+wants a larger step, so that a comparison at one learning rate would measure the learning rate: each arm chooses its own
+from `RATES`, per held-out domain, by the accuracy on the sources' `out` part after the last epoch, mean over seeds and
+source domains. *Headline* as in `contrasts`: last epoch, all images of the held-out domain, mean over the holdouts.
+*Confirmatory family:* `importance` − `random_layer` at 10 % and at 1 %, `importance` − `erm` at 60 % and at 10 %.
+Everything else is exploratory. The unmarked weights are frozen from the start (`BLOCK_FREEZE_EPOCH` = 0).
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from config import InputError
+from evidence.contrasts import Contrast, seed_averages
+from evidence.report import family_shown, interval
+from evidence.statistics import LEVEL, family
+from storage import Results
+from study import AVERAGE, ERM, FEWEST_SEEDS, Arm, Run, Study, lodo_table, t_interval, wide_table
+
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of BACKBONE_LEARNING_RATE
+DENSITIES = (60.0, 10.0, 1.0, 0.1)  # per cent of the tracked weights that are marked
+CRITERIA = ("importance", "random_layer")
+CONTROLS = ("permuted", "inverted", "magnitude")
+HEAD = Arm("head")
+FOLDERS = {"grid": CRITERIA, "controls": CONTROLS}  # results directory -> the criteria in it
+
+
+def masked(control: str, density: float) -> Arm:
+    """The arm of a criterion at a density, per cent."""
+    return Arm(control, changes={"IMPORTANCE_THRESHOLD_PERCENTILE": density})
+
+
+FAMILY = (
+    Contrast(masked("importance", 10.0), masked("random_layer", 10.0)),
+    Contrast(masked("importance", 1.0), masked("random_layer", 1.0)),
+    Contrast(masked("importance", 60.0), ERM),
+    Contrast(masked("importance", 10.0), ERM),
+)
+
+
+def arms_of(folder: str) -> tuple[Arm, ...]:
+    """The arms of a results directory, before each is trained at all rates."""
+    plain = (ERM, HEAD) if folder == "grid" else ()
+    return plain + tuple(masked(control, density) for control in FOLDERS[folder] for density in DENSITIES)
+
+
+def at_rate(arm: Arm, rate: float) -> Arm:
+    """The arm with a learning rate of the blocks."""
+    return replace(arm, changes=(*arm.changes, ("BACKBONE_LEARNING_RATE", rate)))
+
+
+class BlockProtocol:
+    """Trains the arms at all rates and says what they show; resumable as each `Study` is.
+
+    Args:
+        run: features with tokens, settings, seeds and holdouts, and how it is carried out.
+        directory: gets ``grid/`` (ERM, head and the family's criteria), ``controls/`` and the report's files.
+        controls: train the other controls as well; without it, they are reported as far as they are there.
+
+    Raises:
+        InputError: features without tokens, fewer than two seeds, or an unfit directory.
+    """
+
+    def __init__(self, run: Run, directory: str | Path, controls: bool = True):
+        if run.data.tail is None:
+            raise InputError("Masks on blocks need tokens: set TRAINED_BLOCKS, and DATA_ROOT (--data-root).")
+        if len(run.seeds) < 2:
+            raise InputError("A study compares over seeds: --seeds must be at least 2.")
+        self.run, self.results = run, Results(directory)
+        folders = ("grid", "controls") if controls else ("grid",)
+        self.studies = {
+            folder: Study(
+                run.beside(self.results.directory / folder),
+                [at_rate(arm, rate) for arm in arms_of(folder) for rate in RATES],
+                records_only=True,
+            )
+            for folder in folders
+        }
+
+    def train(self) -> None:
+        """Train what is missing."""
+        for study in self.studies.values():
+            study.train()
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Everything the report says in numbers, by file name."""
+        records = [record for study in self.studies.values() for record in study.records()]
+        arms = [arm for folder in self.studies for arm in arms_of(folder)]
+        rates = chosen_rates(records, arms, self.run.holdouts)
+        fixed = rates.assign(rate=self.run.settings.backbone_learning_rate)
+        tables = {"rates": rates}
+        for ending, choice in {"": rates, "_fixed_rate": fixed}.items():
+            own = at_chosen_rates(records, arms, choice)
+            if own:  # the fixed rate need not be in the grid
+                averages = seed_averages(own)
+                tables[f"seeds{ending}"] = averages
+                tables[f"accuracy{ending}"] = lodo_table(own)
+                tables[f"contrasts{ending}"] = family({c.name: c.differences(averages) for c in FAMILY})
+                tables[f"densities{ending}"] = densities_table(averages, arms)
+        return tables
+
+    def write(self) -> str:
+        """Write tables (CSV) and ``report.txt``; returns the report."""
+        tables = self.tables()
+        with self.results:
+            for name, table in tables.items():
+                text = table.to_csv(float_format="%.6g", index=table.index.name is not None)
+                self.results.write_text(f"{name}.csv", text)
+            text = report(tables, self.run)
+            self.results.write_text("report.txt", text)
+        return text
+
+
+def chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], holdouts: Sequence[str]) -> pd.DataFrame:
+    """The rate of each arm and holdout with the best mean validation accuracy; the smaller of equals.
+
+    Returns:
+        arm, holdout, rate, validation (mean over seeds and source domains, a fraction; networks that failed count as
+        0), and edge: whether the rate is the smallest or the largest of the grid.
+    """
+    table = pd.DataFrame([(r["algorithm"], r["holdout"], r["validation"]) for r in records]).fillna(0.0)
+    means, rows = table.groupby([0, 1])[2].mean(), []
+    for arm in arms:
+        for holdout in holdouts:
+            found = {rate: means[at_rate(arm, rate).name, holdout] for rate in RATES}
+            best = max(RATES, key=lambda rate: (found[rate], -rate))
+            rows.append((arm.name, holdout, best, found[best], best in (RATES[0], RATES[-1])))
+    return pd.DataFrame(rows, columns=["arm", "holdout", "rate", "validation", "edge"])
+
+
+def at_chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], rates: pd.DataFrame) -> list[dict]:
+    """The records of each arm at its rate on each holdout, under the arm's own name."""
+    wanted = {}
+    named = {arm.name: arm for arm in arms}
+    for row in rates.itertuples():
+        wanted[at_rate(named[row.arm], row.rate).name, row.holdout] = row.arm
+    keys = ((record, wanted.get((record["algorithm"], record["holdout"]))) for record in records)
+    return [record | {"algorithm": arm} for record, arm in keys if arm is not None]
+
+
+def densities_table(averages: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
+    """Accuracy against density, and what the marked weights add to head, biases and norms.
+
+    Args:
+        averages: seeds × arms, see `contrasts.seed_averages`.
+
+    Returns:
+        criterion, density (per cent; 100 for ERM, 0 for head), n, mean, low, high, and above, above_low, above_high:
+        minus head, paired by seed. Fractions, with 95 % t intervals.
+    """
+    rows = []
+    for arm in arms:
+        density = {"erm": 100.0, "head": 0.0}.get(arm.control) if not arm.changes else arm.changes[0][1]
+        values, above = averages[arm.name].dropna(), (averages[arm.name] - averages[HEAD.name]).dropna()
+        rows.append((arm.control, density, len(values), *t_interval(values), *t_interval(above)))
+    columns = ["criterion", "density", "n", "mean", "low", "high", "above", "above_low", "above_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
+    """The finding in plain sentences, then the tables of `BlockProtocol.tables`."""
+    seeds = len(tables["seeds"])
+    weights = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
+    last = "last block" if run.settings.trained_blocks == 1 else f"last {run.settings.trained_blocks} blocks"
+    lines = [
+        f"Does importance masking help on the {last} of the ViT?",
+        "",
+        f"{run.features.describe()}; {seeds} seeds, {len(run.holdouts)} held-out domains; {weights:,} tracked weights.",
+        "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed. Each arm has",
+        "the learning rate of the blocks that is best for it on the sources' `out` part, per held-out domain.",
+        "",
+        *(line for text in sentences(tables) for line in textwrap.wrap(text, 118)),
+        "",
+        f'The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm\'s correction over the',
+        f"family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else Student's t) cover",
+        "splits, batch orders and classifiers, and are conditional on images and backbone.",
+        *_section("Confirmatory family", family_shown(tables["contrasts"])),
+        *_section("Accuracy (%)", wide_table(tables["accuracy"])),
+        *_section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", _by_density(tables["densities"])),
+        *_section("Learning rates of the blocks that were chosen", _rates(tables["rates"])),
+    ]
+    if "contrasts_fixed_rate" in tables:
+        title = f"Appendix: all arms at the rate {run.settings.backbone_learning_rate:g}"
+        lines += _section(f"{title}, the family's contrasts", family_shown(tables["contrasts_fixed_rate"]))
+        lines += _section(f"{title}, accuracy (%)", wide_table(tables["accuracy_fixed_rate"]))
+    return "\n".join(lines) + "\n"
+
+
+def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What the tables say, in plain sentences."""
+    found = [f"{row.contrast}: {interval(row)} points, {row.verdict}." for row in tables["contrasts"].itertuples()]
+    means = tables["accuracy"][tables["accuracy"]["holdout"] == AVERAGE].set_index("algorithm")["mean"]
+    best = means.idxmax()
+    found.append(
+        f"Head, biases and norms alone have {100 * means['head']:.1f} %, ERM {100 * means['erm']:.1f} %; "
+        f"the best mean is that of {best} ({100 * means[best]:.1f} %)."
+    )
+    edge = tables["rates"][tables["rates"]["edge"]]
+    if len(edge):
+        found.append(
+            f"{len(edge)} of {len(tables['rates'])} chosen learning rates lie at an edge of the grid, so that a rate "
+            "beyond it might be better."
+        )
+    return found
+
+
+def _by_density(table: pd.DataFrame) -> pd.DataFrame:
+    shown = table.assign(
+        accuracy=[f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in table.itertuples()],
+        minus=[
+            "" if row.criterion == "head" else interval(row)
+            for row in table[["criterion", "above", "above_low", "above_high"]]
+            .set_axis(["criterion", "mean", "low", "high"], axis=1)
+            .itertuples()
+        ],
+    )
+    return shown[["criterion", "density", "n", "accuracy", "minus"]].set_index("criterion")
+
+
+def _rates(table: pd.DataFrame) -> pd.DataFrame:
+    shown = table.assign(
+        rate=[f"{rate:g}{' (edge)' * edge}" for rate, edge in zip(table["rate"], table["edge"], strict=True)]
+    )
+    return shown.pivot(index="arm", columns="holdout", values="rate").loc[list(dict.fromkeys(table["arm"]))]
+
+
+def _section(title: str, table: pd.DataFrame) -> list[str]:
+    return ["", title, "-" * min(len(title), 100), table.to_string()]
