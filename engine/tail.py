@@ -151,7 +151,7 @@ class _Parameters:
 
     def linear(self, role: str, rows: Tensor) -> Tensor:
         """``[S, V, B, in]`` -> ``[S, V, B, out]``."""
-        rows = rows @ self(role, "weight").transpose(-1, -2)
+        rows = (self(role, "weight") @ rows.transpose(-1, -2)).transpose(-1, -2)  # its gradient is contiguous
         return rows + self(role, "bias").unsqueeze(-2) if self.has(role, "bias") else rows
 
     def norm(self, role: str, rows: Tensor, eps: Mapping[str, float]) -> Tensor:
