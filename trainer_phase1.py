@@ -65,6 +65,7 @@ def train_domain(
     settings: Settings,
     *,
     strict: bool | None = None,
+    every_epoch: bool = True,
     threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> DomainNetworks:
@@ -73,7 +74,7 @@ def train_domain(
     Args:
         settings: epochs, learning rate, and `PH1_DATA`: all images of the domain, or its `in` split only.
         strict: raise for the first failed network; None = only if there is a single seed.
-        threads, on_epoch: see `engine.train`.
+        every_epoch, threads, on_epoch: see `engine.train`.
 
     Raises:
         TrainingFailedError: a network failed, see `strict`; names seed, domain and epoch.
@@ -82,7 +83,8 @@ def train_domain(
     start = network_start(data, seeds, "start", settings, [domain], settings.ph1_data)
     engine = make_engine(data, settings, {name: value[:, None] for name, value in start.items()}, rate, [rate])
     order = BatchOrder(seeds, f"phase1/{domain}", data.rows([domain], settings.ph1_data, seeds), settings.batch_size)
-    trained = train(data, engine, seeds, order, settings.ph1_num_epochs, threads=threads, on_epoch=on_epoch)
+    options = {"every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
+    trained = train(data, engine, seeds, order, settings.ph1_num_epochs, **options)
     final = {name: value[:, 0].cpu() for name, value in trained.params.items()}
     importance = weight_importance(network.tracked(start), network.tracked(final))
     failed = trained.failed[:, 0].cpu()

@@ -27,8 +27,8 @@ class Study:
     Args:
         arms: what to compare; default plain training and importance masking.
         keep_weights: write the weights of Phase 2; a study of many arms can do without them.
-        records_only: measure Phase 2 after the last epoch only, and keep nothing of it but the records of that: for a
-            grid of many large networks.
+        records_only: measure after the last epoch only, and keep nothing of Phase 2 but the records of that: for a grid
+            of many large networks.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Study:
 
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> DomainNetworks:
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
+            options["every_epoch"] = not self.records_only
             return train_domain(run.data, *unit, run.settings, **options)
 
         run.check_memory(units, len(self.arms))  # Phase 2 needs the most
