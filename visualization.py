@@ -48,10 +48,10 @@ log = getLogger(__name__)
 
 WIDTH = 6.75  # inches, as all lengths here: the text of a page of ICML, and about that of CVPR and NeurIPS
 DPI = 192  # twice the 96 that screens count with, so that a notebook shows a figure as sharp as the screen is
-MARGIN = 0.005  # half a point, as `evidence.MARGIN`: the smallest difference of practical interest
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 OTHER_COLORS = ("#332288", "#999933", "#882255", "#44AA99", "#CC6677", "#117733", "#AA4499")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p")  # 11 × 7 colours: 77 series before one repeats
+DOMAIN_MARKERS, CLASS_MARKERS = MARKERS[:4], (*MARKERS[4:], "d", (3, 1, 0), (6, 1, 0))  # (3, 1, 0): star of 3 points
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "---")
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"
@@ -433,7 +433,7 @@ def _bar_references(ax, holdouts: list[str], step: int, chance: float | None, ma
 
 @drawing
 def difference_plot(
-    table, title: str, xlabel: str = "difference in accuracy, paired by seed (points)", margin: float = MARGIN
+    table, title: str, xlabel: str = "difference in accuracy, paired by seed (points)", margin: float = 0
 ) -> Figure:
     """Forest plot: a row per label, its intervals as lines and as numbers on the right, a line at 0.
 
@@ -441,7 +441,7 @@ def difference_plot(
         table: columns label, mean, low, high (fractions) and optionally group (colour and marker; where it is a
             pandas categorical, its categories have their colours whether they are in the table or not). Rows with the
             same label are drawn together. Of many rows, those with a mean far from all others become an arrow.
-        margin: differences below are of no practical interest: a grey band; 0 for none.
+        margin: smallest difference of practical interest, a fraction: those below are a grey band; 0 for none.
     """
     groups = list(table["group"]) if "group" in table else [None] * len(table)
     kinds = list(getattr(getattr(table.get("group"), "cat", None), "categories", dict.fromkeys(groups)))
@@ -709,7 +709,7 @@ def feature_projection(
     max_points: int = 1500,
     seed: int = 0,
 ) -> Figure:
-    """One 2-D projection of the features, drawn twice: coloured by domain and by class, in colours of their own.
+    """One 2-D projection of the features, drawn twice: by domain and by class, in colours and markers of their own.
 
     Args:
         features: `[N, D]`; of more than `max_points` rows every k-th is taken, in order of domain and class.
@@ -725,11 +725,15 @@ def feature_projection(
     chosen = order[np.linspace(0, len(order) - 1, min(max_points, len(order))).round().astype(int)]
     points, axis_names = _project(as_array(features)[chosen].astype(np.float32), method, seed)
     figure = new_figure(WIDTH, 3.6, title)
-    kinds = (("domain", domains, domain_names, COLORS), ("class", labels, class_names, OTHER_COLORS))
-    for ax, (kind, index, names, colours) in zip(figure.subplots(1, 2), kinds, strict=True):
+    kinds = (
+        ("domain", domains, domain_names, COLORS, DOMAIN_MARKERS),
+        ("class", labels, class_names, OTHER_COLORS, CLASS_MARKERS),
+    )
+    for ax, (kind, index, names, colours, markers) in zip(figure.subplots(1, 2), kinds, strict=True):
         handles = []
         for value, name in enumerate(names):
-            style = line_style(value) | {"linestyle": "", "color": colours[value % 7]}
+            style = line_style(value) | {"linestyle": ""}
+            style |= {"color": colours[value % 7], "marker": markers[value % len(markers)]}
             part = points[index[chosen] == value]
             ax.scatter(*part.T, s=9, alpha=0.75, linewidths=0, color=style["color"], marker=style["marker"])
             handles.append(Line2D([], [], **style, label=name))

@@ -39,7 +39,8 @@ def against(controls: Sequence[str]) -> tuple[Contrast, ...]:
 
 
 FAMILY = against(BASELINES)
-OTHERS = against([name for name in CONTROLS if name not in ("importance", *BASELINES)])
+FROZEN_FEATURES = [name for name, control in CONTROLS.items() if not control.pretrained]
+OTHERS = against([name for name in FROZEN_FEATURES if name not in ("importance", *BASELINES)])
 FAMILY_ARMS = tuple(dict.fromkeys(arm for contrast in FAMILY for arm in contrast))
 
 

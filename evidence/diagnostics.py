@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.func import functional_call
 
@@ -48,7 +48,7 @@ def match_units(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[np.ndarray]:
         x, y = (t.double() - t.double().mean(0) for t in (x, y))
         scale = x.norm(dim=0)[:, None] * y.norm(dim=0)
         correlation = torch.where(scale > 0, x.T @ y / scale, torch.zeros_like(scale))
-        matches.append(linear_sum_assignment(correlation.numpy(), maximize=True)[1])
+        matches.append(scipy.optimize.linear_sum_assignment(correlation.numpy(), maximize=True)[1])
     return matches
 
 
@@ -90,9 +90,9 @@ def _pair_overlaps(run: Run, domain: str, pairs: int) -> list[tuple[float, float
     """Overlap of each pair of neighbouring seeds by position, after matching, and after permuting the matched units."""
     networks = run.archive.phase1(domain)
     valid, masks, params = networks.ok.tolist(), networks.layers("mask"), networks.params()
-    features = run.data.features[run.data.all_rows([domain])].cpu()
+    features, network = run.data.features[run.data.all_rows([domain])].cpu(), run.network
     hidden = [
-        hidden_activations(run.network, {name: value[s] for name, value in params.items()}, features)
+        hidden_activations(network, {name: value[s] for name, value in params.items()}, features)
         for s in range(min(len(valid), pairs + 1))
     ]
     found = []

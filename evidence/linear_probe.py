@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from config import InputError
-from engine import SplitFeatures
+from engine import SplitFeatures, logistic_regression
 from study import Run
 
 FILE = "linear_probe.csv"  # in a results directory
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # of C, the inverse of the penalty
 SPLITS = 10  # on which it is fitted, at most
 PATIENCE = 2  # larger values of C in a row that are no better, after which no larger one is tried
-LARGEST_HESSIAN = 2000  # rows of the matrix of second derivatives that is still factorized
-TOLERANCE, STEPS = 1e-6, 1000  # largest component of the gradient at the end; Newton steps to it, at most
+STEPS = 1000  # of Newton's method, at most
 COLUMNS = ("holdout", "split", "C", "validation", "full", "in", "out")
 
 
@@ -64,6 +61,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 def _fit(run: Run, units: Sequence[tuple[str, int]], strengths: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """Rows for pairs of a holdout and a split, with a holdout's own values of C if it has any."""
+    import sklearn.linear_model  # noqa: F401 - once here, not in every process that fits
 
     def fit(unit: tuple[str, tuple[int]], tick: Callable[[], object]) -> pd.DataFrame:
         holdout, (split,) = unit
@@ -82,7 +80,6 @@ def probe_words(probe: pd.DataFrame) -> str:
     return f"logistic regression on the features, mean of {splits} splits" if splits > 1 else "logistic regression"
 
 
-@threadpool_limits.wrap(limits=1)  # on a busy machine two threads that wait for each other took ten times as long
 def linear_probe(
     data: SplitFeatures,
     holdouts: Sequence[str],
@@ -94,8 +91,7 @@ def linear_probe(
 
     C is the one with the best unweighted mean accuracy on the sources' `out` splits, the smallest in case of a tie;
     the search ends after `PATIENCE` larger ones in a row that are no better.
-    Each fit begins at the last one's solution and goes on until no component of the gradient exceeds `TOLERANCE`: the
-    usual tolerance of 1e-4 leaves accuracies that differ by half a point from one machine to another.
+    Each fit begins at the last one's solution; see `engine.logistic_regression`.
 
     Args:
         data: features, labels and splits.
@@ -137,15 +133,9 @@ def linear_probe(
     return pd.DataFrame(table, columns=["holdout", "C", "validation", "full", "in", "out"]).set_index("holdout")
 
 
-def _path(
-    x: np.ndarray, y: np.ndarray, strengths: Sequence[float], steps: int
-) -> Iterator[tuple[float, LogisticRegression]]:
-    """(C, model fitted with it), from the smallest C; each fit begins at the solution of the one before."""
-    size = (x.shape[1] + 1) * len(np.unique(y))
-    solver = "newton-cholesky" if size <= LARGEST_HESSIAN else "newton-cg"
-    model = LogisticRegression(solver=solver, tol=TOLERANCE, max_iter=steps, warm_start=True)
+def _path(x: np.ndarray, y: np.ndarray, strengths: Sequence[float], steps: int) -> Iterator[tuple]:
+    """(C, `LogisticRegression` fitted with it), from the smallest C; each fit begins at the solution of the last."""
+    model = None
     for strength in sorted(strengths):
-        model.set_params(C=strength).fit(x, y)
-        if model.n_iter_.max() >= steps:
-            raise RuntimeError(f"Logistic regression with C = {strength:g} did not converge in {steps} steps.")
+        model = logistic_regression(x, y, strength, model, steps)
         yield strength, model

@@ -26,7 +26,6 @@ from evidence.contrasts import (
     splits_table,
     sweep_table,
 )
-from evidence.figures import save_all
 from evidence.linear_probe import kept_probe
 from evidence.report import report
 from features import get_features
@@ -89,6 +88,7 @@ class Protocol:
         run: features, settings, seeds and holdouts of the family, and how it is carried out.
         directory: gets ``epochs_<n>/`` for the two lengths, ``sweep/``, ``splits/<n>/`` and the report's files.
         sweep_seeds: seeds of the exploratory sweep; default the first 50 of the run's.
+        studies: results directories of the studies, in the order of `places`, which were read already; default new.
 
     Attributes:
         short, long, sweep: the studies.
@@ -98,15 +98,23 @@ class Protocol:
         InputError: fewer than two seeds, `PH2_INIT` other than "fresh", or an unfit directory.
     """
 
-    def __init__(self, run: Run, directory: str | Path, sweep_seeds: Sequence[int] | None = None):
+    def __init__(
+        self,
+        run: Run,
+        directory: str | Path,
+        sweep_seeds: Sequence[int] | None = None,
+        studies: Sequence[Results] | None = None,
+    ):
         sweep_seeds = run.seeds[:SWEEP_SEEDS] if sweep_seeds is None else check_seeds(sweep_seeds)
         _check(run.settings, run.seeds, sweep_seeds)
         self.results = Results(directory)
+        own_places = places(run.settings, self.results.directory)
+        studies = [Results(place) for place, _ in own_places] if studies is None else studies
         arms = [(BOTH_STARTS, run.seeds), (FAMILY_ARMS, run.seeds), (sweep_arms(), sweep_seeds)]
         arms += [((ERM, IMPORTANCE), run.seeds[:SPLIT_SEEDS])] * len(SPLITS)
         self.short, self.long, self.sweep, *self.splits = (
-            Study(run.beside(place, settings, seeds), own, keep_weights=False)
-            for (place, settings), (own, seeds) in zip(places(run.settings, self.results.directory), arms, strict=True)
+            Study(run.beside(results, settings, seeds), own, keep_weights=False)
+            for results, (_, settings), (own, seeds) in zip(studies, own_places, arms, strict=True)
         )
 
     @classmethod
@@ -138,7 +146,7 @@ class Protocol:
         if overwrite:
             clear_results(wanted, features, settings)
         run = Run(features, settings, next(iter(wanted)), seeds, execution=execution)
-        return cls(run, directory, sweep_seeds)
+        return cls(run, directory, sweep_seeds, list(wanted))
 
     @property
     def epochs(self) -> tuple[int, int]:
@@ -185,6 +193,8 @@ class Protocol:
 
     def save_figures(self) -> None:
         """Draw the tables that `write` has written, into the same directory."""
+        from evidence.figures import save_all  # imports matplotlib
+
         with self.results:
             save_all(self.results.directory)
 

@@ -8,12 +8,13 @@ import pandas as pd
 from evidence.contrasts import FAMILY, OTHERS
 from evidence.diagnostics import chance_overlap
 from evidence.linear_probe import probe_words
-from evidence.statistics import LEVEL, MARGIN
+from evidence.statistics import LEVEL
 from study import (
     AVERAGE,
     ERM,
     FEWEST_SEEDS,
     IMPORTANCE,
+    MARGIN,
     Arm,
     Study,
     bottleneck,

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import scipy  # loads scipy.stats, which takes half a second, when it is used
 from numpy.typing import ArrayLike
-from scipy import stats
 
-from study import FEWEST_SEEDS
+from study import FEWEST_SEEDS, MARGIN
 
 DECIMALS = 12  # of a fraction; far below one image in a million, far above the rounding of an average
 LEVEL = 0.05  # of the corrected p
-MARGIN = 0.005  # smallest difference of practical interest: half a point
 BATCH = 1000  # resamples held in memory at once
 MOST_EXACT = 50  # non-zero differences without ties for which scipy's exact distribution is used
 MOST_ENUMERATED = 13  # non-zero differences with ties whose 2**n signs are all tried
@@ -69,7 +68,7 @@ def bootstrap_interval(
     if np.ptp(values) == 0:  # the mean of equal values may differ from them in its last bit
         return float(values[0]), float(values[0])
     options = {"confidence_level": confidence, "n_resamples": resamples, "batch": BATCH, "method": "percentile"}
-    low, high = stats.bootstrap((values,), np.mean, rng=seed, **options).confidence_interval
+    low, high = scipy.stats.bootstrap((values,), np.mean, rng=seed, **options).confidence_interval
     return float(low), float(high)
 
 
@@ -95,10 +94,10 @@ def wilcoxon_p(differences: ArrayLike) -> float:
         method = "exact"
     elif tied and len(values) <= MOST_ENUMERATED:
         # at least as many resamples as combinations of signs, so that scipy enumerates them instead of drawing
-        method = stats.PermutationMethod(n_resamples=2**MOST_ENUMERATED)
+        method = scipy.stats.PermutationMethod(n_resamples=2**MOST_ENUMERATED)
     else:
         method = "asymptotic"
-    return float(stats.wilcoxon(values, zero_method="wilcox", correction=False, method=method).pvalue)
+    return float(scipy.stats.wilcoxon(values, zero_method="wilcox", correction=False, method=method).pvalue)
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -129,8 +128,8 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
 def _t_power(n: int, effect: float, alpha: float) -> float:
     """Power of the two-sided paired t-test at n pairs; `effect` in standard deviations of the differences."""
-    critical, shift = stats.t.isf(alpha / 2, n - 1), effect * np.sqrt(n)
-    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+    critical, shift = scipy.stats.t.isf(alpha / 2, n - 1), effect * np.sqrt(n)
+    return float(scipy.stats.nct.sf(critical, n - 1, shift) + scipy.stats.nct.cdf(-critical, n - 1, shift))
 
 
 def seeds_needed(differences: ArrayLike, effect: float, alpha: float = 0.05, power: float = 0.8) -> int:
@@ -159,7 +158,7 @@ def seeds_needed(differences: ArrayLike, effect: float, alpha: float = 0.05, pow
     if np.ptp(values) == 0:
         return 2
     size = effect / values.std(ddof=1)
-    normal = ((stats.norm.isf(alpha / 2) + stats.norm.ppf(power)) / size) ** 2
+    normal = ((scipy.stats.norm.isf(alpha / 2) + scipy.stats.norm.ppf(power)) / size) ** 2
     candidates = range(2, 2 * int(normal) + 100)  # power grows with n, and is ample at the far end
     return candidates[bisect_left(candidates, power, key=lambda n: _t_power(n, size, alpha))]
 

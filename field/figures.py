@@ -10,8 +10,9 @@ import torch
 
 from field.compare import PARTNERS, Comparison
 from field.selection import HEADLINE
+from study import MARGIN
 from study.figures import in_words
-from visualization import Figure, Panel, difference_plot, matrices, plain, save_each
+from visualization import Figure, Panel, difference_plot, matrices, plain, save_each, sentence_figure
 
 RULE_WORDS = {
     "training-domain": "chosen by source validation",
@@ -41,6 +42,10 @@ def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
     """Forest plot: every method minus ERM on the same batches, best first."""
     table = comparison.tables()[rule]
     rows = table[table["difference"].notna()].sort_values("difference", ascending=False)
+    title = f"Average accuracy minus ERM's, {RULE_WORDS[rule]}, 95 % t interval ({comparison.run.title})"
+    if rows.empty:
+        sentence = "No method can be compared with its baseline: there are baselines alone, or networks failed."
+        return sentence_figure(sentence, title)
     methods = {method.__name__: method for method in comparison.methods}
     kinds = {batches: f"minus ERM, both on {batches} batches" for batches in PARTNERS}  # all, for colours that stay
     shown = pd.DataFrame(
@@ -52,8 +57,7 @@ def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
             "group": pd.Categorical([kinds[methods[name].batches] for name in rows.index], list(kinds.values())),
         }
     )
-    what = f"Average accuracy minus ERM's, {RULE_WORDS[rule]}, 95 % t interval"
-    return difference_plot(shown, f"{what} ({comparison.run.title})")
+    return difference_plot(shown, title, margin=MARGIN)
 
 
 def conflict_figure(comparison: Comparison, method: str) -> Figure:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from torch.func import functional_call, vmap
 
+from evidence import kept_probe, probe_words
 from field.compare import PARTNERS, Comparison
 from field.selection import HEADLINE, RULES, UNITS, as_text, select, signed
 from storage import Results, ranges
@@ -52,8 +53,6 @@ def write_tables(results: Results, name: str, text: str, tables: Mapping[str, pd
 
 def report(comparison: Comparison) -> str:
     """The whole comparison as text."""
-    from evidence import kept_probe, probe_words  # imports scikit-learn, which takes a second
-
     together, fits = ensemble(comparison), kept_probe(comparison.run, comparison.single_holdouts)
     probe = fits.groupby(level=0, sort=False)["full"].mean()
     lines = [*_introduction(comparison), ""]

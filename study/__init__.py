@@ -23,6 +23,7 @@ from study.study import Study, mask_source
 from study.tables import (
     AVERAGE,
     FEWEST_SEEDS,
+    MARGIN,
     WITHOUT_HARDEST,
     accuracy_table,
     levels,
@@ -39,6 +40,7 @@ __all__ = [
     "ERM",
     "FEWEST_SEEDS",
     "IMPORTANCE",
+    "MARGIN",
     "SELECTIONS",
     "WITHOUT_HARDEST",
     "Archive",

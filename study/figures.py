@@ -16,7 +16,7 @@ from study.archive import SavedNetworks
 from study.masks import overlap_table
 from study.run import Run
 from study.study import Study
-from study.tables import AVERAGE, levels, lodo_table, paired_differences
+from study.tables import AVERAGE, MARGIN, levels, lodo_table, paired_differences
 from visualization import Figure
 
 MIN_POINTS = 4  # fewer are no picture
@@ -32,6 +32,8 @@ WORDS = {  # control -> what figures call it
     "other_seed": "mask of another seed",
     "prune": "mask, the others pruned",
     "frozen": "mask, the others frozen",
+    "magnitude": "largest weights",
+    "head": "head, biases and norms alone",
 }
 # What is drawn of tracked layers: kind of number -> (how it is drawn, words for the title)
 DOMAIN_GRIDS = {
@@ -47,9 +49,11 @@ HOLDOUT_GRIDS = {
 
 
 def in_words(arm: str) -> str:
-    """Name of an arm, as in records, in plain words."""
+    """Name of an arm, as in records, in plain words; after the control may stand a density, as in "random 10 %"."""
     control, _, start = arm.partition("@")
-    return WORDS.get(control, control) + (f", {PHASE1_START}" if start == "phase1" else "")
+    control, _, density = control.partition(" ")
+    words = WORDS.get(control, control) + (f" at {density}" if density else "")
+    return words + (f", {PHASE1_START}" if start == "phase1" else "")
 
 
 def domain_grids(run: Run, domain: str, kind: str, seed: int | None = None) -> Figure:
@@ -144,7 +148,7 @@ def difference_figure(study: Study) -> Figure:
     """Paired difference of importance and erm per holdout and on average."""
     table = paired_differences(study.records(), "importance", "erm").rename(columns={"holdout": "label"})
     title = f"Importance mask − ERM on {LEFT_OUT}, 95 % t interval ({study.run.title})"
-    return draw.difference_plot(table, title)
+    return draw.difference_plot(table, title, margin=MARGIN)
 
 
 def confusion_figure(study: Study, arm: str, baseline: str | None = None) -> Figure:

@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 AVERAGE = "average"
 WITHOUT_HARDEST = "average without hardest"
 FEWEST_SEEDS = 10  # for words such as "helps": below, intervals say little
+MARGIN = 0.005  # smallest difference of practical interest: half a point
 INTERVAL = ["n", "mean", "low", "high"]
 
 

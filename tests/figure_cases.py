@@ -95,11 +95,11 @@ FIGURES = {
     "confusion 12": lambda: v.confusion_matrices({"a": counts(12), "b": counts(12)}, MANY[:12], "12"),
     "confusion 22": lambda: v.confusion_matrices({"a": counts(22)}, MANY, "22"),
     "confusion difference": lambda: v.confusion_matrices({"a": counts(7)}, CLASSES, "D", {"a": counts(7, seed=1)}),
-    "difference": lambda: v.difference_plot(differences(), "Paired differences"),
+    "difference": lambda: v.difference_plot(differences(), "Paired differences", margin=0.005),
     "difference pairs": lambda: v.difference_plot(
         differences(label=["x", "x", LONG], group=["1", LONG, "1"]), "Groups"
     ),
-    "difference many": lambda: v.difference_plot(many_differences(), "Fifteen"),
+    "difference many": lambda: v.difference_plot(many_differences(), "Fifteen", margin=0.005),
     "projection": lambda: v.feature_projection(*points(), CLASSES, DOMAINS, "PACS", method="pca"),
     "projection 22": lambda: v.feature_projection(*points(100, 22, 2), MANY, [LONG, "b"], "25 classes", method="pca"),
     "samples": lambda: v.sample_sheet(pictures([LONG, "b"], [LONG, "c"]), "Samples"),

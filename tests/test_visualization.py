@@ -20,7 +20,6 @@ from scipy import stats
 
 import visualization as v
 from config import InputError
-from evidence import MARGIN
 from tests.figure_cases import (
     CLASSES,
     DOMAINS,
@@ -267,7 +266,7 @@ def marks(ax) -> list:
 
 def test_difference_plot_shows_points_intervals_and_numbers():
     table = differences(group=["a", "b", "a"])
-    figure = v.difference_plot(table, "D")
+    figure = v.difference_plot(table, "D", margin=0.005)
     (ax,) = figure.axes
     zero, *rest = ax.lines
     assert list(zero.get_xdata()) == [0, 0]
@@ -285,10 +284,9 @@ def test_difference_plot_shows_points_intervals_and_numbers():
     assert legend(figure) == ["a", "b", "within ±0.5 points"]
     drawn = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.legends[0].get_lines()]
     assert drawn == [(line.get_color(), line.get_marker(), "-") for line in (rest[1], rest[3])]
-    assert v.MARGIN == MARGIN
     (band,) = ax.patches
     assert (band.get_x(), band.get_width()) == pytest.approx((-0.5, 1))
-    assert not v.difference_plot(table, "D", margin=0).axes[0].patches
+    assert not v.difference_plot(table, "D").axes[0].patches
     table[["low", "high"]] = np.nan
     assert v.difference_plot(table, "D").axes[0].texts[0].get_text() == "+1.20"
 
@@ -329,6 +327,13 @@ def test_projection_is_the_same_every_time_and_takes_from_every_class(method, tm
         assert min(parts) > 0
         if names is DOMAINS:
             np.testing.assert_allclose(parts, np.bincount(index, minlength=4) * 60 / 200, atol=1)
+    by_domain, by_class = (
+        [(line.get_color(), line.get_marker()) for line in ax.get_legend().get_lines()] for ax in figure.axes
+    )
+    for own, other in zip(zip(*by_domain, strict=True), zip(*by_class, strict=True), strict=True):
+        assert not {*own} & {*other}  # neither a colour nor a marker stands for a domain and for a class
+    assert len({*by_domain}) == len(DOMAINS)
+    assert len({*by_class}) == len(CLASSES)
     left, right = (np.concatenate([part.get_offsets() for part in ax.collections]) for ax in figure.axes)
     np.testing.assert_allclose(np.sort(left, axis=0), np.sort(right, axis=0))
 

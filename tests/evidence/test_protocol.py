@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,9 @@ import pytest
 
 import config
 from config import InputError, Settings
-from evidence import FAMILY, OTHERS, Protocol, family_table, forest_figure
+from evidence import FAMILY, OTHERS, Protocol, family_table
 from evidence.contrasts import FAMILY_ARMS, seed_averages
-from evidence.figures import all_figures, save_all
+from evidence.figures import all_figures, forest_figure, save_all
 from evidence.protocol import LONGER, places, scaled, sweep_arms
 from evidence.report import summary
 from importance import unimportant_rate
@@ -330,6 +331,21 @@ def test_overwrite_deletes_what_earlier_runs_left(data, tmp_path, monkeypatch):
     for place in left:
         assert not (place / "summary_report.txt").exists()
         assert Results(place).read_settings()["settings"]["BATCH_SIZE"] == 32
+
+
+def test_where_nothing_is_left_to_do_each_file_of_records_is_read_once(done, data, tmp_path, monkeypatch):
+    directory = shutil.copytree(done[0], tmp_path / "study")
+    monkeypatch.setattr("evidence.protocol.get_features", lambda *_, **__: data)
+    for name, value in SETTINGS.as_dict().items():
+        monkeypatch.setattr(config, name, value)
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    protocol = Protocol.from_config(range(SEEDS), range(SWEEP_SEEDS), directory)
+    protocol.train()
+    protocol.write()
+    found = [path.relative_to(directory) for path in read if path.name == "records.jsonl"]
+    assert everything(directory) == done[2]
+    assert sorted(found) == sorted(Path(kind, "records.jsonl") for kind in ("epochs_2", "epochs_6", "sweep", *SPLITS))
 
 
 @pytest.mark.parametrize(("seeds", "sweep_seeds"), [(4, range(4)), (60, range(50))])

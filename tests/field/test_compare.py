@@ -14,10 +14,10 @@ import torch
 from config import InputError
 from engine import SplitFeatures, TrainingFailedError
 from field import ALGORITHMS, PARTNERS, RULES, Algorithm, Comparison, Hyperparameter, ensemble, failed, write
-from field.figures import save_all
+from field.figures import difference_figure, save_all
 from field.report import finding, report, seed_averages
 from field.train import train_method
-from field.unit import Unit, masking_of
+from field.unit import masking_of
 from storage import Results, load_features, save_features
 from study import Archive, Arm, Execution, Study, mask_source, t_interval
 from tests.factories import SMALL, blobs, dated, everything, make_run, save_blobs
@@ -216,7 +216,7 @@ def test_a_masked_method_is_the_arm_of_the_study(name, masked):
     run, method, seeds = masked.run, ALGORITHMS[name], (0, 1, 2)
     settings, arm, values = run.settings, Arm(method.control), masked.values(method, 0)
     exact = SplitFeatures.from_features(run.features, settings, dtype=torch.float64)
-    masking = masking_of(run, Unit(method, 0, ("art",), seeds), values)
+    masking = masking_of(run, method, ("art",), seeds, values)
     assert masking.failed is None or not masking.failed.any()
     mask = dict(zip(run.network.tracked_names, masking.mask, strict=True))
     ours = train_method(exact, ("art",), seeds, partial(method, **values), settings, mask=mask)
@@ -229,7 +229,7 @@ def test_a_masked_method_is_the_arm_of_the_study(name, masked):
 def test_a_drawn_part_of_the_weights_is_marked(whole):
     for trial in (0, 1):
         values = whole.values(ALGORITHMS["ImportanceMask"], trial) | {"kept": 20.0 + 60 * trial}
-        masking = masking_of(whole.run, Unit(ALGORITHMS["ImportanceMask"], trial, ("art", "photo"), (0, 1, 2)), values)
+        masking = masking_of(whole.run, ALGORITHMS["ImportanceMask"], ("art", "photo"), (0, 1, 2), values)
         marked = sum(layer.sum((1, 2)) for layer in masking.mask)
         assert marked.tolist() == [(10, 40)[trial]] * 3  # of 5·6 + 4·5 weights
 
@@ -392,6 +392,15 @@ def test_only_balanced_methods_have_no_ensemble_and_a_report_all_the_same(whole)
     text = report(again(whole, ["CorGrad"]))
     assert "CorGrad" in text
     assert "nsemble" not in text
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_of_a_baseline_alone_the_figure_says_why_it_is_empty(data, tmp_path):
+    comparison = make(data, tmp_path, ["ERM"], holdouts=["art"])
+    comparison.train()
+    figure = difference_figure(comparison)
+    assert not figure.axes
+    assert any("No method" in text.get_text() for text in figure.texts)
 
 
 def test_tables_of_other_runs_do_not_stay(data, tmp_path):
