@@ -3,12 +3,14 @@
 Exit codes: 0 done; 1 a training run failed (one seed, or --strict); 2 bad input, one sentence on stderr; 130 Ctrl-C.
 """
 
+import gc
 import os
 import signal
 import sys
 
 if __name__ == "__main__":  # Ctrl-C while libraries are imported: an exception might be swallowed there
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nInterrupted.\n"), os._exit(130)))
+    gc.disable()  # looking for garbage among what libraries make when they are imported takes a fifth of the time
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I and python -m do without it
 
 import argparse
@@ -74,8 +76,25 @@ def run(options: argparse.Namespace) -> None:
 def study(options: argparse.Namespace) -> None:
     from evidence import Protocol
 
+    if config.TRAINED_BLOCKS:
+        return study_of_blocks(options)
+    if options.no_controls:
+        raise InputError("--no-controls is for TRAINED_BLOCKS: leave it out.")
     protocol = Protocol.from_config(sweep_seeds=options.sweep_seeds, **_training(options))
     print(protocol.short.run.features.describe(), flush=True)
+    protocol.train()
+    print(f"\n{protocol.write()}", flush=True)
+    protocol.save_figures()
+    print(f"Everything is in {_directory(options)}: start with report.txt.")
+
+
+def study_of_blocks(options: argparse.Namespace) -> None:
+    from evidence import BlockProtocol
+
+    if options.sweep_seeds:
+        raise InputError("--sweep-seeds is not for TRAINED_BLOCKS: leave it out.")
+    protocol = BlockProtocol.from_config(controls=not options.no_controls, **_training(options))
+    print(protocol.run.features.describe(), flush=True)
     protocol.train()
     print(f"\n{protocol.write()}", flush=True)
     protocol.save_figures()
@@ -156,22 +175,27 @@ def figures(options: argparse.Namespace) -> None:
     from storage import Results
 
     results, choice = Results(_directory(options)), {"only": options.only, "format": options.format}
+    own, compared = options.algorithms or [], any("trial" in record for record in results.records())
+    if known := [name for name in own if ":" not in name]:
+        raise InputError(f"--algorithms says where methods of yours are, FILE.py:NAME, and '{known[0]}' does not.")
+    if own and not compared:
+        raise InputError(f"--algorithms is for comparisons, and '{results.directory}' holds none.")
     device = prepare_machine(config.DEVICE, config.THREADS)
     source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
     if (results.directory / "contrasts.csv").is_file():
         paths = evidence.figures.save_all(results.directory, **choice)
-    elif any("trial" in record for record in results.records()):
-        paths = field.figures.save_all(field.Comparison.of(results, source), **choice)
+    elif compared:
+        paths = field.figures.save_all(field.Comparison.of(results, source, own=own), **choice)
     else:
         paths = study.figures.save_all(study.figures.study_of(results, source), config.DATA_ROOT, **choice)
     for path in paths:
         print(path)
 
 
-# name -> what it does, its package (imported when it is known that the options are right: it takes seconds), help
+# name -> what it does, its package (imported once the options are known to be right: it takes seconds), help
 COMMANDS = {
     "run": (run, "study", "train both phases, write table, report and figures"),
-    "study": (study, "evidence", "arms and controls, sweeps and diagnostics: the whole answer"),
+    "study": (study, "evidence.figures", "arms and controls, sweeps and diagnostics: the whole answer"),
     "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
     "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
@@ -216,6 +240,7 @@ def build_parser() -> Parser:
         added[name].add_argument("--no-figures", action="store_true", help="write numbers only")
     add = added["study"].add_argument
     add("--sweep-seeds", type=seeds, metavar="N", help="of the exploratory sweep, likewise (default: 50 at most)")
+    add("--no-controls", action="store_true", help="of TRAINED_BLOCKS: only the arms of the confirmatory family")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
@@ -229,6 +254,7 @@ def build_parser() -> Parser:
         help="names of figures, or how they begin (default: all)",
     )
     add("--format", choices=("png", "pdf", "svg"), default="png")
+    add("--algorithms", type=names, metavar="A,B", help="FILE.py:NAME of each method of yours in a comparison")
     add("--features", metavar="FILE", help="the feature file that the results were made with")
     add("--data-root", metavar="DIR", help="or the images")
     add("--vit-model", metavar="ID_OR_DIR", help="and their model")
@@ -347,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from engine import TrainingFailedError
 
     if __name__ == "__main__":  # not where another program calls this function
+        gc.freeze()  # libraries stay: nobody looks through them again
+        gc.enable()
         signal.signal(signal.SIGINT, interrupt)
     try:
         apply_options(options)

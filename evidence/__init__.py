@@ -1,22 +1,22 @@
 """How sure the result is: the comparison fixed in advance, statistics, diagnostics, linear probe and report.
 
-Figures are drawn again from the tables of a directory by `evidence.figures`.
+Figures are in `evidence.figures`, which imports matplotlib and is therefore not imported here.
 """
 
 import storage  # noqa: F401 - first: it says if a module of another project hides one of this
+from evidence.blocks import BlockProtocol
 from evidence.contrasts import FAMILY, OTHERS, Contrast, family_table, others_table, seed_averages, sweep_table
 from evidence.diagnostics import domain_overlap, mask_density, seed_stability, zero_importance
 from evidence.docs import benchmark_tables, markdown_table, paragraph, results_tables, write_pages
-from evidence.figures import forest_figure
 from evidence.linear_probe import kept_probe, linear_probe, probe_words
 from evidence.protocol import Protocol
 from evidence.report import family_shown
-from evidence.statistics import MARGIN, bootstrap_interval, family, holm, seeds_needed, verdict, wilcoxon_p
+from evidence.statistics import bootstrap_interval, family, holm, seeds_needed, verdict, wilcoxon_p
 
 __all__ = [
     "FAMILY",
-    "MARGIN",
     "OTHERS",
+    "BlockProtocol",
     "Contrast",
     "Protocol",
     "benchmark_tables",
@@ -25,7 +25,6 @@ __all__ = [
     "family",
     "family_shown",
     "family_table",
-    "forest_figure",
     "holm",
     "kept_probe",
     "linear_probe",

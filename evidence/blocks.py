@@ -15,18 +15,38 @@ from pathlib import Path
 
 import pandas as pd
 
-from config import InputError
+import config
+from config import BlockSettings, InputError, Settings
 from evidence.contrasts import Contrast, seed_averages
-from evidence.report import family_shown, interval
+from evidence.report import family_shown, in_points, interval
 from evidence.statistics import LEVEL, family
+from features import get_features
 from storage import Results
-from study import AVERAGE, ERM, FEWEST_SEEDS, Arm, Run, Study, lodo_table, t_interval, wide_table
+from study import (
+    AVERAGE,
+    ERM,
+    FEWEST_SEEDS,
+    Arm,
+    Run,
+    Study,
+    check_before_extraction,
+    check_seeds,
+    clear_results,
+    current_execution,
+    lodo_table,
+    t_interval,
+    wide_table,
+)
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of BACKBONE_LEARNING_RATE
 DENSITIES = (60.0, 10.0, 1.0, 0.1)  # per cent of the tracked weights that are marked
 CRITERIA = ("importance", "random_layer")
 CONTROLS = ("permuted", "inverted", "magnitude")
 HEAD = Arm("head")
+EXPLANATION = f"""\
+The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over the
+family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else
+Student's t) cover splits, batch orders and classifiers, and are conditional on images and backbone."""
 FOLDERS = {"grid": CRITERIA, "controls": CONTROLS}  # results directory -> the criteria in it
 
 
@@ -35,12 +55,17 @@ def masked(control: str, density: float) -> Arm:
     return Arm(control, changes={"IMPORTANCE_THRESHOLD_PERCENTILE": density})
 
 
+def label(arm: Arm) -> str:
+    """How tables call an arm: "importance 10 %"."""
+    return " ".join([arm.control, *(f"{value:g} %" for _, value in arm.changes)])
+
+
 FAMILY = (
     Contrast(masked("importance", 10.0), masked("random_layer", 10.0)),
     Contrast(masked("importance", 1.0), masked("random_layer", 1.0)),
     Contrast(masked("importance", 60.0), ERM),
     Contrast(masked("importance", 10.0), ERM),
-)
+)  # of arms, each at its own rate
 
 
 def arms_of(folder: str) -> tuple[Arm, ...]:
@@ -67,10 +92,7 @@ class BlockProtocol:
     """
 
     def __init__(self, run: Run, directory: str | Path, controls: bool = True):
-        if run.data.tail is None:
-            raise InputError("Masks on blocks need tokens: set TRAINED_BLOCKS, and DATA_ROOT (--data-root).")
-        if len(run.seeds) < 2:
-            raise InputError("A study compares over seeds: --seeds must be at least 2.")
+        _check(run.settings, run.seeds)
         self.run, self.results = run, Results(directory)
         folders = ("grid", "controls") if controls else ("grid",)
         self.studies = {
@@ -81,6 +103,36 @@ class BlockProtocol:
             )
             for folder in folders
         }
+
+    @classmethod
+    def from_config(
+        cls,
+        seeds: Sequence[int] | None = None,
+        directory: str | Path | None = None,
+        controls: bool = True,
+        *,
+        overwrite: bool = False,
+        verify: bool = False,
+        strict: bool = False,
+    ) -> "BlockProtocol":
+        """The protocol at the constants of `config`.
+
+        Args:
+            seeds: default 0 … `NUM_SEEDS` − 1.
+            directory, controls: see the class; default directory: ``study`` below `RESULTS_DIR`.
+            overwrite, verify, strict: see `study.Run.from_config`.
+        """
+        settings = Settings.current()
+        seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
+        _check(settings, seeds)
+        directory = Path(config.RESULTS_DIR) / "study" if directory is None else Path(directory)
+        places = {Results(directory / folder): settings for folder in FOLDERS if controls or folder == "grid"}
+        check_before_extraction(None, places, overwrite)
+        execution = current_execution(strict)
+        features = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=execution.device, verify=verify)
+        if overwrite:
+            clear_results(places, features, settings)
+        return cls(Run(features, settings, next(iter(places)), seeds, execution=execution), directory, controls)
 
     def train(self) -> None:
         """Train what is missing."""
@@ -100,7 +152,7 @@ class BlockProtocol:
                 averages = seed_averages(own)
                 tables[f"seeds{ending}"] = averages
                 tables[f"accuracy{ending}"] = lodo_table(own)
-                tables[f"contrasts{ending}"] = family({c.name: c.differences(averages) for c in FAMILY})
+                tables[f"contrasts{ending}"] = family_of_four(averages)
                 tables[f"densities{ending}"] = densities_table(averages, arms)
         return tables
 
@@ -114,6 +166,23 @@ class BlockProtocol:
             text = report(tables, self.run)
             self.results.write_text("report.txt", text)
         return text
+
+    def save_figures(self) -> None:
+        """Draw accuracy against density from the tables that `write` has written, into the same directory."""
+        from evidence.figures import save_blocks  # imports matplotlib
+
+        with self.results:
+            save_blocks(self.results.directory)
+
+
+def _check(settings: Settings, seeds: Sequence[int]) -> None:
+    """Refuse what is no study of blocks over seeds, and a schedule that is not the protocol's."""
+    if not isinstance(settings, BlockSettings):
+        raise InputError("Masks on blocks need tokens: set TRAINED_BLOCKS, and DATA_ROOT (--data-root).")
+    if len(seeds) < 2:
+        raise InputError("A study compares over seeds: --seeds must be at least 2.")
+    if settings.ph2_freeze_epoch != 0:
+        raise InputError("The study of blocks freezes the unmarked weights: BLOCK_FREEZE_EPOCH must be 0.")
 
 
 def chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], holdouts: Sequence[str]) -> pd.DataFrame:
@@ -129,18 +198,23 @@ def chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], holdouts: Sequ
         for holdout in holdouts:
             found = {rate: means[at_rate(arm, rate).name, holdout] for rate in RATES}
             best = max(RATES, key=lambda rate: (found[rate], -rate))
-            rows.append((arm.name, holdout, best, found[best], best in (RATES[0], RATES[-1])))
+            rows.append((label(arm), holdout, best, found[best], best in (RATES[0], RATES[-1])))
     return pd.DataFrame(rows, columns=["arm", "holdout", "rate", "validation", "edge"])
 
 
 def at_chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], rates: pd.DataFrame) -> list[dict]:
-    """The records of each arm at its rate on each holdout, under the arm's own name."""
-    wanted = {}
-    named = {arm.name: arm for arm in arms}
+    """The records of each arm at its rate on each holdout, under the arm's label."""
+    wanted, named = {}, {label(arm): arm for arm in arms}
     for row in rates.itertuples():
         wanted[at_rate(named[row.arm], row.rate).name, row.holdout] = row.arm
     keys = ((record, wanted.get((record["algorithm"], record["holdout"]))) for record in records)
     return [record | {"algorithm": arm} for record, arm in keys if arm is not None]
+
+
+def family_of_four(averages: pd.DataFrame) -> pd.DataFrame:
+    """The confirmatory family, from `contrasts.seed_averages` of the labelled arms: see `statistics.family`."""
+    pairs = [(label(contrast.arm), label(contrast.baseline)) for contrast in FAMILY]
+    return family({f"{arm} − {baseline}": averages[arm] - averages[baseline] for arm, baseline in pairs})
 
 
 def densities_table(averages: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
@@ -156,7 +230,7 @@ def densities_table(averages: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame
     rows = []
     for arm in arms:
         density = {"erm": 100.0, "head": 0.0}.get(arm.control) if not arm.changes else arm.changes[0][1]
-        values, above = averages[arm.name].dropna(), (averages[arm.name] - averages[HEAD.name]).dropna()
+        values, above = averages[label(arm)].dropna(), (averages[label(arm)] - averages[HEAD.name]).dropna()
         rows.append((arm.control, density, len(values), *t_interval(values), *t_interval(above)))
     columns = ["criterion", "density", "n", "mean", "low", "high", "above", "above_low", "above_high"]
     return pd.DataFrame(rows, columns=columns)
@@ -176,13 +250,11 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
         "",
         *(line for text in sentences(tables) for line in textwrap.wrap(text, 118)),
         "",
-        f'The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm\'s correction over the',
-        f"family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else Student's t) cover",
-        "splits, batch orders and classifiers, and are conditional on images and backbone.",
+        *EXPLANATION.splitlines(),
         *_section("Confirmatory family", family_shown(tables["contrasts"])),
         *_section("Accuracy (%)", wide_table(tables["accuracy"])),
-        *_section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", _by_density(tables["densities"])),
-        *_section("Learning rates of the blocks that were chosen", _rates(tables["rates"])),
+        *_section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", by_density(tables["densities"])),
+        *_section("Learning rates of the blocks that were chosen", rates_shown(tables["rates"])),
     ]
     if "contrasts_fixed_rate" in tables:
         title = f"Appendix: all arms at the rate {run.settings.backbone_learning_rate:g}"
@@ -209,20 +281,24 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     return found
 
 
-def _by_density(table: pd.DataFrame) -> pd.DataFrame:
-    shown = table.assign(
-        accuracy=[f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in table.itertuples()],
-        minus=[
-            "" if row.criterion == "head" else interval(row)
-            for row in table[["criterion", "above", "above_low", "above_high"]]
-            .set_axis(["criterion", "mean", "low", "high"], axis=1)
-            .itertuples()
-        ],
-    )
-    return shown[["criterion", "density", "n", "accuracy", "minus"]].set_index("criterion")
+def by_density(table: pd.DataFrame) -> pd.DataFrame:
+    """A `densities_table` for reading: accuracy in per cent, and what it adds to head alone in points."""
+    rows = [
+        (
+            row.criterion,
+            f"{row.density:g}",
+            row.n,
+            f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
+            "" if row.criterion == HEAD.control else in_points(row.above, row.above_low, row.above_high),
+        )
+        for row in table.itertuples()
+    ]
+    columns = ["criterion", "weights that learn (%)", "seeds", "accuracy (%)", "minus head (points)"]
+    return pd.DataFrame(rows, columns=columns).set_index("criterion")
 
 
-def _rates(table: pd.DataFrame) -> pd.DataFrame:
+def rates_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`chosen_rates` for reading: arms × holdouts."""
     shown = table.assign(
         rate=[f"{rate:g}{' (edge)' * edge}" for rate, edge in zip(table["rate"], table["edge"], strict=True)]
     )

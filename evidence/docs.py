@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from config import InputError
+from evidence.blocks import by_density, rates_shown, sentences
 from evidence.report import family_shown, interval, probe_sentence, splits_shown, summary, verdict_counts, verdict_words
 from storage import Results, atomic_write
 from study import levels, lodo_table, paired_differences, wide_table
@@ -125,7 +126,7 @@ def results_tables(root: str | Path) -> dict[str, str]:
         "splits": _splits(study["splits"]),
         "study-findings": "\n".join(paragraph(text, "- ") for text in summary(study, epochs)),
         "arms": _accuracies(study["accuracy"]),
-    }
+    } | _blocks_tables(reference / "blocks")
 
 
 def benchmark_tables(root: str | Path) -> dict[str, str]:
@@ -138,6 +139,22 @@ def benchmark_tables(root: str | Path) -> dict[str, str]:
         words = [isinstance(_entry(rows[0], path), str) for path in of.columns.values()]
         tables[name] = markdown_table("".join("l" if word else "r" for word in words), list(of.columns), cells)
     return tables
+
+
+def _blocks_tables(folder: Path) -> dict[str, str]:
+    """What the study of trained blocks says: name -> Markdown."""
+    tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    contrasts, densities = family_shown(tables["contrasts"]).reset_index(), by_density(tables["densities"])
+    fixed = family_shown(tables["contrasts_fixed_rate"]).reset_index()
+    rates = rates_shown(tables["rates"]).reset_index()
+    return {
+        "blocks-finding": "\n".join(paragraph(text, "- ") for text in sentences(tables)),
+        "blocks-contrasts": markdown_table("lrrrl", [*contrasts], contrasts.to_numpy()),
+        "blocks-accuracy": _accuracies(tables["accuracy"]),
+        "blocks-densities": markdown_table("lrrrr", [*densities.reset_index()], densities.reset_index().to_numpy()),
+        "blocks-rates": markdown_table("l" + "r" * (rates.shape[1] - 1), [*rates], rates.to_numpy()),
+        "blocks-fixed": markdown_table("lrrrl", [*fixed], fixed.to_numpy()),
+    }
 
 
 def _entry(row: Mapping, path: str) -> object:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from config import InputError
 from storage import Results
-from study import Run
+from study import MARGIN, Run
 from study.figures import in_words
 from visualization import Figure, accuracy_curves_by_setting, difference_plot, overlap_matrix, save_each
 
@@ -41,6 +41,45 @@ def save_all(directory: str | Path, only: Sequence[str] | None = None, format: s
     return save_each(all_figures(directory), directory, only, format)
 
 
+def block_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of the figures of a study of trained blocks: accuracy against density, and the forest plot.
+
+    Raises:
+        InputError: the directory holds no such study.
+    """
+    directory = Path(directory)
+    about = Results(directory / "grid").read_settings()
+    if about is None or not (directory / "densities.csv").is_file():
+        raise InputError(f"'{directory}' holds no study of blocks: run study first, or give --results-dir.")
+    yield "density", lambda: _density(directory, about)
+    yield "forest", lambda: _block_forest(directory, about)
+
+
+def save_blocks(directory: str | Path, only: Sequence[str] | None = None, format: str = "png") -> list[Path]:
+    """Draw every figure into the directory itself, see `visualization.save_each`."""
+    return save_each(block_figures(directory), directory, only, format)
+
+
+def _density(directory: Path, about: Mapping) -> Figure:
+    """Accuracy against the share of weights that are trained; ERM and head alone as lines."""
+    table = pd.read_csv(directory / "densities.csv")
+    points = table[table["density"].between(0, 100, inclusive="neither")].sort_values("density", kind="stable")
+    points = points.assign(density=[f"{value:g} %" for value in points["density"]])
+    points = points.assign(algorithm=points["criterion"].map(in_words))
+    rest = table[~table["density"].between(0, 100, inclusive="neither")]
+    lines = {in_words(row["criterion"]): tuple(row[["mean", "low", "high"]]) for _, row in rest.iterrows()}
+    title = f"Accuracy by the share of the block's weights that learn ({_title(about, table['n'].max())})"
+    words = "weights that learn; each arm at its own learning rate"
+    return accuracy_curves_by_setting(points, "density", title, words, lines)
+
+
+def _block_forest(directory: Path, about: Mapping) -> Figure:
+    tables = {"own rate": "contrasts", "one rate": "contrasts_fixed_rate"}
+    found = {group: directory / f"{name}.csv" for group, name in tables.items()}
+    rows = [pd.read_csv(path).assign(group=group) for group, path in found.items() if path.is_file()]
+    return _forest_plot(pd.concat(rows), _title(about, rows[0]["n"].max()))
+
+
 def forest_figure(table: pd.DataFrame, run: Run) -> Figure:
     """Forest plot of a `contrasts.family_table`, with a column "group" of several."""
     return _forest_plot(table, run.title)
@@ -49,7 +88,7 @@ def forest_figure(table: pd.DataFrame, run: Run) -> Figure:
 def _forest_plot(table: pd.DataFrame, measured: str) -> Figure:
     words = {name: _contrast(name) for name in table["contrast"]}
     title = f"Paired differences, mean over the holdouts, 95 % bootstrap interval ({measured})"
-    return difference_plot(table.assign(label=table["contrast"].map(words)), title)
+    return difference_plot(table.assign(label=table["contrast"].map(words)), title, margin=MARGIN)
 
 
 def _contrast(name: str) -> str:

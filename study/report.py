@@ -93,8 +93,9 @@ def bottleneck(best: float, probe: float, settings: Settings) -> list[str]:
 
 
 def _now(settings: Settings, *names: str) -> str:
-    """Settings with their values, in words."""
-    return " or ".join(f"{name} (now {settings.as_dict()[name]})" for name in names)
+    """Settings with their values, in words; with trained blocks those that take their place."""
+    values = settings.as_dict()
+    return " or ".join(f"{name} (now {values[name]})" for name in (settings.constant(name.lower()) for name in names))
 
 
 def report(

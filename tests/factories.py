@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import ViTConfig, ViTModel
 
 from config import Settings
 from engine import SplitFeatures
+from models import BackboneTail
 from storage import FeatureSet, load_features, record_key, save_features
 from study import Execution, Run
 
@@ -61,6 +63,24 @@ def save_blobs(path, dataset="blobs", **kinds) -> FeatureSet:
     d = blobs(**kinds)
     save_features(path, d.features.half(), d.labels, d.domains, d.class_names, d.domain_names, d.files, dataset=dataset)
     return load_features(path)
+
+
+def token_blobs(domains=("art", "photo", "sketch"), per_cell=10, tokens=5) -> FeatureSet:
+    """Features with tokens before the last block of a tiny ViT: a class shows in all tokens, a domain shifts them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 16}
+    model = ViTModel(ViTConfig(**sizes), add_pooling_layer=False).eval()
+    tail = BackboneTail(model.layers, [((None,), {})], model.layernorm, torch.nn.Identity())
+    d = blobs(domains, per_cell=per_cell, size=12)
+    spread = 0.3 * torch.randn(len(d.labels), tokens, 12, generator=torch.Generator().manual_seed(1))
+    seen = (d.features[:, None] + spread).half()
+    with torch.no_grad():
+        features = tail(seen.float()).half()
+    counts = {domain: dict.fromkeys(d.class_names, per_cell) for domain in domains}
+    about = {"blocks": 1, "tokens": tokens, "type": "float16"}
+    header = {"dataset": "blobs", "counts": counts, "model": {"name": "tiny", "weights_sha256": "1"}, "tokens": about}
+    names = tuple(d.class_names), tuple(d.domain_names), d.files
+    return FeatureSet(features, d.labels, d.domains, *names, header, "made up", seen, tail)
 
 
 def make_run(features, directory, seeds=4, settings=SMALL, holdouts=None, execution=QUIET) -> Run:

@@ -174,6 +174,21 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(place, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+HOMELESS = """
+os.environ["HOME"] = os.devnull
+for name in ("MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+    os.environ.pop(name, None)
+"""
+
+
+def test_figures_are_drawn_where_nothing_can_be_kept_in_the_home_folder(run, feature_file, tmp_path):
+    assert run("out", "--seeds", 2, "--holdouts", "photo", "--no-figures")[0] == 0
+    command = ["figures", "--results-dir", "out", "--features", feature_file, "--only", "accuracy"]
+    done = shell(*command, cwd=tmp_path, before=HOMELESS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "plots" / "accuracy.png").is_file()
+
+
 @pytest.mark.parametrize("options", [["-I"], ["-m"]])
 def test_the_script_is_found_from_other_folders_and_beside_other_modules(options, tmp_path):
     (tmp_path / "config.py").touch()

@@ -1,6 +1,7 @@
 """The commands about the methods of the field, as typed."""
 
 import json
+import shutil
 import sys
 
 import pandas as pd
@@ -95,6 +96,8 @@ def test_runs_go_out_to_domainbed_and_come_back(features, compared, tmp_path, ca
         (["compare", "--set", "PH2_INIT=phase1"], "PH2_INIT"),
         (["compare", "--vit-model", "x"], "--vit-model"),
         (["export-domainbed", "{tmp}/out"], "no comparison"),
+        (["figures", "--algorithms", "{tmp}/mine.py:Mine"], "--algorithms"),
+        (["figures", "--algorithms", "ERM"], "'ERM'"),
         (["export-domainbed", ""], "DIR"),
         (["import-domainbed", "{tmp}/nothing"], "nothing"),
         (["import-domainbed", ""], "DIR"),
@@ -143,6 +146,9 @@ class Mine(Algorithm):
     def loss(self, params, batch, state, noise):
         loss, changes = super().loss(params, batch, state, noise)
         return factor * loss, changes
+
+class Other(Mine):
+    pass
 """
 
 
@@ -164,6 +170,14 @@ def test_a_method_from_a_file_is_compared_and_exported(features, tmp_path, forgo
     assert code_of(export) == 2
     assert "FILE.py:NAME" in capsys.readouterr().err
     assert main([*export, "--algorithms", place]) == 0
+    ALGORITHMS.pop("Mine")
+    shutil.rmtree(out / "plots")
+    assert code_of(["figures", *choice]) == 2
+    assert "FILE.py:NAME" in capsys.readouterr().err
+    assert code_of(["figures", *choice, "--algorithms", f"{file}:Other"]) == 2
+    assert ":Other; it has ERM" in capsys.readouterr().err
+    assert main(["figures", *choice, "--algorithms", place]) == 0
+    assert everything(out) == written  # all methods of the comparison are drawn, not this one alone
     file.write_text(MINE.replace("version = 1", "version = 2"))  # the file is read as it is now
     assert code_of(command) == 2
     assert "version 1 of Mine, not 2" in capsys.readouterr().err

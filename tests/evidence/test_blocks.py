@@ -1,0 +1,129 @@
+"""The study of trained blocks: each arm at its own rate, the tables, and that records are enough to go on."""
+
+import shutil
+
+import pandas as pd
+import pytest
+
+import config
+from config import InputError, Settings
+from evidence import BlockProtocol
+from evidence.blocks import ERM, HEAD, RATES, arms_of, at_chosen_rates, at_rate, chosen_rates, label, masked
+from evidence.figures import save_blocks
+from study import Execution, Run
+from tests.factories import dated, make_record, save_blobs, token_blobs
+
+SETTINGS = Settings.current(trained_blocks=1, batch_size=16, ph1_num_epochs=1, ph2_num_epochs=1)
+
+
+def protocol(directory, features=None, seeds=(0, 1), settings=SETTINGS, controls=False):
+    features = token_blobs() if features is None else features
+    run = Run(features, settings, directory / "grid", seeds, execution=Execution(seeds_per_chunk=1, progress=False))
+    return BlockProtocol(run, directory, controls)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    made = protocol(tmp_path_factory.mktemp("blocks"), controls=True)
+    made.train()
+    made.write()
+    return made
+
+
+def validated(arm, rate, holdout, seed, validation):
+    accuracy = None if validation is None else rate  # so that the accuracy tells which rate was taken
+    return make_record(at_rate(arm, rate).name, holdout, seed, accuracy) | {"validation": validation}
+
+
+def test_each_arm_takes_the_rate_of_best_mean_validation_the_smaller_of_equals():
+    shares = {
+        "art": [(0.5, 0.6), (0.7, 0.8), (0.8, 0.7), (0.9, 0.1)],
+        "photo": [(0.1, 0.1), (0.2, None), (0.1, 0.2), (0.3, 0.3)],
+    }
+    arm = masked("importance", 10.0)
+    records = [
+        validated(arm, rate, holdout, seed, value)
+        for holdout, of_rates in shares.items()
+        for rate, values in zip(RATES, of_rates, strict=True)
+        for seed, value in enumerate(values)
+    ]
+    chosen = chosen_rates(records, [arm], ["art", "photo"])
+    assert chosen["rate"].tolist() == [RATES[1], RATES[3]]  # of equals the smaller; a failed network counts as 0
+    assert chosen["validation"].tolist() == pytest.approx([0.75, 0.3])
+    assert chosen["edge"].tolist() == [False, True]
+    own = at_chosen_rates(records, [arm], chosen)
+    assert [(r["algorithm"], r["holdout"], r["accuracy"]["full"]) for r in own] == [
+        *[("importance 10 %", "art", RATES[1])] * 2,
+        *[("importance 10 %", "photo", RATES[3])] * 2,
+    ]
+
+
+def test_arms_are_labelled_and_each_is_trained_at_all_rates(whole):
+    assert [label(arm) for arm in (ERM, HEAD, masked("random_layer", 0.1))] == ["erm", "head", "random_layer 0.1 %"]
+    assert len(arms_of("grid")) == 10
+    assert len(arms_of("controls")) == 12
+    for folder, study in whole.studies.items():
+        assert len(study.records()) == len(arms_of(folder)) * len(RATES) * 3 * 2  # holdouts, seeds
+        assert {record["selection"] for record in study.records()} == {"last"}
+        kept = {path.name for path in study.run.results.directory.iterdir()} - {".lock"}
+        assert kept == {"records.jsonl", "settings.json", "importance", "histories"}
+        assert all(path.name.startswith("phase1_") for path in (study.run.results.directory / "histories").iterdir())
+
+
+def test_tables_and_report_say_what_was_measured(whole):
+    tables, text = whole.tables(), (whole.results.directory / "report.txt").read_text()
+    assert len(tables["contrasts"]) == 4
+    assert tables["contrasts"]["verdict"].str.startswith("too few seeds").all()
+    densities = tables["densities"].set_index(["criterion", "density"])
+    assert densities.loc[("head", 0.0), "above"] == 0
+    averages = tables["seeds"]
+    assert densities.loc[("magnitude", 1.0), "mean"] == pytest.approx(averages["magnitude 1 %"].mean())
+    assert densities.loc[("erm", 100.0), "above"] == pytest.approx((averages["erm"] - averages["head"]).mean())
+    fixed = tables["seeds_fixed_rate"]["erm"]
+    at_default = [r for r in whole.studies["grid"].records() if r["algorithm"] == "erm[BACKBONE_LEARNING_RATE=0.0001]"]
+    expected = pd.DataFrame([(r["seed"], r["accuracy"]["full"]) for r in at_default]).groupby(0)[1].mean()
+    assert fixed.tolist() == pytest.approx(expected.tolist())
+    for word in ("importance 10 % − random_layer 10 %", "too few seeds", "3e-05 (edge)", "Appendix"):
+        assert word in text
+
+
+def test_figures_are_drawn_from_the_tables(whole, tmp_path):
+    folder = shutil.copytree(whole.results.directory, tmp_path / "copy")
+    assert {path.name for path in save_blocks(folder)} == {"density.png", "forest.png"}
+
+
+def test_records_alone_are_enough_to_go_on(whole, tmp_path):
+    grid = whole.studies["grid"].run.results.directory
+    (tmp_path / "grid").mkdir()
+    for name in ("records.jsonl", "settings.json"):
+        shutil.copy(grid / name, tmp_path / "grid" / name)
+    before = dated(tmp_path)
+    again = protocol(tmp_path)
+    again.train()
+    assert dated(tmp_path) == before
+    pd.testing.assert_frame_equal(again.tables()["accuracy"], protocol(whole.results.directory).tables()["accuracy"])
+    more = protocol(tmp_path, seeds=(0, 1, 2))
+    more.train()
+    assert {record["seed"] for record in more.studies["grid"].records()} == {0, 1, 2}
+    assert more.studies["grid"].run.archive.phase1_seeds("art") == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seeds": (0,)}, "--seeds"),
+        ({"settings": Settings.current(trained_blocks=1, ph2_freeze_epoch=2)}, "BLOCK_FREEZE_EPOCH"),
+    ],
+)
+def test_what_is_no_study_of_blocks_is_refused(changes, named, tmp_path):
+    with pytest.raises(InputError, match=named):
+        protocol(tmp_path, **changes)
+
+
+def test_features_without_tokens_are_refused(tmp_path, monkeypatch):
+    features = save_blobs(tmp_path / "features.safetensors")
+    with pytest.raises(InputError, match="TRAINED_BLOCKS"):
+        protocol(tmp_path, features, settings=Settings.current())
+    monkeypatch.setattr(config, "TRAINED_BLOCKS", 1)
+    with pytest.raises(InputError, match="DATA_ROOT"):
+        BlockProtocol.from_config([0, 1], tmp_path / "other")
