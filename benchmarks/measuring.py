@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -26,6 +27,7 @@ from config import InputError
 PACKAGES = ("torch", "numpy", "scikit-learn", "transformers")
 
 Name = str | tuple
+Taken = TypeVar("Taken")
 Measured = tuple[dict[str, object], list[dict]]  # what was measured, and the rows of the report
 
 
@@ -113,10 +115,10 @@ def processor() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def in_turn(contenders: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
-    """Seconds of each contender by repeat, A B C A B C …: what else the machine does affects all alike.
+def in_turn(contenders: Mapping[Name, Callable[[], Taken]], repeats: int) -> dict[Name, list[Taken]]:
+    """The cost of each contender by repeat, A B C A B C …: what else the machine does affects all alike.
 
-    A contender's name, or its parts, leads to a function that measures once and returns seconds.
+    A contender's name, or its parts, leads to a function that measures once and returns what it found, mostly seconds.
     """
     found = {name: [] for name in contenders}
     for repeat in range(repeats):

@@ -5,8 +5,10 @@ import runpy
 import sys
 
 import pytest
+from transformers import Dinov2Config, Dinov2Model
 
 import config
+from engine import TailEngine
 from tests.factories import ROOT
 
 
@@ -72,6 +74,44 @@ def test_extraction_compares_with_the_bare_forward_pass(rows_of, image_root, tin
     for row in rows:
         assert row["images_per_second"]["median"] == pytest.approx(12 / row["seconds"]["median"])
     assert rows[0]["speed_over_bare_forward"]["median"] == 1
+
+
+def test_blocks_compares_the_shortcut_with_the_loops(rows_of, tiny_vit, monkeypatch):
+    monkeypatch.setattr(config, "BLOCK_BATCH_SIZE", 4)
+    options = ("--vit-model", tiny_vit, "--networks", "1,3", "--images", 8, "--seconds", 0.01)
+    rows = {(row["contender"], row["networks"]): row for row in rows_of("blocks", "contender", *options)}
+    loops = {"query": "query of [CLS]", "block": "block", "vit": "whole ViT"}
+    stacks = {(name, count) for name in ("shortcut", "shortcut, mask") for count in (1, 3)}
+    assert set(rows) == stacks | {(name, 1) for name in loops.values()}
+    for row in rows.values():
+        step, image = row["milliseconds_per_step"]["median"], row["milliseconds_per_image"]["median"]
+        for key, loop in loops.items():
+            over = rows[loop, 1]["milliseconds_per_step"]["median"] / step
+            assert row[f"{key}_over_this"]["median"] == pytest.approx(over)
+        hours = 800 * (470 * step + 9991 * image) / 2 / 3.6e6
+        assert row["extrapolated_hours"]["median"] == pytest.approx(hours)
+
+
+def test_blocks_refuses_a_block_that_it_does_not_cover(run, tmp_path):
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**size, use_swiglu_ffn=True)).save_pretrained(tmp_path / "dino")
+    code, printed, said = run("blocks", "--vit-model", tmp_path / "dino", "--images", 4)
+    assert (code, printed) == (2, "")
+    assert said.splitlines()[-1].startswith("The last block of 'dino' is not covered")
+
+
+@pytest.mark.parametrize("kind", ["logits", "step"])
+def test_blocks_times_nothing_that_does_not_compute_the_same(run, tiny_vit, monkeypatch, kind):
+    monkeypatch.setattr(config, "BLOCK_BATCH_SIZE", 4)
+    right = getattr(TailEngine, kind)
+    wrong = {
+        "logits": lambda *given: 1.001 * right(*given),
+        "step": lambda *given: right(*given) and right(*given),  # two steps for one
+    }
+    monkeypatch.setattr(TailEngine, kind, wrong[kind])
+    code, printed, said = run("blocks", "--vit-model", tiny_vit, "--networks", 1, "--images", 8)
+    assert (code, printed) == (2, "")
+    assert said.splitlines()[-1].startswith("'shortcut' and the block itself do not compute the same")
 
 
 def test_whole_times_a_command_and_the_same_again(rows_of, tmp_path):
