@@ -268,26 +268,25 @@ class StackedAdam:
         self.names = [*params]
         means = {name: torch.zeros_like(value) for name, value in params.items()}
         squares = {name: torch.zeros_like(value) for name, value in params.items()}
-        self.steps = torch.zeros((), device=next(iter(params.values())).device)
-        self._groups = []  # (learning rate, parameters, means, squares, their place among the gradients)
+        device = next(iter(params.values())).device
+        self._groups = []  # (learning rate, parameters, means, squares, steps, their place among the gradients)
         networks = [_networks(kind) for kind in (params, means, squares)]
         for k in range(len(networks[0])):
             rates = {name: float(learning_rates[name].flatten()[k]) for name in self.names}
             for rate in dict.fromkeys(rates.values()):
                 own = [name for name in self.names if rates[name] == rate]
-                self._groups.append((rate, *([kind[k][name] for name in own] for kind in networks), k, own))
+                lists = [[kind[k][name] for name in own] for kind in networks]
+                self._groups.append((rate, *lists, [*torch.zeros(len(own), device=device)], k, own))
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor | None]) -> None:
         """One step; a parameter without a gradient stays."""
         # The fused function reads all tensors in the order of their memory.
         known = _networks({name: value.contiguous() for name, value in gradients.items() if value is not None})
-        self.steps += 1
-        for rate, params, means, squares, k, names in self._groups:
+        for rate, *lists, k, names in self._groups:
             there = [i for i, name in enumerate(names) if name in known[k]]
-            lists = ([kind[i] for i in there] for kind in (params, means, squares))
-            params, means, squares = lists
-            grads, steps = [known[k][names[i]] for i in there], [self.steps - 1 for _ in there]
+            params, means, squares, steps = ([kind[i] for i in there] for kind in lists)
+            grads = [known[k][names[i]] for i in there]
             options = {"beta1": 0.9, "beta2": 0.999, "lr": rate, "weight_decay": 0.0, "eps": 1e-8}
             adam(params, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, **options)
 

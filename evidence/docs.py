@@ -65,6 +65,19 @@ BENCHMARKS = {
         },
         lambda row: row["contender"].startswith("matmul"),
     ),
+    "blocks": Benchmark(
+        "blocks_cpu",
+        "results",
+        {
+            "contender": "contender",
+            "networks": "networks",
+            "ms per step": "milliseconds_per_step",
+            "query / this": "query_over_this",
+            "block / this": "block_over_this",
+            "whole ViT / this": "vit_over_this",
+            "hours for 800 networks": "extrapolated_hours",
+        },
+    ),
     "whole": Benchmark("whole_cpu", "results", {"command": "command", "first": "first", "again": "again"}),
     "methods": Benchmark(
         "methods_cpu",
