@@ -9,10 +9,9 @@ from scipy import stats
 from evidence import FAMILY, OTHERS, family_table, seed_averages, sweep_table
 from evidence.contrasts import FAMILY_ARMS, domains_table, others_table
 from study import CONTROLS, ERM, IMPORTANCE, Arm
-
-FROZEN_FEATURES = CONTROLS.keys() - {"importance", "magnitude", "head"}
 from tests.factories import assert_interval, make_record
 
+FROZEN_FEATURES = CONTROLS.keys() - {"importance", "magnitude", "head"}
 HOLDOUTS = ("art", "photo", "sketch")
 SIX = [
     "importance − erm",
