@@ -79,6 +79,8 @@ def made_up(feature_size: int, images: int, device: str) -> SplitFeatures:
         files=[f"{row:06d}" for row in range(images)],
         class_names=[f"class{i}" for i in range(CLASSES)],
         domain_names=[f"domain{i}" for i in range(DOMAINS)],
+        tokens=None,
+        tail=None,
     )
     return SplitFeatures.from_features(data, Settings.current(), device)
 
