@@ -152,6 +152,18 @@ def changed(name: str) -> bool:
     return globals()[name] != _as_written[name]
 
 
+def without_effect(name: str) -> str | None:
+    """Why a setting has no effect with `TRAINED_BLOCKS` as it is, and what to do; None if it has one."""
+    plain = {"SEEDS_PER_CHUNK": "BLOCK_SEEDS_PER_CHUNK"}  # setting on features -> the one that takes its place
+    plain |= {Settings.constant(field.name): BlockSettings.constant(field.name) for field in fields(Settings)}
+    blocks = {*plain.values(), *map(str.upper, BlockSettings.__annotations__)} - {"CONSTANTS", "TRAINED_BLOCKS"}
+    if TRAINED_BLOCKS and plain.get(name, name) != name:
+        return f"{name} has no effect with TRAINED_BLOCKS, where {plain[name]} takes its place: set that."
+    if not TRAINED_BLOCKS and name in blocks - plain.keys():
+        return f"{name} has no effect without TRAINED_BLOCKS: set that too, or leave it out."
+    return None
+
+
 def reset() -> None:
     """Give every setting the value that it has in this file, whatever was set since it was read."""
     globals().update(_as_written)
@@ -265,8 +277,9 @@ class Settings:
     def from_dict(cls, values: Mapping[str, object]) -> "Settings":
         """The settings that `as_dict` has written; what it does not say is as the constants say."""
         kind = BlockSettings if values.get("TRAINED_BLOCKS") else Settings
-        known = {kind.constant(field.name): field.name for field in fields(kind)}
-        return kind.current(**{known.get(name, name): value for name, value in values.items()})
+        constants = {field.name: kind.constant(field.name) for field in fields(kind)}  # one may be of several fields
+        known = {field: values[constant] for field, constant in constants.items() if constant in values}
+        return kind.current(**known, **{name: values[name] for name in values.keys() - constants.values()})
 
     @classmethod
     def constant(cls, field: str) -> str:
@@ -313,6 +326,11 @@ class BlockSettings(Settings):
         super().__post_init__()
         if self.ph1_num_epochs != self.ph2_num_epochs:
             raise InputError("BLOCK_EPOCHS is the number of epochs of both phases.")
+        if self.head_start == "probe" and self.hidden_sizes:
+            raise InputError(
+                "HEAD_START = 'probe' starts a linear classifier: BLOCK_HIDDEN_SIZES must be () with it, or HEAD_START "
+                "be 'random'."
+            )
 
 
 _as_written = {name: globals()[name] for name in names()}

@@ -30,7 +30,7 @@ IMAGES = ("VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS
 MACHINE = ("DEVICE", "THREADS")
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
     "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
-    "features": ("DATA_ROOT", *IMAGES, *MACHINE),
+    "features": ("DATA_ROOT", *IMAGES, "TRAINED_BLOCKS", *MACHINE),
     "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
     "export-domainbed": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "import-domainbed": (),
@@ -182,7 +182,9 @@ def figures(options: argparse.Namespace) -> None:
         raise InputError(f"--algorithms is for comparisons, and '{results.directory}' holds none.")
     device = prepare_machine(config.DEVICE, config.THREADS)
     source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
-    if (results.directory / "contrasts.csv").is_file():
+    if (results.directory / "densities.csv").is_file() and (results.directory / "grid").is_dir():
+        paths = evidence.figures.save_blocks(results.directory, **choice)
+    elif (results.directory / "contrasts.csv").is_file():
         paths = evidence.figures.save_all(results.directory, **choice)
     elif compared:
         paths = field.figures.save_all(field.Comparison.of(results, source, own=own), **choice)
@@ -316,6 +318,10 @@ def apply_options(options: argparse.Namespace) -> None:
             raise InputError(f"{called} must not be empty.")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
+    if options.command in TRAINING:
+        for name in given:
+            if (why := config.without_effect(name)) is not None:
+                raise InputError(why)
     of_images = [typed for name, (_, typed) in given.items() if name in IMAGES]
     of_images += ["--verify"] if getattr(options, "verify", False) else []
     if options.command != "predict" and of_images and config.DATA_ROOT is None:

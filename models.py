@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -85,6 +85,11 @@ class BackboneTail(nn.Module):
         self.head, self.arguments = head, tuple(arguments)
         self.eval()  # no dropout in the blocks
 
+    def _apply(self, fn, recurse: bool = True) -> "BackboneTail":
+        super()._apply(fn, recurse)
+        self.arguments = _mapped(fn, self.arguments)  # to another device or type, as the parameters
+        return self
+
     def with_head(self, head: nn.Module) -> "BackboneTail":
         """A copy with another classifier."""
         return BackboneTail(self.blocks, self.arguments, self.norm, head)
@@ -117,6 +122,17 @@ class BackboneTail(nn.Module):
     def train(self, mode: bool = True) -> "BackboneTail":
         """The blocks stay in eval mode whatever `mode` is: they are trained without dropout."""
         return super().train(False)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: object) -> object:
+    """`value` with the function applied to each tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: _mapped(function, inner) for name, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(function, inner) for inner in value)
+    return value
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
@@ -259,12 +275,12 @@ class ViTFeatureExtractor(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Several classifiers as one: the logarithm of the mean of their probabilities.
+    """Several networks as one: the logarithm of the mean of their probabilities.
 
-    Shapes: input ``[..., D]``, output ``[..., classes]``.
+    Shapes: input as theirs, ``[..., D]`` or tokens ``[B, T, D]``; output ``[..., classes]``.
     """
 
-    def __init__(self, members: Iterable[FeedforwardClassifier]):
+    def __init__(self, members: Iterable[FeedforwardClassifier | BackboneTail]):
         super().__init__()
         self.members = nn.ModuleList(members)
 
@@ -273,19 +289,33 @@ class Ensemble(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """Frozen ViT and trained classifier together: pixels in, class probabilities out.
+    """Frozen ViT and what was trained on it together: pixels in, class probabilities out.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, ``[B, classes]`` out.
+
+    Args:
+        classifier: of features ``[B, D]``; with `blocks`, of the tokens ``[B, T, D]`` before so many last blocks of the
+            ViT, whose place it takes.
+        stored: type in which the classifier's training data were stored.
     """
 
-    def __init__(self, extractor: ViTFeatureExtractor, classifier: nn.Module, class_names: Sequence[str]):
+    def __init__(
+        self,
+        extractor: ViTFeatureExtractor,
+        classifier: nn.Module,
+        class_names: Sequence[str],
+        blocks: int = 0,
+        stored: torch.dtype = torch.float16,
+    ):
         super().__init__()
         self.extractor, self.classifier, self.class_names = extractor, classifier, tuple(class_names)
+        self.blocks, self.stored = blocks, stored
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        # Through float16 and back: the classifier was trained on features stored that way.
-        return self.classifier(self.extractor(pixels).half().float()).softmax(-1)
+        inputs = self.extractor.tokens(pixels, self.blocks)[1] if self.blocks else self.extractor(pixels)
+        # Through the type that they were stored in and back: the classifier was trained on such.
+        return self.classifier(inputs.to(self.stored).float()).softmax(-1)
 
     def predict(self, images: Sequence) -> Tensor:
         """RGB ``PIL.Image`` objects -> probabilities ``[len(images), classes]``."""

@@ -372,6 +372,55 @@ def mean_band(values: np.ndarray, bands: str) -> tuple[np.ndarray, np.ndarray, n
     return mean, mean - half, mean + half
 
 
+@drawing
+def row_densities(
+    rows: Mapping[str, Sequence], title: str, share: float, chance: Mapping[str, tuple] | None = None
+) -> Figure:
+    """Share of each row of a matrix that a mask marks: a line per matrix from its lowest to its highest row.
+
+    Args:
+        rows: name of the matrix -> share marked of each of its rows, fractions `[R]`.
+        share: of all weights together, drawn as a dashed line.
+        chance: name -> `(low, high)` of a row marked at random, a grey band.
+    """
+    figure = new_figure(WIDTH, 0.9 + 0.34 * len(rows), title)
+    ax, high = figure.subplots(), 100 * share
+    for place, (name, values) in enumerate(rows.items()):
+        shares = 100 * as_array(values)
+        shares = shares[np.isfinite(shares)]
+        if name in (chance or {}):
+            left, right = (100 * end for end in chance[name])
+            ax.barh(place, right - left, left=left, height=0.72, color="#DDDDDD", zorder=0)
+            high = max(high, right)
+        if len(shares):
+            low, first, middle, third, top = np.quantile(shares, [0.05, 0.25, 0.5, 0.75, 0.95])
+            ax.plot([shares.min(), shares.max()], [place] * 2, linestyle="", marker=".", markersize=4, color=COLORS[0])
+            ax.plot([low, top], [place] * 2, color=COLORS[0], linewidth=1.2)
+            ax.plot([first, third], [place] * 2, color=COLORS[0], linewidth=6, solid_capstyle="butt")
+            ax.plot([middle] * 2, [place - 0.2, place + 0.2], color="white", linewidth=1.6, zorder=4)
+            style = {"marker": "D", "color": COLORS[1], "markersize": 5, "markeredgecolor": "white", "zorder": 5}
+            ax.plot([shares.mean()], [place], **style)
+            transform = ax.get_yaxis_transform()
+            ax.text(1.02, place, written(shares.mean(), ".3g"), transform=transform, va="center", fontsize=7.5)
+            high = max(high, shares.max())
+    ax.axvline(100 * share, **DASHED, zorder=1)
+    ax.text(1.02, 1.0, "whole matrix", transform=ax.transAxes, va="bottom", fontsize=7.5)
+    ax.set_yticks(range(len(rows)), [plain(name, 24) for name in rows])
+    ax.set(xlim=(-0.02 * high, 1.03 * high or 1), ylim=(len(rows) - 0.4, -0.6), xlabel="weights of a row marked (%)")
+    ax.tick_params(axis="y", length=0)
+    handles = [
+        Line2D([], [], color=COLORS[0], linewidth=6, label="middle half of the rows, median"),
+        Line2D([], [], color=COLORS[0], linewidth=1.2, label="90 % of the rows"),
+        Line2D([], [], color=COLORS[0], linestyle="", marker=".", label="lowest and highest row"),
+        Line2D([], [], color=COLORS[1], linestyle="", marker="D", label="whole matrix"),
+        Line2D([], [], **DASHED, label=f"all matrices ({100 * share:.3g} %)"),
+    ]
+    if chance:
+        handles.append(Patch(color="#DDDDDD", label="95 % of the rows of a random mask"))
+    add_legend(figure, handles)
+    return settled(figure)
+
+
 # Figures of accuracies
 
 
@@ -619,6 +668,7 @@ def matrices(
             cmap=colours,
             norm=Normalize(*(limits or (0, np.nanmax(panel.values, initial=1e-9)))),
             aspect="equal" if square else "auto",
+            interpolation="nearest",  # or neighbouring rows run into each other where columns are narrow
         )
         _name_cells(ax, panel, cell, square)
         size = min(8, 29 * (cell if square else (WIDTH / across - 1.9) / panel.values.shape[1]))
@@ -640,8 +690,9 @@ def _name_cells(ax, panel: Panel, cell: float, square: bool) -> None:
     """Title, names along both sides, and what they are names of."""
     size = {"fontsize": min(8, 55 * cell) if square else 7.5}
     columns = [plain(name, 18) for name in panel.columns]
-    places = range(0, len(columns), 1 if square else -(-len(columns) // 12))
-    upright = {} if not square and max(map(len, columns)) < 4 else {"rotation": 90}
+    longest = max(map(len, columns))
+    places = range(0, len(columns), 1 if square else -(-len(columns) // (6 if longest == 3 else 12)))
+    upright = {} if not square and longest < 4 else {"rotation": 90}
     ax.set_xticks(places, [columns[i] for i in places], **upright, **size)
     ax.set_yticks(range(len(panel.rows)), [plain(name, 24) for name in panel.rows], **size)
     ax.set(title=plain(panel.title, 38), xlabel=panel.xlabel, ylabel=panel.ylabel)

@@ -14,13 +14,14 @@ from engine.machine import (
 )
 from engine.networks import logistic_regression, make_engine, network_start, random_start
 from engine.stack import MatmulEngine, Params, Rates
-from engine.tail import ClsShortcut, TailEngine
+from engine.tail import BlockMatrix, ClsShortcut, TailEngine, block_matrices
 from engine.workers import side_by_side, stacks_at_a_time
 
 __all__ = [
     "BalancedOrder",
     "Batch",
     "BatchOrder",
+    "BlockMatrix",
     "ClsShortcut",
     "Engine",
     "FunctionalEngine",
@@ -34,6 +35,7 @@ __all__ = [
     "TrainingFailedError",
     "Validation",
     "accuracies",
+    "block_matrices",
     "check_memory",
     "choose_device",
     "classify",

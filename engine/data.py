@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from logging import getLogger
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from dataset import split
 from engine.tail import ClsShortcut
 from models import BackboneTail, FeedforwardClassifier
 
+log = getLogger(__name__)
 Network = FeedforwardClassifier | BackboneTail  # what is trained
 CHECKED_IMAGES = 4  # on which the shortcut must agree with the module
 
@@ -49,8 +51,8 @@ class SplitFeatures:
             raise InputError(f"There is one class only, '{data.class_names[0]}': two are needed to tell them apart.")
         tensors = data.features.to(device, dtype), data.labels.to(device), data.domains.to(device)
         names = tuple(data.files), tuple(data.class_names), tuple(data.domain_names)
-        tokens = None if data.tokens is None else data.tokens.to(device)
-        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction, tokens, data.tail)
+        blocks = (None, None) if data.tail is None else (data.tokens.to(device), data.tail.to(device))
+        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction, *blocks)
         made.inside([0])  # raises for a domain that is too small
         return made
 
@@ -70,7 +72,13 @@ class SplitFeatures:
     @cached_property
     def shortcut(self) -> ClsShortcut | None:
         """What computes the features of `tail` for whole stacks; None where only the module itself does."""
-        return None if self.tail is None else ClsShortcut.of(self.tail, self.tokens[:CHECKED_IMAGES])
+        if self.tail is None:
+            return None
+        found = ClsShortcut.of(self.tail, self.tokens[:CHECKED_IMAGES])
+        if found is None:
+            what = "this kind of block" if len(self.tail.blocks) == 1 else "more than one block"
+            log.info("The shortcut does not cover %s: every network computes the whole block, which is slower.", what)
+        return found
 
     def inside(self, seeds: Sequence[int]) -> Tensor:
         """Whether a row is in the `in` split of each seed: bool ``[S, N]``."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engine.data import BalancedOrder, BatchOrder, SplitFeatures
 from engine.machine import training_threads
 from engine.stack import MatmulEngine, Params, Rates
+from engine.tail import TailEngine
 
 PIECE_FLOATS = 2**20  # largest activation while many rows are classified
 
@@ -140,11 +141,10 @@ def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
     return counts.long().view(*engine.shape, *data.cell_shape)
 
 
-def classify(params: Params, features: Tensor) -> Tensor:
-    """Most probable class of the rows ``[N, D]`` for every classifier of a stack: int64 ``[*stack, N]``."""
-    engine = MatmulEngine({name: value.to(features) for name, value in params.items()})
-    parts = features.split(rows_at_a_time(engine, len(features)))
-    return torch.cat([engine.classify(part) for part in parts], dim=-1)
+def classify(engine: MatmulEngine | TailEngine, inputs: Tensor, rows: Tensor) -> Tensor:
+    """Most probable class of some rows of the inputs, int64 ``[N]``, for every network: int64 ``[*stack, N]``."""
+    parts = rows.split(rows_at_a_time(engine, len(rows)))
+    return torch.cat([engine.classify(inputs[part]) for part in parts], dim=-1)
 
 
 def raise_failure(failed: Tensor, seeds: Sequence[int], what: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import InputError, Settings
+from config import Settings
 from engine.data import SplitFeatures, generator
 from engine.loop import Engine
 from engine.stack import MatmulEngine, Params
@@ -85,8 +85,6 @@ def network_start(
 
 def _probes(data: SplitFeatures, rows: Tensor, settings: Settings) -> Params:
     """A linear classifier per seed, fitted to the features of its rows ``[S, n]``."""
-    if settings.hidden_sizes:
-        raise InputError("HEAD_START = 'probe' is a linear classifier: BLOCK_HIDDEN_SIZES must be () with it.")
     features, labels = data.features.cpu().double().numpy(), data.labels.cpu().numpy()
     own = {tuple(row): None for row in rows.tolist()}
     for row in own:

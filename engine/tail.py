@@ -41,6 +41,51 @@ TOLERANCE = 1e-9  # of the shortcut's features, relative to the largest, in floa
 
 
 @dataclass(frozen=True)
+class BlockMatrix:
+    """A tracked weight matrix of a `BackboneTail`.
+
+    Attributes:
+        block: among the trained ones, from 0.
+        role: what it does in the block, a key of `ROLES`; where that is not known, the module's own name.
+        heads: number of attention heads, which share out the rows of query, key and value, and the columns of output;
+            None where it is not known.
+    """
+
+    block: int
+    role: str
+    heads: int | None
+
+
+def block_matrices(tail: BackboneTail) -> list[BlockMatrix]:
+    """What the tracked matrices of a tail are, in its order of them."""
+    known = {}
+    for number, block in enumerate(tail.blocks):
+        modules, heads = _roles(block), _heads(block)
+        known |= {f"blocks.{number}.{name}.weight": BlockMatrix(number, r, heads) for r, name in modules.items()}
+    parts = {name: name.split(".", 2) for name in tail.tracked_names}  # blocks, number, the module's own name
+    return [
+        known.get(name) or BlockMatrix(int(number), module.removesuffix(".weight"), None)
+        for name, (_, number, module) in parts.items()
+    ]
+
+
+def _roles(block: nn.Module) -> dict[str, str]:
+    """Role -> name of the module that has it in this block."""
+    modules = {name for name, _ in block.named_modules()}
+    found = {role: next((name for name in names if name in modules), None) for role, names in ROLES.items()}
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def _heads(block: nn.Module) -> int | None:
+    """Number of attention heads, as the module that holds the query says."""
+    query = _roles(block).get("query")
+    if query is None:
+        return None
+    attention = block.get_submodule(query.rpartition(".")[0])
+    return getattr(attention, "num_attention_heads", None) or getattr(attention, "num_heads", None)
+
+
+@dataclass(frozen=True)
 class ClsShortcut:
     """``[CLS]`` after one block and the final norm, for a stack of networks.
 
@@ -80,15 +125,11 @@ class ClsShortcut:
 
     @classmethod
     def _find(cls, tail: BackboneTail) -> "ClsShortcut | None":
-        modules = dict(tail.blocks[0].named_modules())
-        there = {role: next((n for n in names if n in modules), None) for role, names in ROLES.items()}
-        attention = modules.get((there["query"] or "").rsplit(".", 1)[0])
-        heads = getattr(attention, "num_attention_heads", None) or getattr(attention, "num_heads", None)
+        modules, there, heads = dict(tail.blocks[0].named_modules()), _roles(tail.blocks[0]), _heads(tail.blocks[0])
         activation = next((modules[name] for name in ACTIVATIONS if name in modules), None)
-        missing = [role for role in ROLES if there[role] is None and role not in OPTIONAL]
-        if heads is None or activation is None or missing:
+        if heads is None or activation is None or not there.keys() >= ROLES.keys() - {*OPTIONAL}:
             return None
-        names = {role: f"blocks.0.{name}" for role, name in there.items() if name is not None}
+        names = {role: f"blocks.0.{name}" for role, name in there.items()}
         norms = {"norm1": modules[there["norm1"]], "norm2": modules[there["norm2"]]}
         if not isinstance(tail.norm, nn.Identity):
             names["norm"], norms["norm"] = "norm", tail.norm
@@ -241,9 +282,13 @@ class TailEngine:
         together = {name: value.flatten(0, 1).unsqueeze(0) for name, value in self.params.items()}  # [1, S · V, …]
         return self._logits(together, features.unsqueeze(0)).view(*self.shape, len(features), -1)
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Most probable class of tokens ``[N, T, D]``: int64 ``[S, V, N]``."""
+        return self.logits(features).argmax(-1)
+
     def right(self, features: Tensor, targets: Tensor) -> Tensor:
         """Whether each network classifies tokens ``[N, T, D]`` as their targets ``[N]``: bool ``[S, V, N]``."""
-        return self.logits(features).argmax(-1) == targets
+        return self.classify(features) == targets
 
 
 def stacked_head(params: Params, features: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from logging import getLogger
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 from config import InputError
@@ -31,7 +31,7 @@ from engine import choose_device, default_workers
 from features.check import check_images
 from features.pretrained import load_extractor
 from features.tokens import Float16OverflowError, TokenFile
-from models import ViTFeatureExtractor
+from models import BackboneTail, ViTFeatureExtractor
 from storage import FORMAT_VERSION, FeatureSet, atomic_write, load_features, save_features
 
 log = getLogger(__name__)
@@ -39,6 +39,7 @@ log = getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED_FILE = ROOT / "data" / "pacs_vit_tiny_patch16_224.safetensors"
 SHARD_ROWS = 512  # rows written at once; batches do not cross shards, so a resumed run gives the same bytes
+COMPARED, SAME = 4, 0.1  # images whose features must follow from their tokens; difference that rounding can make
 # Entries of a model's configuration that do not affect what it computes, or that differ between equal runs.
 _CONFIG_NOISE = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "num_labels"}
 
@@ -74,6 +75,7 @@ def get_features(
     verify: bool = False,
     progress: bool = True,
     blocks: int | None = None,
+    check_tail: Callable[[BackboneTail], object] = lambda tail: None,
 ) -> FeatureSet:
     """The features to work with: of the images in `data_root`, else of `features_file`, else the bundled ones.
 
@@ -87,6 +89,7 @@ def get_features(
         verify, progress: see `extract`.
         device: where the ViT runs.
         blocks: see `extract`; default `config.TRAINED_BLOCKS`.
+        check_tail: see `extract`.
 
     Raises:
         InputError: both are given, or the folder, the file or the model cannot be used, or there are blocks but no
@@ -107,7 +110,8 @@ def get_features(
     extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model).to(device)
     cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
-    return extract(dataset, extractor, cache_dir, *sizes, verify=verify, progress=progress, blocks=blocks)
+    options = {"verify": verify, "progress": progress, "blocks": blocks, "check_tail": check_tail}
+    return extract(dataset, extractor, cache_dir, *sizes, **options)
 
 
 def extract(
@@ -119,6 +123,7 @@ def extract(
     verify: bool = False,
     progress: bool = True,
     blocks: int = 0,
+    check_tail: Callable[[BackboneTail], object] = lambda tail: None,
 ) -> FeatureSet:
     """Features of all images: from the cache, else by one pass of the frozen ViT, and then cached.
 
@@ -135,6 +140,7 @@ def extract(
         verify: read every image file again, even if its size and time have not changed.
         blocks: with 1 or more, the same pass also caches the tokens before so many last blocks, in float16 where it
             can hold them, and the result has `tokens` and `tail`.
+        check_tail: raises an InputError for blocks that are of no use; called before the pass.
 
     Raises:
         InputError: unreadable images (all are listed before the pass begins), an image that changes during the pass,
@@ -149,7 +155,10 @@ def extract(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"CACHE_DIR '{folder}' cannot be created ({error.strerror}): give another folder.") from error
-    tail = extractor.tail(blocks).cpu() if blocks else None
+    tail = None
+    if blocks:
+        tail = extractor.tail(blocks).cpu()
+        check_tail(tail)
     contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
     header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
     header["preprocessing"] = extractor.preprocessing.describe()
@@ -201,8 +210,12 @@ def _run_with_tokens(run: Callable, tokens: TokenFile) -> Tensor:
             tokens.widen()
 
 
-def _with_tokens(features: FeatureSet, tokens: TokenFile, tail: nn.Module) -> FeatureSet:
-    values = tokens.load()
+def _with_tokens(features: FeatureSet, tokens: TokenFile, tail: BackboneTail) -> FeatureSet:
+    values, few = tokens.load(), slice(COMPARED)
+    with torch.no_grad():
+        found, wanted = tail(values[few].float()), features.features[few].float()
+    if not bool((found - wanted).norm() <= SAME * wanted.norm()):
+        raise InputError(f"'{tokens.path}' holds tokens of another model: delete it to make it again.")
     described = {"blocks": tokens.blocks, "tokens": values.shape[1], "type": str(values.dtype).removeprefix("torch.")}
     return replace(features, tokens=values, tail=tail, header={**features.header, "tokens": described})
 

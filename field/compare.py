@@ -19,7 +19,7 @@ import torch
 from torch.func import grad, vmap
 
 import config
-from config import InputError, Settings
+from config import BlockSettings, InputError, Settings
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
 from field.curves import read_curves
 from field.load import load_method
@@ -47,8 +47,8 @@ class Comparison:
         holdouts: choices of held-out domains, each a tuple of one or two.
 
     Raises:
-        InputError: an unknown method, an invalid class, no trial, `PH2_INIT` other than "fresh", or domains that
-            cannot be left out in pairs.
+        InputError: an unknown method, an invalid class, no trial, `PH2_INIT` other than "fresh", trained blocks, or
+            domains that cannot be left out in pairs.
     """
 
     def __init__(
@@ -272,6 +272,8 @@ def check_methods(
         InputError: see `Comparison`.
     """
     config.check("--trials", trials)
+    if isinstance(settings, BlockSettings):
+        raise InputError("A comparison trains classifiers on features: TRAINED_BLOCKS must be 0 for it.")
     if settings.ph2_init != "fresh":
         raise InputError(
             f"A comparison trains from a fresh start: PH2_INIT must be 'fresh', not '{settings.ph2_init}'."

@@ -144,6 +144,9 @@ class Results:
         if features is not None:
             expected["features"], found["features"] = features["fingerprint"], stored["features"]["fingerprint"]
         differ = [f"{n} = {found.get(n)!r}, not {value!r}" for n, value in expected.items() if found.get(n) != value]
+        blocks = [values.get("TRAINED_BLOCKS", 0) for values in (found, expected)]
+        if blocks[0] != blocks[1]:  # then most of the others have other names, too
+            differ = [f"TRAINED_BLOCKS = {blocks[0]}, not {blocks[1]}"]
         if differ:
             raise InputError(
                 f"'{self.directory}' holds results with {'; '.join(differ)}: give another RESULTS_DIR (--results-dir), "

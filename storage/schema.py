@@ -46,6 +46,7 @@ JSON = {
         "domain_names?": [str],
         "hidden_sizes": [int],
         "trained_blocks?": int,
+        "tokens?": str,
         "features": FACTS | {"preprocessing": ({str: object}, None)},
     },
 }

@@ -32,6 +32,7 @@ from torch import Tensor
 from config import InputError
 from engine import Network, Params
 from importance import normalize, top_k_mask
+from models import BackboneTail
 from storage import Results, check_arrays, damaged, load_arrays
 from trainer_phase1 import DomainNetworks
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks
@@ -231,6 +232,8 @@ class Archive:
 def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
     """Seeds, final parameters ``[S, *shape]``, failure codes ``[S]`` and header of a file of ``weights/``.
 
+    Of trained blocks, the classifier is checked here; the rest is known once the model is, see `check_blocks`.
+
     Raises:
         InputError: the file is missing or damaged, or holds no networks.
     """
@@ -240,12 +243,28 @@ def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
         raise InputError(f"'{path}' holds no networks: give a file of results/weights/.")
     check_arrays("weights", Path(path), arrays, header)
     sizes = [header["features"]["feature_size"], *header["hidden_sizes"], len(header["class_names"])]
-    wanted = {f"layers.{i}.weight": (b, a) for i, (a, b) in enumerate(pairwise(sizes))}
-    wanted |= {f"layers.{i}.bias": (b,) for i, b in enumerate(sizes[1:])}
-    found = {name: tuple(value.shape[1:]) for name, value in params.items()}
-    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise damaged(f"'{path}'", f"{wrong[0]} is not as its header says")
+    head = "head." if header.get("trained_blocks") else ""
+    if head and header.get("tokens") not in ("float16", "float32"):
+        raise damaged(f"'{path}'", "its header does not say in which type tokens were stored")
+    wanted = {f"{head}layers.{i}.weight": (b, a) for i, (a, b) in enumerate(pairwise(sizes))}
+    wanted |= {f"{head}layers.{i}.bias": (b,) for i, b in enumerate(sizes[1:])}
+    found = {name: tuple(value.shape[1:]) for name, value in params.items() if name.startswith(head)}
+    _check_shapes(path, found, wanted, "as its header says")
     return tuple(arrays["seeds"].tolist()), params, arrays.get("failed", torch.zeros_like(arrays["seeds"])), header
+
+
+def check_blocks(path, params: Params, tail: BackboneTail) -> None:
+    """Raise an `InputError` unless the parameters of a network of a weights file are those of these blocks.
+
+    `tail` is the model's own, without a classifier.
+    """
+    found = {name: tuple(value.shape) for name, value in params.items() if not name.startswith("head.")}
+    _check_shapes(path, found, {name: tuple(p.shape) for name, p in tail.named_parameters()}, "as its model has it")
+
+
+def _check_shapes(path, found: Mapping[str, tuple], wanted: Mapping[str, tuple], what: str) -> None:
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise damaged(f"'{path}'", f"{wrong[0]} is not {what}")
 
 
 def _packed(mask: Tensor) -> Tensor:

@@ -214,6 +214,11 @@ class Arm:
         return Masking(mask, own, control.prune, masks.failed if control.learned else None)
 
     @property
+    def chooses(self) -> bool:
+        """Whether its mask marks some weights and leaves out others."""
+        return CONTROLS[self.control].mask not in (_every, _none)
+
+    @property
     def needs_next_seed(self) -> bool:
         """Whether the mask comes from Phase 1 of each next seed, which must be trained too."""
         return CONTROLS[self.control].next_seed

@@ -9,13 +9,13 @@ import torch
 
 import visualization as draw
 from dataset import find_dataset, load_image
-from engine import accuracies, classify
-from importance import flatten
+from engine import BlockMatrix, accuracies, block_matrices, classify, make_engine
+from importance import degenerate, flatten, normalize, top_k_mask
 from storage import FeatureSet, Results
 from study.archive import SavedNetworks
-from study.masks import overlap_table
+from study.masks import chance_densities, group_means, overlap_table
 from study.run import Run
-from study.study import Study
+from study.study import Study, mask_source
 from study.tables import AVERAGE, MARGIN, levels, lodo_table, paired_differences
 from visualization import Figure
 
@@ -35,6 +35,10 @@ WORDS = {  # control -> what figures call it
     "magnitude": "largest weights",
     "head": "head, biases and norms alone",
 }
+HEAD_ROLES = ("query", "key", "value", "output")  # of matrices that attention heads share out, see `BlockMatrix`
+ROLE_WORDS = {"output": "attention out", "gate": "MLP gate", "in": "MLP in", "out": "MLP out"}
+MLP_PARTS = 8  # of the MLP's hidden units
+TOP_ROWS, MOST_COLUMNS = 6, 400  # of a matrix that a strip shows; of more columns, means of neighbours
 # What is drawn of tracked layers: kind of number -> (how it is drawn, words for the title)
 DOMAIN_GRIDS = {
     "initial": ("weights", "initial weights"),
@@ -95,6 +99,93 @@ def layer_grids(
     return draw.weight_grids(layers(kind), f"{whose}: {words} ({of})", style, limits)
 
 
+def domain_mask(run: Run, domain: str, seeds: Sequence[int]) -> list[torch.Tensor]:
+    """The mask that a domain alone would give, L × bool ``[S, out, in]``."""
+    networks = run.archive.phase1(domain, seeds)
+    if run.network.chained:
+        return networks.layers("mask")
+    return top_k_mask(networks.layers("importance"), run.settings.importance_threshold_percentile)
+
+
+def block_importance(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Figure:
+    """Where in the trained blocks the importance lies: of attention by head, of the MLP by part of its hidden units.
+
+    Args:
+        moved: importance of the tracked matrices, L × ``[S, out, in]``; drawn is the mean over seeds.
+        whose: words for the title.
+    """
+    ok = ~degenerate(moved)
+    every = flatten(moved)[ok].double().mean(-1)  # of each seed
+    means = [(layer[ok].double() / every[:, None, None]).mean(0) for layer in moved]
+    matrices = block_matrices(run.network)
+    panels = []
+    for roles, title, axis in ((HEAD_ROLES, "Attention", "head"), ((), "MLP", "part of the hidden units")):
+        chosen = [i for i, matrix in enumerate(matrices) if (matrix.role in HEAD_ROLES) == bool(roles)]
+        rows = [_groups(matrices[i], means[i]) for i in chosen]
+        if rows:
+            values = np.full((len(rows), max(map(len, rows))), np.nan)
+            for row, of_groups in zip(values, rows, strict=True):
+                row[: len(of_groups)] = of_groups
+            names = [_name(run, matrices[i]) for i in chosen]
+            panels.append(draw.Panel(title, 100 * (values - 1), names, range(1, values.shape[1] + 1), axis))
+    bound = max(1.0, *(float(np.nanmax(np.abs(panel.values), initial=0)) for panel in panels))
+    title = f"{whose}: mean importance of a weight ({_over(int(ok.sum()))})"
+    legend = "% above or below the mean of all"
+    return draw.matrices(panels, title, legend, (-bound, bound), "+.0f", square=False)
+
+
+def _groups(matrix: BlockMatrix, importance: torch.Tensor) -> np.ndarray:
+    """Mean importance by head, or by part of the MLP's hidden units, which are the columns of what leads out of it."""
+    columns = matrix.role in ("output", "out")
+    groups = matrix.heads if matrix.role in HEAD_ROLES else min(MLP_PARTS, importance.shape[1 if columns else 0])
+    return group_means(importance, groups, columns).numpy()
+
+
+def block_densities(run: Run, holdout: str) -> Figure:
+    """How much of each matrix of the trained blocks, and of each of its rows, the mask of a holdout marks."""
+    mask = run.archive.masks(holdout).layers("mask")
+    matrices, share = block_matrices(run.network), float(flatten(mask).double().mean())
+    names = [_name(run, matrix) for matrix in matrices]
+    rows = {name: layer.double().mean(-1).flatten() for name, layer in zip(names, mask, strict=True)}
+    chance = {name: chance_densities(share, layer.shape[-1]) for name, layer in zip(names, mask, strict=True)}
+    title = f"Holdout {draw.plain(holdout)}: density of the mask by row (rows of {_seeds(len(mask[0]))})"
+    return draw.row_densities(rows, title, share, chance)
+
+
+def block_rows(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Figure:
+    """The rows with the largest mean importance of each matrix of the trained blocks, a strip of their weights.
+
+    Arguments as in `block_importance`.
+    """
+    ok, panels = ~degenerate(moved), []
+    means = [layer[ok].mean(0) for layer in normalize([layer.double() for layer in moved])]
+    for matrix, mean in zip(block_matrices(run.network), means, strict=True):
+        best = mean.mean(1).argsort(descending=True, stable=True)[:TOP_ROWS]
+        names, together = [f"row {row + 1}" for row in best.tolist()], -(-mean.shape[1] // MOST_COLUMNS)
+        strips = torch.stack([group_means(row[None], -(-len(row) // together), columns=True) for row in mean[best]])
+        words = "column" if together == 1 else f"column (means of {together})"
+        columns = range(1, mean.shape[1] + 1, together)
+        panels.append(draw.Panel(f"{_name(run, matrix)}, of {len(mean)}", strips.numpy(), names, columns, words))
+    top = max(float(np.nanmax(panel.values, initial=1e-9)) for panel in panels)
+    title = f"{whose}: the rows of largest mean importance ({_over(int(ok.sum()))})"
+    return draw.matrices(panels, title, "importance (0 to 1)", (0, top), square=False)
+
+
+def _name(run: Run, matrix: BlockMatrix) -> str:
+    """A matrix in words; with that of its block, where there are several."""
+    blocks = run.settings.trained_blocks
+    words = ROLE_WORDS.get(matrix.role, matrix.role)
+    return words if blocks == 1 else f"{words} ({matrix.block + 1} of {blocks})"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
+def _over(count: int) -> str:
+    return f"mean over {_seeds(count)}" if count != 1 else "one seed"
+
+
 def phase1_curves(run: Run) -> Figure:
     """Loss and accuracies of Phase 1, one line per domain; whether it was trained on what validates it is said."""
     curves = {domain: run.archive.phase1(domain).curves for domain in run.domains}
@@ -112,18 +203,20 @@ def phase2_curves(study: Study, holdout: str) -> Figure:
         networks = run.archive.phase2(holdout, name)
         right = accuracies(networks.history["correct"], run.data.totals.cpu())["full"][..., domain]
         curves[in_words(name)] = networks.curves | {"held_out_accuracy": right.T}
-    freeze = settings.ph2_freeze_epoch if settings.ph2_freeze_epoch < settings.ph2_num_epochs else None
+    freeze = settings.ph2_freeze_epoch if 0 < settings.ph2_freeze_epoch < settings.ph2_num_epochs else None
+    frozen = "" if settings.ph2_freeze_epoch else ", unmarked weights frozen"
     names = {
         "validation_accuracy": "validation accuracy (sources' `out` part)",
         "held_out_accuracy": f"accuracy on the held-out {draw.plain(holdout)}",
     }
-    return draw.training_curves(curves, f"Phase 2, holdout {draw.plain(holdout)} ({run.title})", freeze, names=names)
+    title = f"Phase 2, holdout {draw.plain(holdout)}{frozen} ({run.title})"
+    return draw.training_curves(curves, title, freeze, names=names)
 
 
 def overlap_figure(run: Run) -> Figure:
     """Agreement of the masks that the single domains would give, beside chance."""
     shared = set.intersection(*({*run.archive.phase1(domain).seeds} for domain in run.domains))
-    masks = {domain: run.archive.phase1(domain, sorted(shared)).layers("mask") for domain in run.domains}
+    masks = {domain: domain_mask(run, domain, sorted(shared)) for domain in run.domains}
     title = f"Overlap (IoU) of the masks of single domains ({run.title})"
     if not any(layer.any() for layers in masks.values() for layer in layers):
         percent = run.settings.importance_threshold_percentile
@@ -170,8 +263,9 @@ def confusion(run: Run, holdout: str, arm: str) -> np.ndarray:
     if not networks.ok.any():
         return np.zeros((classes, classes), dtype=np.int64)
     rows = run.data.all_rows([holdout])
-    params = {name: value[networks.ok] for name, value in networks.params().items()}
-    predicted = classify(params, run.data.features[rows]).cpu()  # [S, N]
+    params = {name: value[networks.ok][:, None] for name, value in networks.params().items()}
+    engine = make_engine(run.data, run.settings, params, 0.0, [0.0])  # the rates are of no effect
+    predicted = classify(engine, run.data.inputs, rows)[:, 0].cpu()  # [S, N]
     cells = run.data.labels[rows].cpu().long() * classes + predicted
     return torch.bincount(cells.flatten(), minlength=classes**2).view(classes, classes).numpy()
 
@@ -201,6 +295,35 @@ def sample_figure(root: str | Path) -> Figure:
     return draw.sample_sheet(images, f"{dataset.name}: the first image of each class and domain")
 
 
+def grid_figures(run: Run) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of the figures of small tracked matrices."""
+    for domain in run.domains:
+        for kind in DOMAIN_GRIDS:
+            yield f"phase1_{domain}_{kind}", partial(domain_grids, run, domain, kind)
+    for holdout in run.holdouts:
+        for kind in HOLDOUT_GRIDS:
+            yield f"holdout_{holdout}_{kind}", partial(holdout_grids, run, holdout, kind)
+
+
+def block_figures(run: Run) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of the figures of the large matrices of trained blocks."""
+
+    def of_domain(domain: str) -> Figure:
+        moved = run.archive.phase1(domain).layers("importance")
+        return block_importance(run, moved, f"Phase 1 on {draw.plain(domain)}")
+
+    def of_holdout(figure: Callable, holdout: str) -> Figure:
+        moved = mask_source(run, [holdout], run.seeds).own(run.settings).scores
+        return figure(run, moved, f"Holdout {draw.plain(holdout)}, sum over source domains")
+
+    for domain in run.domains:
+        yield f"phase1_{domain}_importance", partial(of_domain, domain)
+    for holdout in run.holdouts:
+        yield f"holdout_{holdout}_importance", partial(of_holdout, block_importance, holdout)
+        yield f"holdout_{holdout}_density", partial(block_densities, run, holdout)
+        yield f"holdout_{holdout}_rows", partial(of_holdout, block_rows, holdout)
+
+
 def all_figures(study: Study, data_root: str | Path | None = None) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Name and maker of every figure of a study, in the order of the story.
 
@@ -213,12 +336,7 @@ def all_figures(study: Study, data_root: str | Path | None = None) -> Iterator[t
         yield "samples", lambda: sample_figure(data_root)
     yield "features", lambda: projection_figure(run)
     yield "phase1_curves", lambda: phase1_curves(run)
-    for domain in run.domains:
-        for kind in DOMAIN_GRIDS:
-            yield f"phase1_{domain}_{kind}", partial(domain_grids, run, domain, kind)
-    for holdout in run.holdouts:
-        for kind in HOLDOUT_GRIDS:
-            yield f"holdout_{holdout}_{kind}", partial(holdout_grids, run, holdout, kind)
+    yield from grid_figures(run) if run.network.chained else block_figures(run)
     yield "mask_overlap", lambda: overlap_figure(run)
     for holdout in run.holdouts:
         yield f"phase2_curves_{holdout}", partial(phase2_curves, study, holdout)

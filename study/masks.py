@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+import scipy  # loads scipy.stats, which takes half a second, when it is used
 import torch
 from torch import Tensor
 
@@ -83,6 +84,18 @@ def overlap_table(masks: Mapping[str, Sequence[torch.Tensor]]) -> tuple[pd.DataF
     values = [[agreement(a, b) for b in masks.values()] for a in masks.values()]
     count = int(flat.sum(-1).max())
     return pd.DataFrame(values, list(masks), list(masks)), expected_overlap(count, count, flat.shape[-1])
+
+
+def group_means(layer: Tensor, groups: int, columns: bool = False) -> Tensor:
+    """Mean of each of so many groups of neighbouring rows (or columns) of a matrix: ``[out, in]`` -> ``[groups]``."""
+    parts = layer.double().tensor_split(groups, dim=1 if columns else 0)
+    return torch.stack([part.mean() for part in parts])
+
+
+def chance_densities(share: float, width: int, level: float = 0.95) -> tuple[float, float]:
+    """Between which densities a row of `width` weights lies, if this share of all weights is marked at random."""
+    low, high = scipy.stats.binom.interval(level, width, share)
+    return float(low) / width, float(high) / width
 
 
 def densities(mask: Layers) -> Mapping[str, Tensor]:

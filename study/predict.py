@@ -7,22 +7,23 @@ from logging import getLogger
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import config
 from config import InputError
 from dataset import images_below, load_image
-from engine import failure_reason
+from engine import Params, failure_reason
 from features import image_problem, load_extractor
 from models import Ensemble, FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
 from storage import atomic_write, ranges
-from study.archive import load_networks
+from study.archive import check_blocks, load_networks
 
 log = getLogger(__name__)
 
 
-def load_classifiers(path: str | PathLike, seed: int | None = None) -> tuple[dict[int, FeedforwardClassifier], dict]:
-    """Networks by seed (default all that did not fail) of a file of ``results/weights/``, and the file's header.
+def load_parameters(path: str | PathLike, seed: int | None = None) -> tuple[dict[int, Params], dict]:
+    """Parameters by seed (default all that did not fail) of a file of ``results/weights/``, and the file's header.
 
     Raises:
         InputError: there is no such network, or it failed in training.
@@ -39,13 +40,8 @@ def load_classifiers(path: str | PathLike, seed: int | None = None) -> tuple[dic
         first = seeds[0] if seed is None else seed
         advice = f"give another one with --seed: {ranges(usable)}" if usable else "and so did all others in the file"
         raise InputError(f"Network {first} of '{path}' failed in training ({reasons[first]}); {advice}.")
-    size, classes = header["features"]["feature_size"], len(header["class_names"])
-    classifiers = {}
-    for number in usable if seed is None else [seed]:
-        classifiers[number] = FeedforwardClassifier(size, classes, header["hidden_sizes"])
-        row = seeds.index(number)
-        classifiers[number].load_state_dict({name: value[row] for name, value in params.items()})
-    return classifiers, header
+    rows = {number: seeds.index(number) for number in (usable if seed is None else [seed])}
+    return {number: {name: value[row] for name, value in params.items()} for number, row in rows.items()}, header
 
 
 def describe_networks(seeds: Sequence[int], header: Mapping) -> str:
@@ -55,14 +51,20 @@ def describe_networks(seeds: Sequence[int], header: Mapping) -> str:
     words = {"phase": "Phase", "domain": "domain", "holdout": "holdout", "algorithm": algorithm}
     parts = [f"{word} {about[key]}" for key, word in words.items() if about.get(key)]
     parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over {len(seeds)} seeds ({ranges(seeds)})")
-    return f"Networks: {', '.join(parts)}, last epoch, on features of {header['features']['model']['name']}."
+    blocks, model = header.get("trained_blocks", 0), header["features"]["model"]["name"]
+    trained = f"on features of {model}"
+    if blocks:
+        trained = f"with the last {f'{blocks} blocks' if blocks > 1 else 'block'} of {model}"
+    return f"Networks: {', '.join(parts)}, last epoch, {trained}."
 
 
-def join(classifiers: Sequence[FeedforwardClassifier], header: dict, extractor: ViTFeatureExtractor) -> ImageClassifier:
-    """Frozen ViT and classifiers as one model, whose probabilities are the mean of theirs.
+def join(
+    path: str | PathLike, networks: Sequence[Params], header: Mapping, extractor: ViTFeatureExtractor
+) -> ImageClassifier:
+    """Frozen ViT and networks of a weights file as one model, whose probabilities are the mean of theirs.
 
     Raises:
-        InputError: the ViT is not the one whose features the classifiers were trained on.
+        InputError: the ViT is not the one that the networks were trained on, or they do not fit it.
     """
     trained_on, preprocessing = header["features"]["model"], header["features"]["preprocessing"]
     if extractor.weights_hash() != trained_on["weights_sha256"] or extractor.preprocessing.describe() != preprocessing:
@@ -70,7 +72,16 @@ def join(classifiers: Sequence[FeedforwardClassifier], header: dict, extractor: 
             f"The weights were trained on features of '{trained_on['name']}', and '{extractor.name}' is another "
             "model or prepares images otherwise: give the right one with --vit-model."
         )
-    return ImageClassifier(extractor, Ensemble(classifiers), header["class_names"]).eval()
+    blocks, members = header.get("trained_blocks", 0), []
+    tail = extractor.tail(blocks) if blocks else None
+    for params in networks:
+        head = FeedforwardClassifier(extractor.feature_size, len(header["class_names"]), header["hidden_sizes"])
+        if tail is not None:
+            check_blocks(path, params, tail)
+        members.append(head if tail is None else tail.with_head(head))
+        members[-1].load_state_dict(params, strict=tail is None)  # blocks may have buffers that are not trained
+    stored = getattr(torch, header["tokens"]) if blocks else torch.float16
+    return ImageClassifier(extractor, Ensemble(members), header["class_names"], blocks, stored).eval()
 
 
 def predict_images(
@@ -102,12 +113,12 @@ def predict_images(
     """
     config.check("EXTRACTION_BATCH_SIZE", batch_size)
     batch_size = batch_size or 8
-    classifiers, header = load_classifiers(weights, seed)
+    networks, header = load_parameters(weights, seed)
     place = _place(header["features"]["model"] or {}, vit_model)
     files = [file for image in images for file in _files(image)]
-    log.info("%s", describe_networks(tuple(classifiers), header))
+    log.info("%s", describe_networks(tuple(networks), header))
     with _table(output, header["class_names"]) as write:
-        model = join(list(classifiers.values()), header, load_extractor(place)).to(device)
+        model = join(weights, list(networks.values()), header, load_extractor(place).to(device)).to(device)
         for start in range(0, len(files), batch_size):
             paths = files[start : start + batch_size]
             for path, chances in zip(paths, _probabilities(model, paths).tolist(), strict=True):

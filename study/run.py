@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, islice
 from operator import index
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import config
-from config import InputError, Settings
+from config import BlockSettings, InputError, Settings
 from dataset import find_dataset
 from engine import (
     Network,
@@ -24,6 +24,8 @@ from engine import (
     training_memory,
 )
 from features import get_features
+from importance import mask_size
+from models import BackboneTail
 from storage import FeatureSet, Results, environment
 from study.archive import Archive
 
@@ -66,8 +68,8 @@ class Run:
         facts: where the features come from, for headers; no paths.
 
     Raises:
-        InputError: invalid seeds, an unknown holdout, or a results directory created with other settings or
-            with damaged records.
+        InputError: invalid seeds, an unknown holdout, features without the tokens that the settings need, or a results
+            directory created with other settings or with damaged records.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Run:
         self.results = results if isinstance(results, Results) else Results(results)
         self.seeds, self.holdouts = check_seeds(seeds), check_holdouts(holdouts, features.domain_names)
         self.execution = execution or Execution()
+        check_tokens(features, settings)
         self.data = SplitFeatures.from_features(features, settings, self.execution.device)
         self.facts = {key: getattr(features, key) for key in ("dataset", "fingerprint", "feature_size")}
         self.facts |= {key: features.header.get(key) for key in ("model", "preprocessing", "counts")}
@@ -90,7 +93,7 @@ class Run:
             "class_names": list(features.class_names),
             "domain_names": list(features.domain_names),
             "hidden_sizes": list(settings.hidden_sizes),
-            **({} if self.data.tail is None else {"trained_blocks": settings.trained_blocks}),
+            **({} if self.data.tail is None else _about_blocks(features)),
             "features": self.facts,
             "settings": settings.hash,
         }
@@ -124,18 +127,20 @@ class Run:
         results = Results(config.RESULTS_DIR if directory is None else directory)
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
         check_before_extraction(holdouts, {results: settings}, overwrite)
-        features = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=execution.device, verify=verify)
+        options = {"device": execution.device, "verify": verify, "check_tail": partial(check_density, settings)}
+        features = get_features(config.DATA_ROOT, config.FEATURES_FILE, **options)
         check(features)
         if overwrite:
             clear_results([results], features, settings, holdouts)
         return cls(features, settings, results, seeds, holdouts, execution)
 
     @classmethod
-    def of(cls, results: Results, features: Callable[[], FeatureSet], records: Sequence[Mapping], what: str) -> "Run":
+    def of(cls, results: Results, features: Callable[..., FeatureSet], records: Sequence[Mapping], what: str) -> "Run":
         """The run that records of a results directory are of, to read them.
 
         Args:
-            features: returns those that it was made with; called once there are records, as it may take long.
+            features: returns those that it was made with, if blocks were trained with the argument `blocks`, their
+                number; called once there are records, as it may take long.
             what: the records are, for the message.
 
         Raises:
@@ -144,7 +149,8 @@ class Run:
         about = results.read_settings()
         if not records or about is None:
             raise InputError(f"'{results.directory}' holds no {what}: make one, or give another --results-dir.")
-        data = features()
+        blocks = about["settings"].get("TRAINED_BLOCKS")
+        data = features(blocks=blocks) if blocks else features()
         if data.fingerprint != about["features"]["fingerprint"]:
             raise InputError(f"The {what} was made with other features: give them with --features or --data-root.")
         settings = Settings.from_dict(about["settings"])
@@ -224,7 +230,9 @@ class Run:
         """Refuse to train units (see `side_by_side`) of so many networks per seed if they do not fit into memory."""
         batch = min(self.settings.batch_size, len(self.features))
         computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
-        computed += 0 if self.data.tail is None else ACTIVATIONS_OF_BLOCK * self.features.feature_size
+        if units and self.data.tail is not None:  # with the shortcut, all of it is of [CLS] alone
+            tokens = len(self.data.tail.blocks) * self.data.tokens.shape[1] if self.data.shortcut is None else 1
+            computed += ACTIVATIONS_OF_BLOCK * self.features.feature_size * tokens
         of_batch = batch * (2 * self.data.inputs[0].numel() + networks * computed)
         seeds = max((len(unit[-1]) for unit in units), default=0)
         check_memory(training_memory(seeds, networks * self.network.size, of_batch), self.execution.device)
@@ -241,6 +249,32 @@ def current_execution(strict: bool = False) -> Execution:
     device = prepare_machine(config.DEVICE, config.THREADS)
     chunk = config.BLOCK_SEEDS_PER_CHUNK if config.TRAINED_BLOCKS else config.SEEDS_PER_CHUNK
     return Execution(device, config.THREADS or 1, chunk, strict)
+
+
+def check_tokens(features: FeatureSet, settings: Settings) -> None:
+    """Raise an `InputError` unless features have tokens exactly where the settings train blocks on them."""
+    wanted = settings.trained_blocks if isinstance(settings, BlockSettings) else 0
+    found = 0 if features.tail is None else len(features.tail.blocks)
+    if wanted != found:
+        has = f"the tokens before {found} blocks" if found else "no tokens"
+        raise InputError(f"TRAINED_BLOCKS is {wanted} and these features have {has}: get them with DATA_ROOT and it.")
+
+
+def check_density(settings: Settings, tail: BackboneTail) -> None:
+    """Raise an `InputError` if a mask of these settings marks no weight of the blocks."""
+    percent = settings.importance_threshold_percentile
+    weights = sum(layer.numel() for layer in tail.tracked(dict(tail.named_parameters())))
+    if mask_size(weights, percent) == 0:
+        raise InputError(
+            f"{percent:g} % of the {weights:,} weights of the blocks are none: raise IMPORTANCE_THRESHOLD_PERCENTILE "
+            "(in Python, Arm('head') trains none of them)."
+        )
+
+
+def _about_blocks(features: FeatureSet) -> dict[str, object]:
+    """What a header says of trained blocks: how many, and in which type the tokens before them are stored."""
+    tokens = features.header["tokens"]
+    return {"trained_blocks": tokens["blocks"], "tokens": tokens["type"]}
 
 
 def check_before_extraction(

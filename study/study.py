@@ -16,7 +16,7 @@ from study.archive import SavedNetworks
 from study.controls import ERM, IMPORTANCE, Arm, MaskSource, check_arms
 from study.records import SELECTIONS, Counted, make_records
 from study.report import report, unlearned
-from study.run import Run
+from study.run import Run, check_density
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, train_holdout
 
@@ -36,6 +36,10 @@ class Study:
     ):
         self.run, self.keep_weights, self.records_only = run, keep_weights and not records_only, records_only
         self.arms = check_arms(arms, pretrained=run.data.tail is not None)
+        if run.data.tail is not None:
+            for arm in self.arms:
+                if arm.chooses:
+                    check_density(arm.settings(run.settings), run.data.tail)
         self.selections = ("last",) if records_only else SELECTIONS
 
     @cached_property

@@ -28,7 +28,8 @@ def test_right_answers_are_counted_by_domain_split_and_class(split_seed, piece, 
     monkeypatch.setattr("engine.loop.PIECE_FLOATS", piece)
     data = replace(split_blobs(), split_seed=split_seed)
     trained = run(data, start_of(data, arms=2))
-    right = classify(trained.params, data.features) == data.labels
+    rows = torch.arange(len(data.labels))
+    right = classify(MatmulEngine(trained.params), data.features, rows) == data.labels
     for s, cells in enumerate(data.cells(SEEDS)):
         for arm in range(2):
             expected = torch.bincount(cells[right[s, arm]], minlength=18).view(3, 2, 3)

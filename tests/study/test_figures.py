@@ -9,11 +9,11 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix
 
-from config import InputError
+from config import InputError, Settings
 from models import FeedforwardClassifier
 from storage import Results, load_features, save_features
 from study import Study, figures
-from tests.factories import LEARNING, blobs, make_run
+from tests.factories import LEARNING, blobs, make_run, token_blobs
 
 
 def words(figure):
@@ -210,3 +210,19 @@ def test_a_study_is_found_again_in_its_directory(finished, data, tmp_path):
     other = small_run(tmp_path).features
     with pytest.raises(InputError, match="--features"):
         figures.study_of(finished.run.results, lambda: other)
+
+
+def test_large_matrices_of_trained_blocks_have_figures_of_their_own(tmp_path):
+    settings = Settings.current(trained_blocks=1, batch_size=16, ph1_num_epochs=1, ph2_num_epochs=1)
+    study = Study(make_run(token_blobs(), tmp_path, 2, settings, "photo"))
+    study.train()
+    drawn = {path.stem for path in figures.save_all(study)}
+    assert {f"holdout_photo_{kind}" for kind in ("importance", "density", "rows")} <= drawn
+    assert {"phase1_art_importance", "phase1_sketch_importance", "confusion_erm"} <= drawn
+    assert not any(name.endswith(("_initial", "_normalized", "_mask")) for name in drawn)
+    again = Study(make_run(token_blobs(), tmp_path, 2, settings, "photo"))
+    again.train()
+    masks = again.run.archive.masks("photo").layers("mask")
+    assert [layer.shape[1:] for layer in masks] == [(12, 12)] * 4 + [(16, 12), (12, 16)]
+    n = sum(layer[0].numel() for layer in masks)
+    assert sum(layer[0].sum() for layer in masks) == int(0.6 * n + 0.5)
