@@ -152,14 +152,14 @@ def changed(name: str) -> bool:
     return globals()[name] != _as_written[name]
 
 
-def without_effect(name: str) -> str | None:
-    """Why a setting has no effect with `TRAINED_BLOCKS` as it is, and what to do; None if it has one."""
+def without_effect(name: str, trained_blocks: int) -> str | None:
+    """Why a setting has no effect with so many `TRAINED_BLOCKS`, and what to do; None if it has one."""
     plain = {"SEEDS_PER_CHUNK": "BLOCK_SEEDS_PER_CHUNK"}  # setting on features -> the one that takes its place
     plain |= {Settings.constant(field.name): BlockSettings.constant(field.name) for field in fields(Settings)}
     blocks = {*plain.values(), *map(str.upper, BlockSettings.__annotations__)} - {"CONSTANTS", "TRAINED_BLOCKS"}
-    if TRAINED_BLOCKS and plain.get(name, name) != name:
+    if trained_blocks and plain.get(name, name) != name:
         return f"{name} has no effect with TRAINED_BLOCKS, where {plain[name]} takes its place: set that."
-    if not TRAINED_BLOCKS and name in blocks - plain.keys():
+    if not trained_blocks and name in blocks - plain.keys():
         return f"{name} has no effect without TRAINED_BLOCKS: set that too, or leave it out."
     return None
 

@@ -307,6 +307,10 @@ def apply_options(options: argparse.Namespace) -> None:
         InputError: an unknown setting, a value of the wrong type, options that exclude each other.
     """
     given = _given(options)
+    blocks, _ = given.get("TRAINED_BLOCKS", (config.TRAINED_BLOCKS, ""))
+    idle = [config.without_effect(name, blocks) for name in given] if options.command in TRAINING else []
+    if any(idle):
+        raise InputError(next(filter(None, idle)))
     config.apply({name: value for name, (value, _) in given.items()})
     for option in ("results_dir", "output", "weights", "directory"):  # the shell does not expand --option=~/x
         if getattr(options, option, None):
@@ -318,10 +322,6 @@ def apply_options(options: argparse.Namespace) -> None:
             raise InputError(f"{called} must not be empty.")
     if config.DATA_ROOT is not None and config.FEATURES_FILE is not None:
         raise InputError("--data-root and --features exclude each other: images or features, not both.")
-    if options.command in TRAINING:
-        for name in given:
-            if (why := config.without_effect(name)) is not None:
-                raise InputError(why)
     of_images = [typed for name, (_, typed) in given.items() if name in IMAGES]
     of_images += ["--verify"] if getattr(options, "verify", False) else []
     if options.command != "predict" and of_images and config.DATA_ROOT is None:

@@ -383,7 +383,9 @@ def row_densities(
         share: of all weights together, drawn as a dashed line.
         chance: name -> `(low, high)` of a row marked at random, a grey band.
     """
-    figure = new_figure(WIDTH, 0.9 + 0.34 * len(rows), title)
+    names = [plain(name, 24) for name in rows]
+    lines = max(name.count("\n") + 1 for name in names)
+    figure = new_figure(WIDTH, 0.9 + max(0.34, 0.16 * lines) * len(rows), title)
     ax, high = figure.subplots(), 100 * share
     for place, (name, values) in enumerate(rows.items()):
         shares = 100 * as_array(values)
@@ -405,7 +407,7 @@ def row_densities(
             high = max(high, shares.max())
     ax.axvline(100 * share, **DASHED, zorder=1)
     ax.text(1.02, 1.0, "whole matrix", transform=ax.transAxes, va="bottom", fontsize=7.5)
-    ax.set_yticks(range(len(rows)), [plain(name, 24) for name in rows])
+    ax.set_yticks(range(len(rows)), names)
     ax.set(xlim=(-0.02 * high, 1.03 * high or 1), ylim=(len(rows) - 0.4, -0.6), xlabel="weights of a row marked (%)")
     ax.tick_params(axis="y", length=0)
     handles = [

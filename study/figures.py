@@ -117,10 +117,10 @@ def block_importance(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Fig
     ok = ~degenerate(moved)
     every = flatten(moved)[ok].double().mean(-1)  # of each seed
     means = [(layer[ok].double() / every[:, None, None]).mean(0) for layer in moved]
-    matrices = block_matrices(run.network)
-    panels = []
+    matrices, panels = block_matrices(run.network), []
+    in_order = sorted(range(len(matrices)), key=lambda i: (matrices[i].block, _place(matrices[i])))
     for roles, title, axis in ((HEAD_ROLES, "Attention", "head"), ((), "MLP", "part of the hidden units")):
-        chosen = [i for i, matrix in enumerate(matrices) if (matrix.role in HEAD_ROLES) == bool(roles)]
+        chosen = [i for i in in_order if (matrices[i].role in HEAD_ROLES) == bool(roles)]
         rows = [_groups(matrices[i], means[i]) for i in chosen]
         if rows:
             values = np.full((len(rows), max(map(len, rows))), np.nan)
@@ -132,6 +132,12 @@ def block_importance(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Fig
     title = f"{whose}: mean importance of a weight ({_over(int(ok.sum()))})"
     legend = "% above or below the mean of all"
     return draw.matrices(panels, title, legend, (-bound, bound), "+.0f", square=False)
+
+
+def _place(matrix: BlockMatrix) -> int:
+    """Of a matrix among those of its block, the same for every kind of model."""
+    roles = (*HEAD_ROLES, "gate", "in", "out")
+    return roles.index(matrix.role) if matrix.role in roles else len(roles)
 
 
 def _groups(matrix: BlockMatrix, importance: torch.Tensor) -> np.ndarray:

@@ -72,6 +72,11 @@ def panels(columns):
     return [v.Panel(title, values, ["a", "b", LONG], range(1, columns + 1), "epoch") for title in ("One", "Two")]
 
 
+def row_shares():
+    generator = np.random.default_rng(0)
+    return {name: generator.beta(6, 4, size) for name, size in (("query", 192), ("MLP in", 768), (LONG, 24))}
+
+
 FIGURES = {
     "weights": lambda: v.weight_grids(random_layers(*TEN), "Weights after phase 1, sketch, seed 0"),
     "weights small": lambda: v.weight_grids(random_layers((2, 1), (1, 2), (1, 1)), "A long title for it " * 8),
@@ -114,5 +119,15 @@ FIGURES = {
     ),
     "panels": lambda: v.matrices(panels(6), "Panels", "gate", square=False),
     "panels wide": lambda: v.matrices(panels(40), "Panels", ("rate", "strength"), None, square=False),
+    "rows": lambda: v.row_densities(row_shares(), "Rows", 0.6, {"query": (0.5, 0.7), LONG: (0.55, 0.65)}),
+    "rows few": lambda: v.row_densities({"query": np.full(9, 0.001), "empty": np.zeros(4)}, "Rows", 0.001),
+    "panels divergent": lambda: v.matrices(
+        [v.Panel("P", np.linspace(-30, 30, 24).reshape(3, 8), ["a", "b", LONG], range(1, 9), "part")] * 2,
+        "Importance",
+        "% above or below the mean of all",
+        (-30, 30),
+        "+.0f",
+        square=False,
+    ),
     "sentence": lambda: v.sentence_figure("There is nothing to show. " * 4, "A title"),
 }

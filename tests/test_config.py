@@ -317,3 +317,29 @@ def test_import_has_no_side_effects_and_the_hash_is_the_same_in_every_process(tm
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", Settings.current().hash)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_blocks_are_read_again_as_they_were_saved():
+    """BLOCK_EPOCHS is the number of epochs of both phases."""
+    made = Settings.current(trained_blocks=1, ph1_num_epochs=7, ph2_num_epochs=7, head_start="random")
+    assert Settings.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+    with pytest.raises(InputError, match="NO_SUCH"):
+        Settings.from_dict(made.as_dict() | {"NO_SUCH": 1})
+
+
+def test_a_probe_starts_a_linear_classifier_only():
+    made = Settings.current(trained_blocks=1, hidden_sizes=(5,), head_start="random")
+    with pytest.raises(InputError, match=r"HEAD_START.*BLOCK_HIDDEN_SIZES"):
+        dataclasses.replace(made, head_start="probe")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "idle", "used"),
+    [
+        (0, ["BLOCK_EPOCHS", "HEAD_START", "BLOCK_SEEDS_PER_CHUNK"], ["BATCH_SIZE", "PH2_INIT", "TRAINED_BLOCKS"]),
+        (1, ["BATCH_SIZE", "PH1_NUM_EPOCHS", "SEEDS_PER_CHUNK"], ["BLOCK_EPOCHS", "PH2_INIT", "TRAINED_BLOCKS"]),
+    ],
+)
+def test_settings_that_trained_blocks_leave_without_effect_are_told(blocks, idle, used):
+    assert all(config.without_effect(name, blocks).startswith(f"{name} has no effect") for name in idle)
+    assert [config.without_effect(name, blocks) for name in used] == [None] * len(used)

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import config
 from config import InputError
 from experiment import main
-from storage import load_features
+from storage import Results, load_features
 from study import figures
-from tests.conftest import make_images
+from tests.conftest import VIT, make_images, save_model
 from tests.factories import ROOT, everything, save_blobs
 
 SMALL = ["--set", "HIDDEN_SIZES=(6, 5, 4)", "--set", "PH1_NUM_EPOCHS=2", "--set", "PH2_NUM_EPOCHS=2", "--threads", "1"]
@@ -220,6 +221,14 @@ BAD = {
     ("run", "--verify"): "--verify",
     ("run", "--set", "BATCH_SIZE=7", "--set", "PH2_FREEZE_EPOC=3"): "PH2_FREEZE_EPOCH",  # then none is set
     ("run", "--set", "PH2_FREEZE_EPOCH=three"): "PH2_FREEZE_EPOCH",
+    ("run", "--set", "TRAINED_BLOCKS=1"): "DATA_ROOT",
+    ("study", "--set", "TRAINED_BLOCKS=1"): "DATA_ROOT",
+    ("compare", "--set", "TRAINED_BLOCKS=1"): "TRAINED_BLOCKS",
+    ("run", "--set", "HIDDEN_SIZES=()"): "HIDDEN_SIZES",
+    ("run", "--set", "BLOCK_HIDDEN_SIZES=()"): "TRAINED_BLOCKS",
+    ("run", "--set", "PROBE_C=1"): "TRAINED_BLOCKS",
+    ("run", "--set", "TRAINED_BLOCKS=1", "--set", "BATCH_SIZE=7"): "BLOCK_BATCH_SIZE",
+    ("run", "--set", "TRAINED_BLOCKS=1", "--set", "BLOCK_HIDDEN_SIZES=(5, 4)"): "HEAD_START",
     ("run", "--set", "PH2_FREEZE_EPOCH"): "--set",
     ("run", "--set", "IMPORTANCE_THRESHOLD_PERCENTILE=160"): "IMPORTANCE_THRESHOLD_PERCENTILE",
     ("run", "--holdouts", "sketches"): "'sketches'",
@@ -363,3 +372,110 @@ def test_images_to_prediction_with_a_tiny_vit(command, tiny_vit, tmp_path, monke
         code, _, (sentence,) = command("predict", *wrong, *network)
         assert code == 2
         assert named in sentence
+
+
+LIVELY = ["PROBE_C=10000", "BLOCK_EPOCHS=3", "BLOCK_BATCH_SIZE=16", "BACKBONE_LEARNING_RATE=0.01", "SPLIT_SEED=0"]
+OF_BLOCKS = ("phase1_art_importance", "holdout_photo", "mask_overlap", "confusion_erm")
+
+
+@pytest.fixture(scope="module")
+def lively_vit(tmp_path_factory):
+    """A tiny ViT of two blocks, with weights so large that images make a difference."""
+    sizes = transformers.ViTConfig(**VIT, initializer_range=0.3)
+    return save_model(sizes, tmp_path_factory.mktemp("models") / "lively-vit")
+
+
+@pytest.fixture
+def of_images(command, lively_vit, tmp_path):
+    """Commands on a tree of images and a tiny ViT of two blocks: (command, options) -> as `command`."""
+    tree = make_images(tmp_path / "tree", domains=("art", "photo", "sketch"), per_class=12)
+    images = ["--data-root", tree, "--vit-model", lively_vit, "--threads", 1]
+    return lambda name, *options: command(name, *images, *options)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_blocks_from_images_to_prediction(of_images, command, lively_vit, tmp_path, monkeypatch, caplog, blocks):
+    caplog.set_level("INFO")
+    every = figures.all_figures
+    monkeypatch.setattr(figures, "all_figures", lambda *given: (f for f in every(*given) if f[0].startswith(OF_BLOCKS)))
+    options = ["--set", f"TRAINED_BLOCKS={blocks}", *(part for name in LIVELY for part in ("--set", name))]
+    options += ["--seeds", 2, "--holdouts", "photo", "--results-dir", "out"]
+    code, printed, _ = of_images("run", *options)
+    assert code == 0
+    assert f"17 tokens of each image before the last {'block' if blocks == 1 else '2 blocks'}" in printed
+    assert caplog.text.count("shortcut") == (blocks == 2)
+    assert "cannot be drawn" not in caplog.text
+    out = tmp_path / "out"
+    drawn = {path.stem for path in (out / "plots").iterdir()}
+    kinds = {f"holdout_photo_{kind}" for kind in ("importance", "density", "rows")}
+    assert drawn == {"phase1_art_importance", "mask_overlap", "confusion_erm", *kinds}
+    before = everything(out)
+    assert of_images("run", *options)[0] == 0
+    assert everything(out) == before
+    drawing = ["--data-root", tmp_path / "tree", "--vit-model", lively_vit, "--results-dir", "out", "--threads", 1]
+    config.apply({"TRAINED_BLOCKS": 0})  # the directory knows that blocks were trained
+    code, printed, _ = command("figures", *drawing)
+    assert (code, {line.split("/")[-1].removesuffix(".png") for line in printed.splitlines()}) == (0, drawn)
+
+    weights = out / "weights" / "phase2_photo_erm.safetensors"
+    network = ["--weights", weights, "--vit-model", lively_vit, "--threads", 1]
+    code, printed, _ = command("predict", tmp_path / "tree" / "photo", *network, "--seed", 1)
+    assert code == 0
+    assert f"with the last {'block' if blocks == 1 else '2 blocks'} of lively-vit" in caplog.text
+    said = [(line.split("/")[-2], line.split(": ")[1].split()[0]) for line in printed.splitlines()]
+    assert len({answer for _, answer in said}) == 2  # or any network would do
+    (accuracy,) = (
+        record["accuracy"]["full"]
+        for record in Results(out).records()
+        if (record["algorithm"], record["seed"], record["selection"]) == ("erm", 1, "last")
+    )
+    assert sum(true == answer for true, answer in said) / len(said) == pytest.approx(accuracy)
+
+
+def test_results_of_other_blocks_are_refused_by_the_number_of_blocks_alone(of_images):
+    one = ["--seeds", 2, "--holdouts", "photo", "--results-dir", "out", "--no-figures"]
+    assert of_images("run", *one, "--set", "TRAINED_BLOCKS=1")[0] == 0
+    for blocks in (2, 0):
+        code, _, (sentence,) = of_images("run", *one, "--set", f"TRAINED_BLOCKS={blocks}")
+        assert code == 2
+        assert f"'out' holds results with TRAINED_BLOCKS = 1, not {blocks}: give" in sentence
+
+
+def test_blocks_that_cannot_be_trained_are_refused_before_the_pass(of_images, command, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    image = {"image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 2}
+    model = transformers.YolosModel(transformers.YolosConfig(**sizes, **image, use_mid_position_embeddings=True))
+    with torch.no_grad():  # added to the tokens between the blocks, at first zeros
+        next(p for name, p in model.named_parameters() if name.endswith("mid_position_embeddings")).normal_()
+    model.save_pretrained(tmp_path / "yolos")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "yolos")
+    given = ["--data-root", tmp_path / "tree", "--vit-model", tmp_path / "yolos", "--set", "TRAINED_BLOCKS=2"]
+    for (code, _, (sentence,)), named in (
+        (of_images("run", "--set", "TRAINED_BLOCKS=3"), "1 … 2"),
+        (of_images("run", "--set", "TRAINED_BLOCKS=1", "--set", "IMPORTANCE_THRESHOLD_PERCENTILE=0.01"), "4,608"),
+        (command("run", *given), "'yolos' cannot be split"),
+    ):
+        assert code == 2
+        assert named in sentence
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".json"]
+
+
+def test_features_with_trained_blocks_caches_tokens_and_says_so(of_images, tmp_path, caplog):
+    caplog.set_level("INFO")
+    code, printed, _ = of_images("features", "--set", "TRAINED_BLOCKS=2")
+    assert code == 0
+    assert "17 tokens of each image before the last 2 blocks" in printed
+    assert "GB of disk" in caplog.text
+    assert [*(tmp_path / "cache").glob("*_blocks2.npy")]
+
+
+def test_figures_of_a_study_of_blocks_are_drawn_from_its_tables(command, tmp_path, monkeypatch):
+    (tmp_path / "out" / "grid").mkdir(parents=True)
+    for name in ("densities.csv", "contrasts.csv"):
+        (tmp_path / "out" / name).touch()
+    drawn = []
+    monkeypatch.setattr("evidence.figures.save_blocks", lambda *given, **options: drawn.append((given, options)) or [])
+    assert command("figures", "--results-dir", "out", "--only", "density")[0] == 0
+    (((directory,), options),) = drawn
+    assert (directory.name, options["only"]) == ("out", ["density"])

@@ -78,7 +78,7 @@ def words(texts) -> list[str]:
     return [text.get_text() for text in texts]
 
 
-BARS = {"panels wide": 2} | dict.fromkeys(("summed", "mask", "panels"), 1)
+BARS = {"panels wide": 2} | dict.fromkeys(("summed", "mask", "panels", "panels divergent"), 1)
 WITHOUT_NUMBERS = ("samples", "confusion 22", "weights wide", "panels wide")
 
 
@@ -508,3 +508,17 @@ assert os.environ["MPLBACKEND"] == "nonsense"
     environment = os.environ | {"MPLBACKEND": "nonsense"}
     run = subprocess.run(command, cwd=folder, capture_output=True, env=environment)
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+
+
+def test_densities_of_rows_are_shown_from_the_lowest_to_the_highest():
+    rows = {"query": np.linspace(0, 1, 21), "MLP in": np.full(5, 0.25)}
+    figure = v.row_densities(rows, "Rows", 0.6, {"query": (0.5, 0.7)})
+    ax = figure.axes[0]
+    lines = [line.get_xdata() for line in ax.lines]
+    found = [list(np.round(x, 6)) for x in lines if len(x) == 2]
+    assert found[:4] == [[0, 100], [5, 95], [25, 75], [50, 50]]
+    assert [list(x) for x in lines if len(x) == 1] == [[50], [25]]
+    (band,) = ax.patches
+    assert (band.get_x(), band.get_width()) == pytest.approx((50, 20))
+    assert [label.get_text() for label in ax.get_yticklabels()] == [*rows]
+    assert [t.get_text() for t in ax.texts] == ["50", "25", "whole matrix"]

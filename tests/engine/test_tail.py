@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from engine import ClsShortcut, TailEngine
+from engine import BlockMatrix, ClsShortcut, TailEngine, block_matrices
 from importance import weight_rates
 from models import BackboneTail, FeedforwardClassifier, ViTFeatureExtractor
 from trainer_phase1 import train_network
@@ -179,3 +179,28 @@ def test_the_tail_stays_in_eval_mode_and_its_tracked_matrices_are_those_of_the_b
     parameters = dict(tail.named_parameters())
     assert [parameters[name].ndim for name in tail.tracked_names] == [2] * 6
     assert tail.tracked(parameters)[0] is parameters[tail.tracked_names[0]]
+
+
+@pytest.mark.parametrize("kind", COVERED | GENERAL)
+def test_matrices_are_known_by_what_they_do_in_every_family(kind):
+    tail = extractor(kind).tail(2)
+    found = block_matrices(tail)
+    roles = {"query", "key", "value", "output", "in", "out"} | ({"gate"} if "SwiGLU" in kind else set())
+    for block in range(2):
+        assert sorted(matrix.role for matrix in found if matrix.block == block) == sorted(roles)
+    assert {matrix.heads for matrix in found} == {3}
+    shapes = dict(zip([(m.block, m.role) for m in found], tail.tracked(dict(tail.named_parameters())), strict=True))
+    assert shapes[1, "in"].shape == shapes[1, "out"].T.shape != shapes[1, "query"].shape
+
+
+def test_a_matrix_that_is_not_known_has_its_own_name():
+    tail = extractor("ViT").tail(1)
+    tail.blocks[0].adapter = nn.Linear(24, 24)
+    assert block_matrices(tail)[-1] == BlockMatrix(0, "adapter", None)
+
+
+def test_what_blocks_are_called_with_changes_type_with_them():
+    tail = extractor("DINOv3 with rotary positions").tail(2)
+    before = tail.arguments
+    for arguments, kind in ((tail.double().arguments, torch.float64), (before, torch.float32)):
+        assert {part.dtype for _, named in arguments for part in named["position_embeddings"]} == {kind}

@@ -458,6 +458,25 @@ def test_a_damaged_file_of_tokens_is_to_be_deleted(run, cache):
     assert file.read_bytes() == whole
 
 
+def test_tokens_of_another_model_are_refused(run, cache, tmp_path):
+    run(blocks=1)
+    (file,) = cache.glob("*.npy")
+    other = load_extractor(make_vit(tmp_path / "another", seed=3))
+    pixels = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    np.save(file, other.tokens(pixels, 1)[1].half().numpy())
+    with pytest.raises(InputError, match=rf"{file.name}' holds tokens of another model: delete"):
+        run(blocks=1)
+
+
+def test_blocks_that_are_of_no_use_are_refused_before_the_pass(run, extractor, cache):
+    def refuse(tail):
+        raise InputError(f"{len(tail.blocks)} blocks")
+
+    with pytest.raises(InputError, match="2 blocks"):
+        run(blocks=2, check_tail=refuse)
+    assert (extractor.seen, list(cache.glob("*"))) == (0, [])
+
+
 def test_tokens_that_cannot_be_had_are_refused(run, extractor, image_root, tiny_vit, cache, monkeypatch, tmp_path):
     for blocks in (3, -1):
         with pytest.raises(InputError, match="TRAINED_BLOCKS"):

@@ -10,9 +10,10 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from config import InputError, Settings
+from importance import normalize, top_k_mask
 from models import FeedforwardClassifier
 from storage import Results, load_features, save_features
-from study import Study, figures
+from study import Study, figures, mask_source
 from tests.factories import LEARNING, blobs, make_run, token_blobs
 
 
@@ -226,3 +227,93 @@ def test_large_matrices_of_trained_blocks_have_figures_of_their_own(tmp_path):
     assert [layer.shape[1:] for layer in masks] == [(12, 12)] * 4 + [(16, 12), (12, 16)]
     n = sum(layer[0].numel() for layer in masks)
     assert sum(layer[0].sum() for layer in masks) == int(0.6 * n + 0.5)
+
+
+@pytest.fixture(scope="module")
+def of_blocks(tmp_path_factory):
+    """Two seeds of one holdout, with the last block of a tiny ViT trained: 12-d, three heads."""
+    settings = Settings.current(trained_blocks=1, batch_size=16, ph1_num_epochs=1, ph2_num_epochs=1)
+    study = Study(make_run(token_blobs(), tmp_path_factory.mktemp("blocks"), 2, settings, "photo"))
+    study.train()
+    return study
+
+
+def figure_of(study, name):
+    return dict(figures.all_figures(study))[name]()
+
+
+def test_the_names_of_all_figures_of_blocks(of_blocks):
+    names = [name for name, _ in figures.all_figures(of_blocks)]
+    assert len(names) == len(set(names))
+    assert set(names) == {
+        "features", "phase1_curves", "mask_overlap", "accuracy", "difference", "phase2_curves_photo",
+        *(f"confusion_{of}" for of in ("erm", "importance", "difference")),
+        "phase1_art_importance", "phase1_sketch_importance",
+        *(f"holdout_photo_{kind}" for kind in ("importance", "density", "rows")),
+    }  # fmt: skip
+
+
+def test_importance_of_blocks_is_shown_by_head_and_by_part_of_the_hidden_units(of_blocks, monkeypatch):
+    noted = []
+    monkeypatch.setattr("visualization.matrices", lambda *given, **options: noted.append(given))
+    figure_of(of_blocks, "holdout_photo_importance")
+    ((attention, mlp), title, _, (low, high), _), *_ = noted
+    moved = [of_blocks.run.archive.phase1(domain).layers("importance") for domain in ("art", "sketch")]
+    summed = [a.double() + b.double() for a, b in zip(*moved, strict=True)]
+    mean = torch.cat([layer.flatten(1) for layer in summed], 1).mean(1)
+    query, _, _, output, first, last = summed  # as a ViT has them
+    rows = dict(zip(attention.rows, attention.values, strict=True)) | dict(zip(mlp.rows, mlp.values, strict=True))
+    assert [*rows] == ["query", "key", "value", "attention out", "MLP in", "MLP out"]
+    for name, layer in (("query", query), ("attention out", output.mT), ("MLP in", first), ("MLP out", last.mT)):
+        groups = 3 if layer.shape[1] == 12 and name in attention.rows else figures.MLP_PARTS
+        parts = torch.stack([part.mean((1, 2)) for part in layer.tensor_split(groups, dim=1)], 1)
+        torch.testing.assert_close(torch.tensor(rows[name]), 100 * ((parts / mean[:, None]).mean(0) - 1))
+    assert "2 seeds" in title
+    assert -low == high == max(abs(values).max() for values in rows.values())
+
+
+def test_rows_of_blocks_are_those_of_largest_mean_importance(of_blocks, monkeypatch):
+    noted = []
+    monkeypatch.setattr("visualization.matrices", lambda *given, **options: noted.append(given))
+    figure_of(of_blocks, "holdout_photo_rows")
+    monkeypatch.setattr(figures, "MOST_COLUMNS", 6)
+    figure_of(of_blocks, "holdout_photo_rows")
+    wide, narrow = (panels[0] for panels, *_ in noted)
+    scores = normalize(mask_source(of_blocks.run, ["photo"], (0, 1)).own(of_blocks.run.settings).scores)
+    mean = scores[0].double().mean(0)
+    best = mean.mean(1).argsort(descending=True)[: figures.TOP_ROWS]
+    assert list(wide.rows) == [f"row {row + 1}" for row in best.tolist()]
+    np.testing.assert_allclose(wide.values, mean[best], rtol=1e-6)
+    np.testing.assert_allclose(narrow.values, mean[best].view(-1, 6, 2).mean(-1), rtol=1e-6)
+    assert (list(narrow.columns), narrow.xlabel) == ([1, 3, 5, 7, 9, 11], "column (means of 2)")
+
+
+def test_density_of_blocks_is_of_the_mask_by_row(of_blocks, monkeypatch):
+    noted = []
+    monkeypatch.setattr("visualization.row_densities", lambda *given: noted.append(given))
+    figure_of(of_blocks, "holdout_photo_density")
+    ((rows, title, share, chance),) = noted
+    mask = of_blocks.run.archive.masks("photo").layers("mask")
+    assert share == pytest.approx(576 / 960)
+    assert [*rows] == [*chance] == ["query", "key", "value", "attention out", "MLP in", "MLP out"]
+    torch.testing.assert_close(rows["MLP in"], mask[4].double().mean(-1).flatten())
+    assert "2 seeds" in title
+
+
+def test_confusion_of_blocks_is_that_of_the_networks(of_blocks):
+    """As many right answers as the records count."""
+    for arm in ("erm", "importance"):
+        counts = figures.confusion(of_blocks.run, "photo", arm)
+        shares = [
+            r["accuracy"]["full"]
+            for r in of_blocks.records()
+            if (r["algorithm"], r["selection"]) == (arm, "last")
+        ]  # fmt: skip
+        assert counts.trace() == pytest.approx(30 * sum(shares))
+        assert counts.sum() == 60
+
+
+def test_single_domains_of_blocks_have_masks_of_their_own_importance(of_blocks):
+    (mask, *_) = figures.domain_mask(of_blocks.run, "art", [0, 1])
+    moved = of_blocks.run.archive.phase1("art").layers("importance")
+    assert torch.equal(mask, top_k_mask(moved, 60.0)[0])

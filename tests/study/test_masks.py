@@ -8,6 +8,7 @@ import torch
 
 from importance import top_k_mask, unflatten
 from study import densities, expected_overlap, layer_statistics, overlap, overlap_table, statistics_table
+from study.masks import chance_densities, group_means
 
 
 def layers(values):
@@ -114,3 +115,19 @@ def test_densities_by_hand():
     assert values == {
         "overall": 0.5, "layer 1": 0.5, "layer 2": 0.5, "spread of rows": 0.25, "spread of columns": 0.0,
     }  # fmt: skip
+
+
+def test_means_of_groups_of_rows_and_of_columns():
+    layer = torch.arange(12.0).view(4, 3)
+    assert group_means(layer, 2).tolist() == [2.5, 8.5]
+    assert group_means(layer, 3, columns=True).tolist() == [4.5, 5.5, 6.5]
+    assert group_means(layer, 2, columns=True).tolist() == [5.0, 6.5]  # the first group is the larger
+
+
+def test_rows_of_a_random_mask_lie_between_the_bounds_of_chance():
+    generator = torch.Generator().manual_seed(0)
+    (mask,) = top_k_mask([torch.rand(2000, 50, generator=generator)], 10.0)
+    low, high = chance_densities(0.1, 50)
+    inside = ((mask.float().mean(1) >= low) & (mask.float().mean(1) <= high)).float().mean()
+    assert 0.95 <= inside <= 0.99  # the bounds are whole numbers of weights
+    assert (low, high) == (0.02, 0.18)

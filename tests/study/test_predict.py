@@ -177,3 +177,60 @@ def test_folders_in_wrong_places_are_named(tmp_path, tiny_vit, trained_on, image
 def test_batches_hold_an_image_or_more(tmp_path):
     with pytest.raises(InputError, match="EXTRACTION_BATCH_SIZE"):
         next(predict_images(tmp_path / "none", [], "none", batch_size=0))
+
+
+@pytest.fixture
+def of_blocks(tmp_path, tiny_vit, trained_on):
+    """A weights file of two networks whose last `blocks` blocks were trained: (blocks, changes, header) -> path."""
+
+    def saved(blocks=1, changes=None, **about):
+        torch.manual_seed(0)
+        tail = load_extractor(str(tiny_vit)).tail(blocks).with_head(FeedforwardClassifier(24, 3, []))
+        drawn = {f"final.{n}": torch.stack([p + 0.2 * torch.randn_like(p) for _ in range(2)]).detach()
+                 for n, p in tail.named_parameters()}  # fmt: skip
+        arrays = {name: value for name, value in (drawn | (changes or {})).items() if value is not None}
+        own = trained_on | {"hidden_sizes": [], "trained_blocks": blocks, "tokens": "float16"} | about
+        Results(tmp_path).save("weights", "blocks", range(2), arrays, own)
+        return tmp_path / "weights" / "blocks.safetensors", arrays
+
+    return saved
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_trained_blocks_take_the_place_of_the_models_own(of_blocks, tiny_vit, images, blocks):
+    path, arrays = of_blocks(blocks)
+    extractor = load_extractor(str(tiny_vit))
+    for image, ranked in predict_images(path, images, str(tiny_vit), batch_size=2):
+        _, tokens = extractor.tokens(extractor.preprocessing(load_image(image))[None], blocks)
+        chances = []
+        for row in range(2):
+            network = extractor.tail(blocks).with_head(FeedforwardClassifier(24, 3, []))
+            network.load_state_dict({n.removeprefix("final."): v[row] for n, v in arrays.items()})
+            chances.append(network(tokens.half().float())[0].softmax(0))
+        expected = torch.stack(chances).mean(0).tolist()
+        assert dict(ranked) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "about", "named"),
+    [
+        ({"final.blocks.0.attention.q_proj.weight": torch.zeros(2, 3, 3)}, {}, "q_proj.weight is not as its model"),
+        ({"final.norm.bias": None}, {}, "norm.bias is not as its model"),
+        ({"final.more": torch.zeros(2, 3)}, {}, "more is not as its model"),
+        ({"final.head.layers.0.bias": torch.zeros(2, 4)}, {}, "head.layers.0.bias is not as its header"),
+        ({}, {"tokens": "int8"}, "in which type"),
+        ({}, {"trained_blocks": 2}, "blocks.1"),
+        ({}, {"trained_blocks": 9}, "1 … 2"),
+    ],
+)
+def test_weights_of_blocks_that_are_not_the_models_are_refused(of_blocks, tiny_vit, images, changes, about, named):
+    path, _ = of_blocks(1, changes, **about)
+    with pytest.raises(InputError, match=named) as caught:
+        list(predict_images(path, images, str(tiny_vit)))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_blocks_of_another_model_are_refused(of_blocks, tmp_path, images):
+    path, _ = of_blocks(1)
+    with pytest.raises(InputError, match="--vit-model"):
+        list(predict_images(path, images, str(make_vit(tmp_path / "other", seed=1))))

@@ -12,7 +12,7 @@ from config import InputError, Settings
 from storage import Results
 from study import Execution, Run, check_holdouts, check_seeds
 from tests.conftest import make_images
-from tests.factories import FEATURES, QUIET, SMALL, everything, make_run, save_blobs, stored_record
+from tests.factories import FEATURES, QUIET, SMALL, everything, make_run, save_blobs, stored_record, token_blobs
 
 
 @pytest.mark.parametrize("seeds", [[], [-1, 2], [0.5], ["0"], "01", 3, None], ids=str)
@@ -193,3 +193,22 @@ def test_what_can_be_known_is_told_before_an_extraction(tmp_path, monkeypatch, c
     for options in ({"overwrite": True}, {"holdouts": "art", "overwrite": True}):
         with pytest.raises(AssertionError, match="extracted"):
             Run.from_config([0, 1], **options)
+
+
+@pytest.mark.parametrize(
+    ("features", "blocks", "has"),
+    [("tokens", 0, "the tokens before 1 blocks"), ("tokens", 2, "before 1 blocks"), ("none", 1, "no tokens")],
+)
+def test_features_and_settings_agree_on_the_blocks_that_are_trained(tmp_path, features, blocks, has):
+    made = token_blobs() if features == "tokens" else save_blobs(tmp_path / "f.safetensors")
+    with pytest.raises(InputError, match=f"TRAINED_BLOCKS is {blocks} .* {has}"):
+        make_run(made, tmp_path, settings=Settings.current(trained_blocks=blocks) if blocks else SMALL)
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_run_of_blocks_asks_for_its_tokens_when_it_is_read_again(tmp_path):
+    settings, asked = Settings.current(trained_blocks=1, ph1_num_epochs=2, ph2_num_epochs=2), []
+    make_run(token_blobs(), tmp_path, settings=settings)
+    records = [stored_record()]
+    again = Run.of(Results(tmp_path), lambda **options: asked.append(options) or token_blobs(), records, "run")
+    assert (asked, again.settings) == ([{"blocks": 1}], settings)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.nn.functional import relu
 
-from config import InputError
+from config import InputError, Settings
 from engine import TrainingFailedError
 from importance import aggregate, flatten, normalize, top_k_mask, weight_importance
 from storage import Results
 from study import ERM, IMPORTANCE, Arm, Execution, Study, paired_differences
-from tests.factories import LEARNING, QUIET, everything, make_run, save_blobs
+from tests.factories import LEARNING, QUIET, everything, make_run, save_blobs, token_blobs
 
 SETTINGS = LEARNING
 IN_TWOS = Execution(progress=False, seeds_per_chunk=2)
@@ -346,3 +346,14 @@ def test_seeds_of_a_stack_do_not_depend_on_each_other(data, finished, tmp_path):
         for key in found.keys() - {"correct", "train_accuracy", "validation_accuracy"}:
             tolerance = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": False}
             np.testing.assert_allclose(found[key][0], expected[key][2], **tolerance, err_msg=key)
+
+
+def test_a_mask_that_would_mark_no_weight_of_the_blocks_is_refused(tmp_path):
+    """Of 960 weights; of the small tracked matrices on features, a mask may be empty."""
+    settings = Settings.current(trained_blocks=1, importance_threshold_percentile=0.05)
+    run = make_run(token_blobs(), tmp_path, settings=settings)
+    assert Study(run, [ERM, Arm("head"), Arm("random", changes={"IMPORTANCE_THRESHOLD_PERCENTILE": 0.06})]).arms
+    with pytest.raises(InputError, match=r"0\.05 % of the 960 weights"):
+        Study(run)
+    with pytest.raises(InputError, match=r"0\.01 % of the 960 weights"):
+        Study(run, [Arm("random_layer", changes={"IMPORTANCE_THRESHOLD_PERCENTILE": 0.01})])
