@@ -18,9 +18,8 @@ import pandas as pd
 import config
 from config import BlockSettings, InputError, Settings
 from evidence.contrasts import Contrast, seed_averages
-from evidence.report import family_shown, in_points, interval
+from evidence.report import failures_shown, family_shown, in_points, interval, section, write_report
 from evidence.statistics import LEVEL, family
-from features import get_features
 from storage import Results
 from study import (
     AVERAGE,
@@ -29,12 +28,10 @@ from study import (
     Arm,
     Run,
     Study,
-    check_before_extraction,
     check_seeds,
-    clear_results,
-    current_execution,
     lodo_table,
     t_interval,
+    unlearned,
     wide_table,
 )
 
@@ -85,24 +82,20 @@ class BlockProtocol:
     Args:
         run: features with tokens, settings, seeds and holdouts, and how it is carried out.
         directory: gets ``grid/`` (ERM, head and the family's criteria), ``controls/`` and the report's files.
-        controls: train the other controls as well; without it, they are reported as far as they are there.
+        controls: train and report the other controls as well.
+        places: results directories of the studies, in the order of `FOLDERS`, which were read already; default new.
 
     Raises:
         InputError: features without tokens, fewer than two seeds, or an unfit directory.
     """
 
-    def __init__(self, run: Run, directory: str | Path, controls: bool = True):
+    def __init__(self, run: Run, directory: str | Path, controls: bool = True, places: Sequence[Results] | None = None):
         _check(run.settings, run.seeds)
-        self.run, self.results = run, Results(directory)
-        folders = ("grid", "controls") if controls else ("grid",)
-        self.studies = {
-            folder: Study(
-                run.beside(self.results.directory / folder),
-                [at_rate(arm, rate) for arm in arms_of(folder) for rate in RATES],
-                records_only=True,
-            )
-            for folder in folders
-        }
+        self.run, self.results, self.studies = run, Results(directory), {}
+        places = _places(self.results.directory, controls) if places is None else places
+        for folder, place in zip(FOLDERS, places, strict=False):  # without the controls there is one
+            arms = [at_rate(arm, rate) for arm in arms_of(folder) for rate in RATES]
+            self.studies[folder] = Study(run.beside(place), arms, records_only=True)
 
     @classmethod
     def from_config(
@@ -126,13 +119,9 @@ class BlockProtocol:
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
         _check(settings, seeds)
         directory = Path(config.RESULTS_DIR) / "study" if directory is None else Path(directory)
-        places = {Results(directory / folder): settings for folder in FOLDERS if controls or folder == "grid"}
-        check_before_extraction(None, places, overwrite)
-        execution = current_execution(strict)
-        features = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=execution.device, verify=verify)
-        if overwrite:
-            clear_results(places, features, settings)
-        return cls(Run(features, settings, next(iter(places)), seeds, execution=execution), directory, controls)
+        places = dict.fromkeys(_places(directory, controls), settings)
+        run = Run.in_places(places, seeds, overwrite=overwrite, verify=verify, strict=strict)
+        return cls(run, directory, controls, list(places))
 
     def train(self) -> None:
         """Train what is missing."""
@@ -159,12 +148,8 @@ class BlockProtocol:
     def write(self) -> str:
         """Write tables (CSV) and ``report.txt``; returns the report."""
         tables = self.tables()
-        with self.results:
-            for name, table in tables.items():
-                text = table.to_csv(float_format="%.6g", index=table.index.name is not None)
-                self.results.write_text(f"{name}.csv", text)
-            text = report(tables, self.run)
-            self.results.write_text("report.txt", text)
+        text = report(tables, self.run, list(self.studies.values()))
+        write_report(self.results, tables, text)
         return text
 
     def save_figures(self) -> None:
@@ -173,6 +158,11 @@ class BlockProtocol:
 
         with self.results:
             save_blocks(self.results.directory)
+
+
+def _places(directory: Path, controls: bool) -> list[Results]:
+    """Results directories of the studies, in the order of `FOLDERS`."""
+    return [Results(directory / folder) for folder in FOLDERS if controls or folder == "grid"]
 
 
 def _check(settings: Settings, seeds: Sequence[int]) -> None:
@@ -236,8 +226,8 @@ def densities_table(averages: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=columns)
 
 
-def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
-    """The finding in plain sentences, then the tables of `BlockProtocol.tables`."""
+def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study]) -> str:
+    """The finding in plain sentences, then the tables of `BlockProtocol.tables`, and what failed in the studies."""
     seeds = len(tables["seeds"])
     weights = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
     last = "last block" if run.settings.trained_blocks == 1 else f"last {run.settings.trained_blocks} blocks"
@@ -248,19 +238,19 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
         "Headline: last epoch, all images of the held-out domain, mean over the holdouts, paired by seed. Each arm has",
         "the learning rate of the blocks that is best for it on the sources' `out` part, per held-out domain.",
         "",
-        *(line for text in sentences(tables) for line in textwrap.wrap(text, 118)),
+        *(line for text in sentences(tables) + cautions(tables["rates"], run) for line in textwrap.wrap(text, 118)),
         "",
         *EXPLANATION.splitlines(),
-        *_section("Confirmatory family", family_shown(tables["contrasts"])),
-        *_section("Accuracy (%)", wide_table(tables["accuracy"])),
-        *_section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", by_density(tables["densities"])),
-        *_section("Learning rates of the blocks that were chosen", rates_shown(tables["rates"])),
+        *section("Confirmatory family", family_shown(tables["contrasts"])),
+        *section("Accuracy (%)", wide_table(tables["accuracy"])),
+        *section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", by_density(tables["densities"])),
+        *section("Learning rates of the blocks that were chosen", rates_shown(tables["rates"])),
     ]
     if "contrasts_fixed_rate" in tables:
         title = f"Appendix: all arms at the rate {run.settings.backbone_learning_rate:g}"
-        lines += _section(f"{title}, the family's contrasts", family_shown(tables["contrasts_fixed_rate"]))
-        lines += _section(f"{title}, accuracy (%)", wide_table(tables["accuracy_fixed_rate"]))
-    return "\n".join(lines) + "\n"
+        lines += section(f"{title}, the family's contrasts", family_shown(tables["contrasts_fixed_rate"]))
+        lines += section(f"{title}, accuracy (%)", wide_table(tables["accuracy_fixed_rate"]))
+    return "\n".join(lines + failures_shown(studies)) + "\n"
 
 
 def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -279,6 +269,13 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             "beyond it might be better."
         )
     return found
+
+
+def cautions(rates: pd.DataFrame, run: Run) -> list[str]:
+    """A sentence on arms that did not learn even their sources, judged by the validation of `chosen_rates`."""
+    validation = rates.groupby("arm")["validation"].mean().to_dict()
+    about = validation, run.facts["counts"], run.settings, "PH2_NUM_EPOCHS"
+    return unlearned(*about, images="the sources' validation images")
 
 
 def by_density(table: pd.DataFrame) -> pd.DataFrame:
@@ -303,7 +300,3 @@ def rates_shown(table: pd.DataFrame) -> pd.DataFrame:
         rate=[f"{rate:g}{' (edge)' * edge}" for rate, edge in zip(table["rate"], table["edge"], strict=True)]
     )
     return shown.pivot(index="arm", columns="holdout", values="rate").loc[list(dict.fromkeys(table["arm"]))]
-
-
-def _section(title: str, table: pd.DataFrame) -> list[str]:
-    return ["", title, "-" * min(len(title), 100), table.to_string()]

@@ -27,8 +27,7 @@ from evidence.contrasts import (
     sweep_table,
 )
 from evidence.linear_probe import kept_probe
-from evidence.report import report
-from features import get_features
+from evidence.report import report, write_report
 from storage import Results
 from study import (
     BOTH_STARTS,
@@ -37,10 +36,7 @@ from study import (
     Arm,
     Run,
     Study,
-    check_before_extraction,
     check_seeds,
-    clear_results,
-    current_execution,
     lodo_table,
 )
 
@@ -140,12 +136,7 @@ class Protocol:
         _check(settings, seeds, seeds if sweep_seeds is None else check_seeds(sweep_seeds))
         directory = Path(config.RESULTS_DIR) / "study" if directory is None else directory
         wanted = {Results(place): of for place, of in places(settings, directory)}
-        check_before_extraction(None, wanted, overwrite)
-        execution = current_execution(strict)
-        features = get_features(config.DATA_ROOT, config.FEATURES_FILE, device=execution.device, verify=verify)
-        if overwrite:
-            clear_results(wanted, features, settings)
-        run = Run(features, settings, next(iter(wanted)), seeds, execution=execution)
+        run = Run.in_places(wanted, seeds, overwrite=overwrite, verify=verify, strict=strict)
         return cls(run, directory, sweep_seeds, list(wanted))
 
     @property
@@ -183,12 +174,8 @@ class Protocol:
     def write(self) -> str:
         """Write tables (CSV) and ``report.txt``; returns the report."""
         tables = self.tables()
-        with self.results:
-            for name, table in tables.items():
-                text = table.to_csv(float_format="%.6g", index=table.index.name is not None)
-                self.results.write_text(f"{name}.csv", text)
-            text = report(tables, self.short, self.long, [self.sweep, *self.splits])
-            self.results.write_text("report.txt", text)
+        text = report(tables, self.short, self.long, [self.sweep, *self.splits])
+        write_report(self.results, tables, text)
         return text
 
     def save_figures(self) -> None:

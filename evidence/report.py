@@ -1,7 +1,7 @@
 """What the protocol's tables say: sentences computed from them, and the report."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -9,6 +9,7 @@ from evidence.contrasts import FAMILY, OTHERS
 from evidence.diagnostics import chance_overlap
 from evidence.linear_probe import probe_words
 from evidence.statistics import LEVEL
+from storage import Results
 from study import (
     AVERAGE,
     ERM,
@@ -171,25 +172,33 @@ def report(tables: Mapping[str, pd.DataFrame], short: Study, long: Study, others
         *(line for text in summary(tables, epochs) + cautions(tables, short) for line in textwrap.wrap(text, 118)),
         "",
         *EXPLANATION.format(covered=covered(run.settings.split_seed)).splitlines(),
-        *_section(f"Confirmatory family, {epochs[0]} epochs", family_shown(tables["contrasts"])),
-        *_section(f"Confirmatory family, {epochs[1]} epochs", family_shown(tables["contrasts_longer"])),
-        *_section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
-        *_section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
-        *_section(f"Linear probe ({probe_words(probe)}; %)", (100 * accuracy.astype(float)).round(2)),
+        *section(f"Confirmatory family, {epochs[0]} epochs", family_shown(tables["contrasts"])),
+        *section(f"Confirmatory family, {epochs[1]} epochs", family_shown(tables["contrasts_longer"])),
+        *section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
+        *section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
+        *section(f"Linear probe ({probe_words(probe)}; %)", (100 * accuracy.astype(float)).round(2)),
         f"Chance is {100 * levels(run.facts['counts'])[0]:.1f} %.",
-        *_section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
-        *_section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),
-        *_section(f"EXPLORATORY: one split for all seeds, {FAMILY[0].name} (points)", splits_shown(tables["splits"])),
-        *_section(sweep_title, tables["sweep"].round(4)),
-        *_section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
+        *section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
+        *section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),
+        *section(f"EXPLORATORY: one split for all seeds, {FAMILY[0].name} (points)", splits_shown(tables["splits"])),
+        *section(sweep_title, tables["sweep"].round(4)),
+        *section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
         f"Chance: {chance_overlap(run):.3f}",
-        *_section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
-        *_section("Weights that never moved", tables["zero_importance"].round(3)),
-        *_section("Density of the masks", tables["mask_density"].round(3)),
+        *section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
+        *section("Weights that never moved", tables["zero_importance"].round(3)),
+        *section("Density of the masks", tables["mask_density"].round(3)),
     ]
-    if failures := [text for study in (short, long, *others) for text in study.failures()]:
-        lines += [f"{len(failures)} networks failed and are left out, first: {failures[0]}."]
+    lines += failures_shown((short, long, *others))
     return "\n".join(lines) + "\n"
+
+
+def write_report(results: Results, tables: Mapping[str, pd.DataFrame], text: str) -> None:
+    """Write tables (CSV, by name) and ``report.txt`` into a directory."""
+    with results:
+        for name, table in tables.items():
+            csv = table.to_csv(float_format="%.6g", index=table.index.name is not None)
+            results.write_text(f"{name}.csv", csv)
+        results.write_text("report.txt", text)
 
 
 def family_shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -222,5 +231,12 @@ def _by_domain(table: pd.DataFrame) -> pd.DataFrame:
     return wide.loc[list(dict.fromkeys(zip(table["epochs"], table["contrast"], strict=True)))]
 
 
-def _section(title: str, table: pd.DataFrame) -> list[str]:
+def failures_shown(studies: Iterable[Study]) -> list[str]:
+    """A line on the networks that failed, if any did."""
+    failures = [text for study in studies for text in study.failures()]
+    return [f"{len(failures)} networks failed and are left out, first: {failures[0]}."] if failures else []
+
+
+def section(title: str, table: pd.DataFrame) -> list[str]:
+    """The lines of a table under its title."""
     return ["", title, "-" * min(len(title), 100), table.to_string()]

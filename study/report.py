@@ -61,6 +61,7 @@ def unlearned(
     counts: Mapping[str, Mapping[str, int]],
     settings: Settings,
     *names: str,
+    images: str = "their training images",
 ) -> list[str]:
     """A warning if networks are hardly better on their own training images than a constant answer.
 
@@ -68,6 +69,7 @@ def unlearned(
         trained: what the networks are -> accuracy on the images that they were trained on, mean over seeds.
         counts: domain -> class -> number of images.
         names: of the settings to raise; default those of Phase 2.
+        images: words for them, where they are others of the same domains.
     """
     majority = float(np.mean([*levels(counts)[1].values()]))
     found = {name: share for name, share in trained.items() if share - majority < LEARNED * (1 - majority)}
@@ -76,7 +78,7 @@ def unlearned(
     names = names or ("PH2_NUM_EPOCHS", "PH2_LR_IMPORTANT")
     return [
         f"Warning: networks did not learn ({', '.join(found)}): they classify {100 * max(found.values()):.1f} % of "
-        f"their training images correctly at most, and {100 * majority:.1f} % are of the largest class. What is "
+        f"{images} correctly at most, and {100 * majority:.1f} % are of the largest class. What is "
         f"compared with them means little: raise {_now(settings, *names)}."
     ]
 

@@ -123,15 +123,36 @@ class Run:
             verify: read all image files again, see `features.extract`.
             check: raises an InputError for features that cannot be used; called before anything is deleted.
         """
-        settings, execution = Settings.current(), current_execution(strict)
-        results = Results(config.RESULTS_DIR if directory is None else directory)
+        places = {Results(config.RESULTS_DIR if directory is None else directory): Settings.current()}
+        options = {"overwrite": overwrite, "verify": verify, "strict": strict, "check": check}
+        return cls.in_places(places, seeds, holdouts, **options)
+
+    @classmethod
+    def in_places(
+        cls,
+        places: Mapping[Results, Settings],
+        seeds: Sequence[int] | None = None,
+        holdouts: Sequence[str] | str | None = None,
+        *,
+        overwrite: bool = False,
+        verify: bool = False,
+        strict: bool = False,
+        check: Callable[[FeatureSet], object] = lambda features: None,
+    ) -> "Run":
+        """The run in the first of several results directories, on the features that the constants of `config` describe.
+
+        What is wrong with any of the directories is found before features are extracted. Arguments as in
+        `from_config`; `places` are results directories -> the settings that they are for.
+        """
+        results, settings = next(iter(places.items()))
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
-        check_before_extraction(holdouts, {results: settings}, overwrite)
+        execution = current_execution(strict)
+        check_before_extraction(holdouts, places, overwrite)
         options = {"device": execution.device, "verify": verify, "check_tail": partial(check_density, settings)}
         features = get_features(config.DATA_ROOT, config.FEATURES_FILE, **options)
         check(features)
         if overwrite:
-            clear_results([results], features, settings, holdouts)
+            clear_results(places, features, settings, holdouts)
         return cls(features, settings, results, seeds, holdouts, execution)
 
     @classmethod

@@ -1,6 +1,7 @@
 """The study of trained blocks: each arm at its own rate, the tables, and that records are enough to go on."""
 
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -8,7 +9,19 @@ import pytest
 import config
 from config import InputError, Settings
 from evidence import BlockProtocol
-from evidence.blocks import ERM, HEAD, RATES, arms_of, at_chosen_rates, at_rate, chosen_rates, label, masked
+from evidence.blocks import (
+    ERM,
+    HEAD,
+    RATES,
+    arms_of,
+    at_chosen_rates,
+    at_rate,
+    cautions,
+    chosen_rates,
+    label,
+    masked,
+    report,
+)
 from evidence.figures import save_blocks
 from study import Execution, Run
 from tests.factories import dated, make_record, save_blobs, token_blobs
@@ -85,6 +98,18 @@ def test_tables_and_report_say_what_was_measured(whole):
     assert fixed.tolist() == pytest.approx(expected.tolist())
     for word in ("importance 10 % − random_layer 10 %", "too few seeds", "3e-05 (edge)", "Appendix"):
         assert word in text
+
+
+def test_what_failed_and_what_did_not_learn_is_said(whole):
+    tables, run, studies = whole.tables(), whole.run, list(whole.studies.values())
+    assert not any(words in report(tables, run, studies) for words in ("did not learn", "failed and are left out"))
+    tables["rates"]["validation"] = 0.34  # of three classes
+    (sentence,) = cautions(tables["rates"], run)
+    assert "BLOCK_EPOCHS (now 1)" in sentence
+    failed = SimpleNamespace(failures=lambda: ["erm, holdout art, seed 0: the loss is no longer finite in epoch 1"])
+    text = report(tables, run, [failed])
+    assert "1 networks failed and are left out, first: erm, holdout art, seed 0" in text
+    assert "did not learn" in text
 
 
 def test_figures_are_drawn_from_the_tables(whole, tmp_path):

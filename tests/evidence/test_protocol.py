@@ -294,7 +294,7 @@ def leave_results(place, settings):
 def from_config(tmp_path, monkeypatch):
     """`Protocol.from_config` with results below `tmp_path`, which must not come as far as looking for features."""
     monkeypatch.setattr(config, "RESULTS_DIR", str(tmp_path / "results"))
-    monkeypatch.setattr("evidence.protocol.get_features", lambda *_, **__: pytest.fail("it looked for features"))
+    monkeypatch.setattr("study.run.get_features", lambda *_, **__: pytest.fail("it looked for features"))
     return Protocol.from_config
 
 
@@ -320,7 +320,7 @@ def test_an_unfit_directory_is_refused_before_features_are_made(from_config, tmp
 
 
 def test_overwrite_deletes_what_earlier_runs_left(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("evidence.protocol.get_features", lambda *_, **__: data)
+    monkeypatch.setattr("study.run.get_features", lambda *_, **__: data)
     monkeypatch.setattr(config, "RESULTS_DIR", str(tmp_path))
     left = [place for place, _ in places(Settings.current(), tmp_path / "study")]
     for place, settings in places(Settings.current(batch_size=7), tmp_path / "study"):
@@ -335,7 +335,7 @@ def test_overwrite_deletes_what_earlier_runs_left(data, tmp_path, monkeypatch):
 
 def test_where_nothing_is_left_to_do_each_file_of_records_is_read_once(done, data, tmp_path, monkeypatch):
     directory = shutil.copytree(done[0], tmp_path / "study")
-    monkeypatch.setattr("evidence.protocol.get_features", lambda *_, **__: data)
+    monkeypatch.setattr("study.run.get_features", lambda *_, **__: data)
     for name, value in SETTINGS.as_dict().items():
         monkeypatch.setattr(config, name, value)
     read, read_bytes = [], Path.read_bytes
