@@ -171,7 +171,9 @@ def block_rows(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Figure:
         strips = torch.stack([group_means(row[None], -(-len(row) // together), columns=True) for row in mean[best]])
         words = "column" if together == 1 else f"column (means of {together})"
         columns = range(1, mean.shape[1] + 1, together)
-        panels.append(draw.Panel(f"{_name(run, matrix)}, of {len(mean)}", strips.numpy(), names, columns, words))
+        panels.append(
+            draw.Panel(f"{_name(run, matrix)}: {len(best)} of {len(mean)} rows", strips.numpy(), names, columns, words)
+        )
     top = max(float(np.nanmax(panel.values, initial=1e-9)) for panel in panels)
     title = f"{whose}: the rows of largest mean importance ({_over(int(ok.sum()))})"
     return draw.matrices(panels, title, "importance (0 to 1)", (0, top), square=False)
