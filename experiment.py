@@ -91,9 +91,8 @@ def study(options: argparse.Namespace) -> None:
 def study_of_blocks(options: argparse.Namespace) -> None:
     from evidence import BlockProtocol
 
-    if options.sweep_seeds:
-        raise InputError("--sweep-seeds is not for TRAINED_BLOCKS: leave it out.")
-    protocol = BlockProtocol.from_config(controls=not options.no_controls, **_training(options))
+    choice = {"controls": not options.no_controls, "sweep_seeds": options.sweep_seeds}
+    protocol = BlockProtocol.from_config(**choice, **_training(options))
     print(protocol.run.features.describe(), flush=True)
     protocol.train()
     print(f"\n{protocol.write()}", flush=True)
@@ -202,7 +201,7 @@ COMMANDS = {
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
     "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
     "predict": (predict, "study", "class probabilities of images"),
-    "export-domainbed": (export_domainbed, "field", "write the runs of a comparison as DomainBed does"),
+    "export-domainbed": (export_domainbed, "field", "write a comparison or a run as DomainBed does"),
     "import-domainbed": (import_domainbed, "field", "tables of DomainBed's own runs, by its selection rules"),
     "docs": (docs, "field", "write the tables of docs/ and README.md from results/reference/"),
 }
@@ -241,8 +240,8 @@ def build_parser() -> Parser:
         added[name].add_argument("--holdouts", type=names, metavar="A,B", help="domains to leave out (default: each)")
         added[name].add_argument("--no-figures", action="store_true", help="write numbers only")
     add = added["study"].add_argument
-    add("--sweep-seeds", type=seeds, metavar="N", help="of the exploratory sweep, likewise (default: 50 at most)")
-    add("--no-controls", action="store_true", help="of TRAINED_BLOCKS: only the arms of the confirmatory family")
+    add("--sweep-seeds", type=seeds, metavar="N", help="of what is exploratory (default: 50 at most, of blocks 10)")
+    add("--no-controls", action="store_true", help="of blocks: only the arms of the confirmatory family")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
@@ -269,8 +268,8 @@ def build_parser() -> Parser:
     add("--output", metavar="FILE.csv", help="also write file, predicted class and all probabilities there")
     add = added["export-domainbed"].add_argument
     add("directory", metavar="DIR", help="of the runs; what is there is kept")
-    add("--results-dir", metavar="DIR", help=f"of the comparison (default {config.RESULTS_DIR}/compare)")
-    add("--algorithms", type=names, metavar="A,B", help="these only, with FILE.py:NAME of yours (default: all there)")
+    add("--results-dir", metavar="DIR", help=f"of compare or run (default {config.RESULTS_DIR}/compare)")
+    add("--algorithms", type=names, metavar="A,B", help="these only, with FILE.py:NAME of yours; of a run, arms (default: all)")
     add("--features", metavar="FILE", help="the feature file that it was made with")
     add("--data-root", metavar="DIR", help="or the images")
     add("--vit-model", metavar="ID_OR_DIR", help="and their model")

@@ -5,9 +5,12 @@ wants a larger step, so that a comparison at one learning rate would measure the
 from `RATES`, per held-out domain, by the accuracy on the sources' `out` part after the last epoch, mean over seeds and
 source domains. *Headline* as in `contrasts`: last epoch, all images of the held-out domain, mean over the holdouts.
 *Confirmatory family:* `importance` − `random_layer` at 10 % and at 1 %, `importance` − `erm` at 60 % and at 10 %.
-Everything else is exploratory. The unmarked weights are frozen from the start (`BLOCK_FREEZE_EPOCH` = 0).
+Everything else is exploratory: the other controls, and the schedule of features, on fewer seeds. The unmarked weights
+are frozen from the start (`BLOCK_FREEZE_EPOCH` = 0); by the schedule they learn at a small, decaying rate, and are
+frozen after the same part of the training as on features.
 """
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,12 +42,13 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of BACKBONE_LEARNING_RATE
 DENSITIES = (60.0, 10.0, 1.0, 0.1)  # per cent of the tracked weights that are marked
 CRITERIA = ("importance", "random_layer")
 CONTROLS = ("permuted", "inverted", "magnitude")
+FOLDERS = ("grid", "controls", "schedule")  # results directories: the family's arms, and what is exploratory
+SWEEP_SEEDS = 10  # of what is exploratory, at most, unless said otherwise
 HEAD = Arm("head")
 EXPLANATION = f"""\
 The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over the
 family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else
 Student's t) cover splits, batch orders and classifiers, and are conditional on images and backbone."""
-FOLDERS = {"grid": CRITERIA, "controls": CONTROLS}  # results directory -> the criteria in it
 
 
 def masked(control: str, density: float) -> Arm:
@@ -53,8 +57,8 @@ def masked(control: str, density: float) -> Arm:
 
 
 def label(arm: Arm) -> str:
-    """How tables call an arm: "importance 10 %"."""
-    return " ".join([arm.control, *(f"{value:g} %" for _, value in arm.changes)])
+    """How tables call an arm: "importance 10 %", whatever its schedule."""
+    return " ".join([arm.control, *(f"{value:g} %" for _, value in arm.changes[:1])])
 
 
 FAMILY = (
@@ -65,10 +69,19 @@ FAMILY = (
 )  # of arms, each at its own rate
 
 
-def arms_of(folder: str) -> tuple[Arm, ...]:
+def arms_of(folder: str, settings: Settings) -> tuple[Arm, ...]:
     """The arms of a results directory, before each is trained at all rates."""
-    plain = (ERM, HEAD) if folder == "grid" else ()
-    return plain + tuple(masked(control, density) for control in FOLDERS[folder] for density in DENSITIES)
+    criteria, plain = CONTROLS if folder == "controls" else CRITERIA, (ERM, HEAD) if folder == "grid" else ()
+    arms = tuple(masked(control, density) for control in criteria for density in DENSITIES)
+    if folder == "schedule":
+        freeze = ("BLOCK_FREEZE_EPOCH", freeze_epoch(settings.ph2_num_epochs))
+        arms = tuple(replace(arm, changes=(*arm.changes, freeze)) for arm in arms)
+    return plain + arms
+
+
+def freeze_epoch(epochs: int) -> int:
+    """Epochs after which the schedule freezes, the same part of the training as on features; at least one."""
+    return max(1, math.floor(epochs * config.PH2_FREEZE_EPOCH / config.PH2_NUM_EPOCHS + 0.5))
 
 
 def at_rate(arm: Arm, rate: float) -> Arm:
@@ -81,21 +94,32 @@ class BlockProtocol:
 
     Args:
         run: features with tokens, settings, seeds and holdouts, and how it is carried out.
-        directory: gets ``grid/`` (ERM, head and the family's criteria), ``controls/`` and the report's files.
-        controls: train and report the other controls as well.
+        directory: gets ``grid/`` (ERM, head and the family's criteria), ``controls/``, ``schedule/`` and the report's
+            files.
+        controls: train and report what is exploratory as well.
+        sweep_seeds: seeds of what is exploratory; default the first 10 of the run's.
         places: results directories of the studies, in the order of `FOLDERS`, which were read already; default new.
 
     Raises:
         InputError: features without tokens, fewer than two seeds, or an unfit directory.
     """
 
-    def __init__(self, run: Run, directory: str | Path, controls: bool = True, places: Sequence[Results] | None = None):
-        _check(run.settings, run.seeds)
+    def __init__(
+        self,
+        run: Run,
+        directory: str | Path,
+        controls: bool = True,
+        sweep_seeds: Sequence[int] | None = None,
+        places: Sequence[Results] | None = None,
+    ):
+        sweep_seeds = run.seeds[:SWEEP_SEEDS] if sweep_seeds is None else check_seeds(sweep_seeds)
+        _check(run.settings, run.seeds, sweep_seeds)
         self.run, self.results, self.studies = run, Results(directory), {}
         places = _places(self.results.directory, controls) if places is None else places
         for folder, place in zip(FOLDERS, places, strict=False):  # without the controls there is one
-            arms = [at_rate(arm, rate) for arm in arms_of(folder) for rate in RATES]
-            self.studies[folder] = Study(run.beside(place), arms, records_only=True)
+            arms = [at_rate(arm, rate) for arm in arms_of(folder, run.settings) for rate in RATES]
+            seeds = run.seeds if folder == "grid" else sweep_seeds
+            self.studies[folder] = Study(run.beside(place, seeds=seeds), arms, records_only=True)
 
     @classmethod
     def from_config(
@@ -103,6 +127,7 @@ class BlockProtocol:
         seeds: Sequence[int] | None = None,
         directory: str | Path | None = None,
         controls: bool = True,
+        sweep_seeds: Sequence[int] | None = None,
         *,
         overwrite: bool = False,
         verify: bool = False,
@@ -112,16 +137,16 @@ class BlockProtocol:
 
         Args:
             seeds: default 0 … `NUM_SEEDS` − 1.
-            directory, controls: see the class; default directory: ``study`` below `RESULTS_DIR`.
+            directory, controls, sweep_seeds: see the class; default directory: ``study`` below `RESULTS_DIR`.
             overwrite, verify, strict: see `study.Run.from_config`.
         """
         settings = Settings.current()
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
-        _check(settings, seeds)
+        _check(settings, seeds, seeds if sweep_seeds is None else check_seeds(sweep_seeds))
         directory = Path(config.RESULTS_DIR) / "study" if directory is None else Path(directory)
         places = dict.fromkeys(_places(directory, controls), settings)
         run = Run.in_places(places, seeds, overwrite=overwrite, verify=verify, strict=strict)
-        return cls(run, directory, controls, list(places))
+        return cls(run, directory, controls, sweep_seeds, list(places))
 
     def train(self) -> None:
         """Train what is missing."""
@@ -130,19 +155,16 @@ class BlockProtocol:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Everything the report says in numbers, by file name."""
-        records = [record for study in self.studies.values() for record in study.records()]
-        arms = [arm for folder in self.studies for arm in arms_of(folder)]
-        rates = chosen_rates(records, arms, self.run.holdouts)
+        records, holdouts = [r for study in self.studies.values() for r in study.records()], self.run.holdouts
+        arms = {folder: arms_of(folder, self.run.settings) for folder in self.studies}
+        frozen = [arm for folder in arms if folder != "schedule" for arm in arms[folder]]
+        rates = chosen_rates(records, frozen, holdouts)
         fixed = rates.assign(rate=self.run.settings.backbone_learning_rate)
-        tables = {"rates": rates}
-        for ending, choice in {"": rates, "_fixed_rate": fixed}.items():
-            own = at_chosen_rates(records, arms, choice)
-            if own:  # the fixed rate need not be in the grid
-                averages = seed_averages(own)
-                tables[f"seeds{ending}"] = averages
-                tables[f"accuracy{ending}"] = lodo_table(own)
-                tables[f"contrasts{ending}"] = family_of_four(averages)
-                tables[f"densities{ending}"] = densities_table(averages, arms)
+        tables = {"rates": rates} | answers(records, frozen, rates, "") | answers(records, frozen, fixed, "_fixed_rate")
+        if "schedule" in arms:
+            scheduled = [ERM, HEAD, *arms["schedule"]]
+            rates = chosen_rates(records, scheduled, holdouts)
+            tables |= {"rates_schedule": rates} | answers(records, scheduled, rates, "_schedule")
         return tables
 
     def write(self) -> str:
@@ -165,12 +187,14 @@ def _places(directory: Path, controls: bool) -> list[Results]:
     return [Results(directory / folder) for folder in FOLDERS if controls or folder == "grid"]
 
 
-def _check(settings: Settings, seeds: Sequence[int]) -> None:
+def _check(settings: Settings, seeds: Sequence[int], sweep_seeds: Sequence[int]) -> None:
     """Refuse what is no study of blocks over seeds, and a schedule that is not the protocol's."""
     if not isinstance(settings, BlockSettings):
         raise InputError("Masks on blocks need tokens: set TRAINED_BLOCKS, and DATA_ROOT (--data-root).")
-    if len(seeds) < 2:
-        raise InputError("A study compares over seeds: --seeds must be at least 2.")
+    if len(seeds) < 2 or len(sweep_seeds) < 2:
+        raise InputError("A study compares over seeds: --seeds and --sweep-seeds must be at least 2.")
+    if not {*sweep_seeds} <= {*seeds}:
+        raise InputError("What is exploratory is compared with the other arms: --sweep-seeds must be some of --seeds.")
     if settings.ph2_freeze_epoch != 0:
         raise InputError("The study of blocks freezes the unmarked weights: BLOCK_FREEZE_EPOCH must be 0.")
 
@@ -199,6 +223,22 @@ def at_chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], rates: pd.D
         wanted[at_rate(named[row.arm], row.rate).name, row.holdout] = row.arm
     keys = ((record, wanted.get((record["algorithm"], record["holdout"]))) for record in records)
     return [record | {"algorithm": arm} for record, arm in keys if arm is not None]
+
+
+def answers(
+    records: Sequence[Mapping], arms: Sequence[Arm], rates: pd.DataFrame, ending: str
+) -> dict[str, pd.DataFrame]:
+    """Tables of arms at their rates, by file name; none where no arm was trained at its rate.
+
+    A table of one choice of rates or one schedule; `ending` tells its names from those of the others.
+    """
+    own = at_chosen_rates(records, arms, rates)
+    if not own:
+        return {}
+    averages = seed_averages(own)
+    tables = {"seeds": averages, "accuracy": lodo_table(own), "contrasts": family_of_four(averages)}
+    tables["densities"] = densities_table(averages, arms)
+    return {f"{name}{ending}": table for name, table in tables.items()}
 
 
 def family_of_four(averages: pd.DataFrame) -> pd.DataFrame:
@@ -246,10 +286,15 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study
         *section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", by_density(tables["densities"])),
         *section("Learning rates of the blocks that were chosen", rates_shown(tables["rates"])),
     ]
-    if "contrasts_fixed_rate" in tables:
-        title = f"Appendix: all arms at the rate {run.settings.backbone_learning_rate:g}"
-        lines += section(f"{title}, the family's contrasts", family_shown(tables["contrasts_fixed_rate"]))
-        lines += section(f"{title}, accuracy (%)", wide_table(tables["accuracy_fixed_rate"]))
+    appendices = {
+        "_fixed_rate": f"Appendix: all arms at the rate {run.settings.backbone_learning_rate:g}",
+        "_schedule": "Appendix: unmarked weights at a tenth of the rate, halved each epoch, frozen after "
+        f"{freeze_epoch(run.settings.ph2_num_epochs)} of {run.settings.ph2_num_epochs} epochs",
+    }
+    for ending, title in appendices.items():
+        if f"contrasts{ending}" in tables:
+            lines += section(f"{title}; the family's contrasts", family_shown(tables[f"contrasts{ending}"]))
+            lines += section(f"{title}; accuracy (%)", wide_table(tables[f"accuracy{ending}"]))
     return "\n".join(lines + failures_shown(studies)) + "\n"
 
 

@@ -4,7 +4,7 @@ A study is resumable: it trains what its results directory does not hold yet, in
 chunk of seeds), and each unit is on disk before the next begins.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 
@@ -56,7 +56,7 @@ class Study:
         """Train what is missing of Phase 1: one network per domain and seed."""
         run = self.run
         missing = self._missing()  # what is damaged of Phase 2 is found now, not after Phase 1
-        seeds = set().union(*missing.values()) if self.records_only else {*run.seeds}
+        seeds = {seed for _, seed in missing} if self.records_only else {*run.seeds}
         wanted = {*seeds, *(seed + 1 for seed in seeds if any(arm.needs_next_seed for arm in self.arms))}
         units = [(d, chunk) for d in run.domains for chunk in run.chunks(wanted - run.archive.phase1_seeds(d))]
 
@@ -73,22 +73,24 @@ class Study:
 
     def phase2(self) -> None:
         """Train what is missing of Phase 2: all arms per holdout and seed, with masks from Phase 1."""
-        run = self.run
-        units = [(holdout, chunk) for holdout, seeds in self._missing().items() for chunk in run.chunks(seeds)]
+        run, groups = self.run, defaultdict(set)
+        for (holdout, seed), arms in self._missing().items():
+            groups[holdout, arms].add(seed)
+        units = [(holdout, arms, chunk) for (holdout, arms), seeds in groups.items() for chunk in run.chunks(seeds)]
 
-        def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> tuple:
-            holdout, seeds = unit
+        def train(unit: tuple[str, tuple[Arm, ...], tuple[int, ...]], tick: Callable[[], None]) -> tuple:
+            holdout, arms, seeds = unit
             source = mask_source(run, [holdout], seeds)
-            maskings = [arm.masking(source, run.settings) for arm in self.arms]
+            maskings = [arm.masking(source, run.settings) for arm in arms]
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
             options |= {"keep_params": not self.records_only, "every_epoch": not self.records_only}
-            return train_holdout(run.data, holdout, seeds, maskings, **options), source.own(run.settings)
+            return arms, train_holdout(run.data, holdout, seeds, maskings, **options), source.own(run.settings)
 
         run.check_memory(units, len(self.arms))
         with run.writing(units):
             floats, epochs = run.network.size * len(self.arms), run.settings.ph2_num_epochs
-            for networks, masks in run.side_by_side("Phase 2", units, train, epochs, floats):
-                self._save(networks, masks)
+            for arms, networks, masks in run.side_by_side("Phase 2", units, train, epochs, floats):
+                self._save(arms, networks, masks)
 
     def report(self) -> str:
         """The answer as text, of all that the directory holds; written to ``summary_report.txt`` as well."""
@@ -133,27 +135,32 @@ class Study:
             if record["failed"] and record["selection"] == "last"
         ]
 
-    def _missing(self) -> dict[str, set[int]]:
-        """Seeds whose Phase 2 is not complete on disk, by holdout."""
-        run, recorded, missing = self.run, self._complete(self.run.records()), {}
-        for holdout in run.holdouts:
-            stored = {*run.seeds}
-            if not self.records_only:
-                stored = run.archive.phase2_seeds(holdout, self.arm_names, self.keep_weights)
-            missing[holdout] = {seed for seed in run.seeds if seed not in stored or (holdout, seed) not in recorded}
-        return missing
+    def _missing(self) -> dict[tuple[str, int], tuple[Arm, ...]]:
+        """What of Phase 2 is not complete on disk: (holdout, seed) -> the arms to train, in order.
+
+        All arms, as one file of masks serves them; where there are no files but the records, those without a record.
+        """
+        run, records = self.run, self.run.records()
+        pairs = [(holdout, seed) for holdout in run.holdouts for seed in run.seeds]
+        if self.records_only:
+            found = {(r["holdout"], r["seed"], r["algorithm"]) for r in records}
+            lacking = {pair: tuple(arm for arm in self.arms if (*pair, arm.name) not in found) for pair in pairs}
+            return {pair: arms for pair, arms in lacking.items() if arms}
+        stored = {h: run.archive.phase2_seeds(h, self.arm_names, self.keep_weights) for h in run.holdouts}
+        complete = self._complete(records)
+        return {pair: self.arms for pair in pairs if pair not in complete or pair[1] not in stored[pair[0]]}
 
     def _complete(self, records: Iterable[Mapping]) -> set[tuple[str, int]]:
         """Holdouts and seeds with all records of all arms."""
         counts = Counter((r["holdout"], r["seed"]) for r in records if r["algorithm"] in self.arm_names)
         return {pair for pair, count in counts.items() if count == len(self.arms) * len(self.selections)}
 
-    def _save(self, networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
+    def _save(self, arms: Sequence[Arm], networks: HoldoutNetworks, masks: HoldoutMasks) -> None:
         run = self.run
         if not self.records_only:
-            run.archive.save_holdout(networks, self.arm_names, masks, self.keep_weights)
+            run.archive.save_holdout(networks, [arm.name for arm in arms], masks, self.keep_weights)
         records = []
-        for v, arm in enumerate(self.arms):
+        for v, arm in enumerate(arms):
             own = (values[:, v] for values in (networks.validation_accuracy, networks.correct, networks.failed))
             peeked = arm.saw_validation(run.settings)
             counted = Counted(networks.seeds, *own)

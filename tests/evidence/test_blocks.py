@@ -1,5 +1,6 @@
 """The study of trained blocks: each arm at its own rate, the tables, and that records are enough to go on."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import config
 from config import InputError, Settings
 from evidence import BlockProtocol
 from evidence.blocks import (
+    CRITERIA,
+    DENSITIES,
     ERM,
     HEAD,
     RATES,
@@ -18,6 +21,7 @@ from evidence.blocks import (
     at_rate,
     cautions,
     chosen_rates,
+    freeze_epoch,
     label,
     masked,
     report,
@@ -29,10 +33,10 @@ from tests.factories import dated, make_record, save_blobs, token_blobs
 SETTINGS = Settings.current(trained_blocks=1, batch_size=16, ph1_num_epochs=1, ph2_num_epochs=1)
 
 
-def protocol(directory, features=None, seeds=(0, 1), settings=SETTINGS, controls=False):
+def protocol(directory, features=None, seeds=(0, 1), settings=SETTINGS, controls=False, sweep_seeds=None):
     features = token_blobs() if features is None else features
     run = Run(features, settings, directory / "grid", seeds, execution=Execution(seeds_per_chunk=1, progress=False))
-    return BlockProtocol(run, directory, controls)
+    return BlockProtocol(run, directory, controls, sweep_seeds)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +77,11 @@ def test_each_arm_takes_the_rate_of_best_mean_validation_the_smaller_of_equals()
 
 def test_arms_are_labelled_and_each_is_trained_at_all_rates(whole):
     assert [label(arm) for arm in (ERM, HEAD, masked("random_layer", 0.1))] == ["erm", "head", "random_layer 0.1 %"]
-    assert len(arms_of("grid")) == 10
-    assert len(arms_of("controls")) == 12
+    assert {folder: len(arms_of(folder, SETTINGS)) for folder in whole.studies} == {
+        "grid": 10, "controls": 12, "schedule": 8,
+    }  # fmt: skip
     for folder, study in whole.studies.items():
-        assert len(study.records()) == len(arms_of(folder)) * len(RATES) * 3 * 2  # holdouts, seeds
+        assert len(study.records()) == len(arms_of(folder, SETTINGS)) * len(RATES) * 3 * 2  # holdouts, seeds
         assert {record["selection"] for record in study.records()} == {"last"}
         kept = {path.name for path in study.run.results.directory.iterdir()} - {".lock"}
         assert kept == {"records.jsonl", "settings.json", "importance", "histories"}
@@ -98,6 +103,32 @@ def test_tables_and_report_say_what_was_measured(whole):
     assert fixed.tolist() == pytest.approx(expected.tolist())
     for word in ("importance 10 % − random_layer 10 %", "too few seeds", "3e-05 (edge)", "Appendix"):
         assert word in text
+
+
+def test_the_schedule_stands_beside_the_frozen_arms_under_the_same_names(whole):
+    tables = whole.tables()
+    assert freeze_epoch(5) == 4  # on features 7 of 10
+    assert list(tables["accuracy_schedule"]["algorithm"].unique()) == [
+        "erm", "head", *(f"{name} {density:g} %" for name in CRITERIA for density in DENSITIES),
+    ]  # fmt: skip
+    assert tables["seeds_schedule"]["erm"].equals(tables["seeds"]["erm"])
+    rates = tables["rates_schedule"].set_index(["arm", "holdout"])["rate"]
+    seed, arm = 1, "importance[IMPORTANCE_THRESHOLD_PERCENTILE=10.0,BLOCK_FREEZE_EPOCH={},BACKBONE_LEARNING_RATE={}]"
+    found = [
+        r["accuracy"]["full"]
+        for r in whole.studies["schedule"].records()
+        if r["seed"] == seed and r["algorithm"] == arm.format(1, rates["importance 10 %", r["holdout"]])
+    ]
+    assert tables["seeds_schedule"].loc[seed, "importance 10 %"] == pytest.approx(sum(found) / 3)
+
+
+def test_what_is_exploratory_takes_seeds_of_its_own(tmp_path):
+    made = protocol(tmp_path, seeds=range(12), controls=True)
+    assert {name: len(study.run.seeds) for name, study in made.studies.items()} == {
+        "grid": 12, "controls": 10, "schedule": 10,
+    }  # fmt: skip
+    made = protocol(tmp_path, seeds=(0, 1, 2), controls=True, sweep_seeds=(1, 2))
+    assert made.studies["controls"].run.seeds == (1, 2)
 
 
 def test_what_failed_and_what_did_not_learn_is_said(whole):
@@ -133,10 +164,29 @@ def test_records_alone_are_enough_to_go_on(whole, tmp_path):
     assert more.studies["grid"].run.archive.phase1_seeds("art") == {2}
 
 
+def test_of_arms_that_are_added_those_alone_are_trained(whole, tmp_path):
+    """The rates of the grid may be extended: what is there stays as it is, in its place."""
+    old = whole.studies["grid"].run.results.directory
+    lines = (old / "records.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"erm[BACKBONE_LEARNING_RATE=0.0003]"' not in line]
+    assert len(lines) - len(kept) == 3 * 2
+    (tmp_path / "grid").mkdir()
+    shutil.copy(old / "settings.json", tmp_path / "grid" / "settings.json")
+    (tmp_path / "grid" / "records.jsonl").write_text("".join(kept))
+    again = protocol(tmp_path)
+    again.train()
+    found = (tmp_path / "grid" / "records.jsonl").read_text().splitlines(keepends=True)
+    assert found[: len(kept)] == kept
+    assert {json.loads(line)["algorithm"] for line in found[len(kept) :]} == {"erm[BACKBONE_LEARNING_RATE=0.0003]"}
+    assert len(found) == len(lines)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"seeds": (0,)}, "--seeds"),
+        ({"sweep_seeds": (0,)}, "--sweep-seeds"),
+        ({"sweep_seeds": (1, 2)}, "--sweep-seeds"),  # 2 is none of --seeds
         ({"settings": Settings.current(trained_blocks=1, ph2_freeze_epoch=2)}, "BLOCK_FREEZE_EPOCH"),
     ],
 )
