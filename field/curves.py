@@ -22,7 +22,7 @@ import torch
 
 from config import InputError
 from engine import accuracies
-from study import Run
+from study import Run, SavedNetworks
 
 PARTS = ("in", "out", "full")
 RUN = ["algorithm", "trial", "holdouts", "seed"]
@@ -57,13 +57,18 @@ def curves_of(rows: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
 
 def read_curves(run: Run, methods: Iterable[str], trials: int, holdouts: Sequence[tuple[str, ...]]) -> pd.DataFrame:
     """Curves of what a run's archive holds: of each method (its name), trial and choice of held-out domains."""
-    wanted = product(methods, range(trials), holdouts)
-    return curves_of(pd.concat([_curves_on_disk(run, *one) for one in wanted], ignore_index=True))
+    saved = {one: run.archive.method(*one) for one in product(methods, range(trials), holdouts)}
+    rows = [network_rows(run, networks, *one, networks.header["steps_per_epoch"]) for one, networks in saved.items()]
+    return curves_of(pd.concat(rows, ignore_index=True))
 
 
-def _curves_on_disk(run: Run, method: str, trial: int, holdouts: tuple[str, ...]) -> pd.DataFrame:
-    """A row per seed, epoch and domain of one method, trial and choice of held-out domains."""
-    saved = run.archive.method(method, trial, holdouts)
+def network_rows(
+    run: Run, saved: SavedNetworks, method: str, trial: int, holdouts: tuple[str, ...], steps: int
+) -> pd.DataFrame:
+    """Rows of curves, one per seed, epoch and domain, of the networks of one method, trial and choice of holdouts.
+
+    `steps` are the updates of an epoch.
+    """
     shares = accuracies(saved.history["correct"], run.data.totals.cpu())  # part -> [S, E, domains]
     failed = ~saved.ok.view(-1, 1, 1)
     shape = shares["full"].shape
@@ -74,7 +79,7 @@ def _curves_on_disk(run: Run, method: str, trial: int, holdouts: tuple[str, ...]
         "holdouts": [holdouts] * len(s),
         "seed": np.array(saved.seeds)[s],
         "epoch": e + 1,
-        "step": saved.header["steps_per_epoch"] * (e + 1),
+        "step": steps * (e + 1),
         "domain": np.array(run.features.domain_names)[d],
     }
     return pd.DataFrame(columns | {part: shares[part].masked_fill(failed, torch.nan).flatten() for part in PARTS})

@@ -24,10 +24,11 @@ import pandas as pd
 from config import InputError
 from field.algorithms import ALGORITHMS, Algorithm
 from field.compare import PARTNERS, Comparison
-from field.curves import RUN, curves_of
+from field.curves import RUN, curves_of, network_rows
 from field.report import write_tables
 from field.selection import UNITS, as_text, tables_by_rule
 from storage import FeatureSet, Results, atomic_write
+from study import ERM, Arm, Run
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +74,65 @@ def export_domainbed(
     features: Callable[[], FeatureSet],
     methods: Iterable[str | type[Algorithm]] | None = None,
 ) -> int:
-    """Write the comparison that a results directory holds as DomainBed's runs; returns how many were written.
+    """Write what a results directory holds as DomainBed's runs; returns how many were written.
 
-    Arguments and errors are those of `Comparison.of` and `export_runs`.
+    That is a comparison, or the arms of a run: `erm` under its name there, ``ERM``, the others under their own, with
+    the settings that they were trained with as hyperparameters.
+
+    Args:
+        results, features: see `Comparison.of`.
+        directory: see `export_runs`.
+        methods: these only, of a run arms by their names in records; default all that the directory holds.
+
+    Raises:
+        InputError: see `Comparison.of` and `export_runs`; or records alone were kept of an arm.
     """
-    comparison = Comparison.of(results, features, methods)
-    data, settings, trials = comparison.run.features, comparison.run.settings, range(comparison.trials)
-    values = {(m.__name__, trial): comparison.values(m, trial) for m in comparison.methods for trial in trials}
+    results = results if isinstance(results, Results) else Results(results)
+    records = results.records()
+    if any("trial" in record for record in records):
+        comparison = Comparison.of(results, features, methods)
+        run, curves, trials = comparison.run, comparison.curves(), range(comparison.trials)
+        values = {(m.__name__, trial): comparison.values(m, trial) for m in comparison.methods for trial in trials}
+    else:
+        run = Run.of(results, features, records, "run or comparison")
+        networks = _networks(run, records, methods)
+        curves = curves_of(pd.concat([_arm_rows(run, *one) for one in networks], ignore_index=True))
+        settings = {arm: Arm.of(arm).settings(run.settings) for arm, _ in networks}
+        values = {(_algorithm(arm), 0): of_arm.as_dict() for arm, of_arm in settings.items()}
+    data, settings = run.features, run.settings
     facts = {"holdout_fraction": settings.out_fraction, "features": data.fingerprint, "settings": settings.hash}
-    return export_runs(comparison.curves(), values, directory, data.dataset, data.domain_names, facts)
+    return export_runs(curves, values, directory, data.dataset, data.domain_names, facts)
+
+
+def _algorithm(arm: str) -> str:
+    """What DomainBed is told that an arm is called: plain training as its baseline is, so that its tables know it."""
+    return "ERM" if arm == ERM.name else arm
+
+
+def _networks(run: Run, records: Sequence[Mapping], arms: Iterable[str] | None) -> list[tuple[str, str]]:
+    """Arm and holdout of what there are records of; an `InputError` unless its accuracies were kept as well."""
+    found = dict.fromkeys((record["algorithm"], record["holdout"]) for record in records)
+    known, place = {arm for arm, _ in found}, run.results.directory
+    wanted = known if arms is None else [*arms]
+    if unknown := [arm for arm in wanted if arm not in known]:
+        raise InputError(f"'{place}' has no results of {unknown[0]}; it has {', '.join(sorted(known))}.")
+    chosen = [(arm, holdout) for arm, holdout in found if arm in wanted]
+    for arm, holdout in chosen:
+        seeds = {r["seed"] for r in records if (r["algorithm"], r["holdout"]) == (arm, holdout)}
+        if not seeds <= run.archive.phase2_seeds(holdout, [arm], weights=False):
+            raise InputError(
+                f"'{place}' keeps of '{arm}' on {holdout} the records alone, and DomainBed's layout needs the accuracy "
+                "on every domain after each epoch: export a run, or what study --keep-weights adds (chosen/)."
+            )
+    return chosen
+
+
+def _arm_rows(run: Run, arm: str, holdout: str) -> pd.DataFrame:
+    """Rows of curves of an arm on a holdout."""
+    sources = run.data.sources(holdout)
+    images = run.data.rows(sources, "in", run.seeds[:1]).shape[1]  # as many for every seed
+    steps = math.ceil(images / run.settings.batch_size)
+    return network_rows(run, run.archive.phase2(holdout, arm), _algorithm(arm), 0, (holdout,), steps)
 
 
 def export_runs(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import config
 from config import InputError, Settings
 from engine import Network, generator
 from importance import Layers, mask_size, top_k_mask, unflatten
@@ -193,6 +194,13 @@ class Arm:
         """How tables, records and files call it: ``control[NAME=VALUE]@start``, as far as given."""
         changes = ",".join(f"{name}={value}" for name, value in self.changes)
         return self.control + (f"[{changes}]" if changes else "") + (f"@{self.start}" if self.start else "")
+
+    @classmethod
+    def of(cls, name: str) -> "Arm":
+        """The arm that is called so."""
+        chosen, _, start = name.partition("@")
+        control, _, changes = chosen.removesuffix("]").partition("[")
+        return cls(control, start or None, [config.parse(change) for change in changes.split(",") if change])
 
     def settings(self, settings: Settings) -> Settings:
         """The settings that this arm is trained with."""

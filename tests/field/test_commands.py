@@ -95,7 +95,7 @@ def test_runs_go_out_to_domainbed_and_come_back(features, compared, tmp_path, ca
         (["compare", "--algorithms", ""], "--algorithms"),
         (["compare", "--set", "PH2_INIT=phase1"], "PH2_INIT"),
         (["compare", "--vit-model", "x"], "--vit-model"),
-        (["export-domainbed", "{tmp}/out"], "no comparison"),
+        (["export-domainbed", "{tmp}/out"], "no run or comparison"),
         (["figures", "--algorithms", "{tmp}/mine.py:Mine"], "--algorithms"),
         (["figures", "--algorithms", "ERM"], "'ERM'"),
         (["export-domainbed", ""], "DIR"),

@@ -9,10 +9,21 @@ import random
 import pandas as pd
 import pytest
 
-from config import InputError
-from field import RULES, as_text, comparison_table, curves_of, domainbed_tables, export_runs, import_runs, select
+from config import InputError, Settings
+from field import (
+    RULES,
+    as_text,
+    comparison_table,
+    curves_of,
+    domainbed_tables,
+    export_domainbed,
+    export_runs,
+    import_runs,
+    select,
+)
 from storage import atomic_write
-from tests.factories import dated, everything
+from study import ERM, IMPORTANCE, Arm, Study
+from tests.factories import SMALL, dated, everything, make_run, save_blobs, token_blobs
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 HOLDOUTS = [(d,) for d in DOMAINS] + list(itertools.combinations(DOMAINS, 2))
@@ -323,3 +334,69 @@ def test_tables_of_its_runs_stand_beside_the_right_erm(baselines, tmp_path):
     for rule in ("training-domain", "last", "oracle"):
         assert f"Selection: {rule}\n{as_text(comparison_table(select(curves, rule), baselines, 'in'))}\n" in text
     assert "leave-one-domain-out" not in text
+
+
+ARMS = (ERM, IMPORTANCE, Arm("importance", "phase1", {"IMPORTANCE_THRESHOLD_PERCENTILE": 30}))
+OF_BLOCKS = Settings.current(trained_blocks=1, batch_size=16, ph1_num_epochs=2, ph2_num_epochs=2)
+
+
+def of_pacs(features):
+    """The same features under the name of a data set that DomainBed has."""
+    features.header["dataset"] = "pacs"
+    return features
+
+
+@pytest.fixture(scope="module", params=["features", "blocks"])
+def trained(request, tmp_path_factory):
+    """A study of all PACS domains, on features or on the last block: three arms, two seeds."""
+    if request.param == "blocks":
+        data, settings = of_pacs(token_blobs(DOMAINS)), OF_BLOCKS
+    else:
+        data = save_blobs(tmp_path_factory.mktemp("data") / "f.safetensors", dataset="pacs", domains=DOMAINS)
+        settings = SMALL
+    study = Study(make_run(data, tmp_path_factory.mktemp("study"), 2, settings), ARMS, keep_weights=False)
+    study.train()
+    return study
+
+
+def export_study(study, directory, **options):
+    return export_domainbed(study.run.results.directory, directory, lambda blocks=0: study.run.features, **options)
+
+
+def test_a_run_on_features_or_blocks_is_exported_as_its_records_say(trained, tmp_path):
+    run, names = trained.run, ["ERM", *(arm.name for arm in ARMS[1:])]
+    assert export_study(trained, tmp_path) == 3 * 4 * 2
+    curves, hyperparameters = import_runs(tmp_path)
+    assert sorted(curves["algorithm"].unique()) == sorted(names)
+    for (name, _, _), values in hyperparameters.items():
+        arm = ARMS[names.index(name)]
+        assert values == arm.settings(run.settings).as_dict()
+    key = ["algorithm", "holdouts", "seed", "epoch", "domain"]
+    accuracy = curves.set_index(key)[["in", "out"]].to_dict("index")
+    for record in trained.records():
+        name = names[trained.arm_names.index(record["algorithm"])]
+        shares = {d: accuracy[name, (record["holdout"],), record["seed"], record["epoch"], d] for d in DOMAINS}
+        assert shares[record["holdout"]] == pytest.approx({part: record["accuracy"][part] for part in ("in", "out")})
+        validation = [shares[source]["out"] for source in record["sources"]]
+        assert sum(validation) / len(validation) == pytest.approx(record["validation"])
+    steps = {run.data.rows(run.data.sources([h]), "in", [0]).shape[1] / run.settings.batch_size for h in run.holdouts}
+    (images,) = steps  # of all domains the same
+    assert sorted(curves["step"].unique()) == [math.ceil(images) * (e + 1) for e in range(run.settings.ph2_num_epochs)]
+    assert "importance" in domainbed_tables(tmp_path)
+
+
+def test_arms_of_a_run_can_be_chosen(trained, tmp_path):
+    assert export_study(trained, tmp_path / "some", methods=["importance"]) == 4 * 2
+    with pytest.raises(InputError, match="ERM; it has erm, importance"):
+        export_study(trained, tmp_path / "none", methods=["ERM"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_records_alone_are_not_enough_to_export(tmp_path):
+    study = Study(
+        make_run(of_pacs(token_blobs(DOMAINS)), tmp_path / "grid", 2, OF_BLOCKS, ["photo"]), records_only=True
+    )
+    study.train()
+    with pytest.raises(InputError, match="'erm' on photo the records alone"):
+        export_study(study, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -53,6 +53,21 @@ def test_arms_are_named_by_what_they_are():
     assert [arm.name for arm in BOTH_STARTS] == names
 
 
+def test_an_arm_is_found_by_its_name():
+    assert [Arm.of(arm.name) for arm in BOTH_STARTS] == [*BOTH_STARTS]
+    changes = {"IMPORTANCE_THRESHOLD_PERCENTILE": 30, "IMPORTANCE_AGGREGATION": "min"}
+    rate = {"BACKBONE_LEARNING_RATE": 3e-05}
+    for arm, settings in (
+        (Arm("permuted", "phase1", changes), SETTINGS),
+        (Arm("erm", changes=rate), Settings.current(trained_blocks=1)),
+    ):
+        found = Arm.of(arm.name)
+        assert (found.control, found.start) == (arm.control, arm.start)
+        assert found.settings(settings) == arm.settings(settings) != settings
+    with pytest.raises(InputError, match="'chance'"):
+        Arm.of("chance[IMPORTANCE_THRESHOLD_PERCENTILE=30]")
+
+
 @pytest.mark.parametrize(
     ("arm", "named"),
     [
