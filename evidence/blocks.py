@@ -2,18 +2,20 @@
 
 Masks over pretrained weights mean the same weight in every domain, phase and seed. A mask that trains fewer weights
 wants a larger step, so that a comparison at one learning rate would measure the learning rate: each arm chooses its own
-from `RATES`, per held-out domain, by the accuracy on the sources' `out` part after the last epoch, mean over seeds and
-source domains. *Headline* as in `contrasts`: last epoch, all images of the held-out domain, mean over the holdouts.
+from `RATES`, per held-out domain, by the accuracy on the sources' `out` part after the last epoch, mean over source
+domains and over the first seeds (`RATE_SEEDS`); the other seeds are trained at that rate alone. *Headline* as in
+`contrasts`: last epoch, all images of the held-out domain, mean over the holdouts.
 *Confirmatory family:* `importance` − `random_layer` at 10 % and at 1 %, `importance` − `erm` at 60 % and at 10 %.
-Everything else is exploratory: the other controls, and the schedule of features, on fewer seeds. The unmarked weights
-are frozen from the start (`BLOCK_FREEZE_EPOCH` = 0); by the schedule they learn at a small, decaying rate, and are
-frozen after the same part of the training as on features.
+Everything else is exploratory, on fewer seeds: the other controls, all arms at one rate, and the schedule of features.
+The unmarked weights are frozen from the start (`BLOCK_FREEZE_EPOCH` = 0); by the schedule they learn at a small,
+decaying rate, and are frozen after the same part of the training as on features.
 """
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from logging import getLogger
 from pathlib import Path
 
 import pandas as pd
@@ -38,11 +40,15 @@ from study import (
     wide_table,
 )
 
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of BACKBONE_LEARNING_RATE
+log = getLogger(__name__)
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of BACKBONE_LEARNING_RATE
 DENSITIES = (60.0, 10.0, 1.0, 0.1)  # per cent of the tracked weights that are marked
 CRITERIA = ("importance", "random_layer")
 CONTROLS = ("permuted", "inverted", "magnitude")
 FOLDERS = ("grid", "controls", "schedule")  # results directories: the family's arms, and what is exploratory
+CHOSEN = "chosen"  # results directory: the arms at their own rates, with weights
+RATE_SEEDS = {"grid": 3, "controls": 2, "schedule": 2}  # the first seeds, by which rates are chosen
 SWEEP_SEEDS = 10  # of what is exploratory, at most, unless said otherwise
 HEAD = Arm("head")
 EXPLANATION = f"""\
@@ -70,13 +76,13 @@ FAMILY = (
 
 
 def arms_of(folder: str, settings: Settings) -> tuple[Arm, ...]:
-    """The arms of a results directory, before each is trained at all rates."""
-    criteria, plain = CONTROLS if folder == "controls" else CRITERIA, (ERM, HEAD) if folder == "grid" else ()
-    arms = tuple(masked(control, density) for control in criteria for density in DENSITIES)
+    """The arms of a results directory, before each is trained at several rates; by the schedule, the family's alone."""
     if folder == "schedule":
         freeze = ("BLOCK_FREEZE_EPOCH", freeze_epoch(settings.ph2_num_epochs))
-        arms = tuple(replace(arm, changes=(*arm.changes, freeze)) for arm in arms)
-    return plain + arms
+        frozen = dict.fromkeys(arm for pair in FAMILY for arm in (pair.arm, pair.baseline) if arm.changes)
+        return tuple(replace(arm, changes=(*arm.changes, freeze)) for arm in frozen)
+    criteria, plain = (CRITERIA, (ERM, HEAD)) if folder == "grid" else (CONTROLS, ())
+    return plain + tuple(masked(control, density) for control in criteria for density in DENSITIES)
 
 
 def freeze_epoch(epochs: int) -> int:
@@ -90,15 +96,18 @@ def at_rate(arm: Arm, rate: float) -> Arm:
 
 
 class BlockProtocol:
-    """Trains the arms at all rates and says what they show; resumable as each `Study` is.
+    """Trains the arms at all rates, then at those that were chosen, and says what they show; resumable as a `Study` is.
 
     Args:
         run: features with tokens, settings, seeds and holdouts, and how it is carried out.
-        directory: gets ``grid/`` (ERM, head and the family's criteria), ``controls/``, ``schedule/`` and the report's
-            files.
+        directory: gets ``grid/`` (ERM, head and the family's criteria), ``controls/``, ``schedule/``, perhaps
+            ``chosen/``, and the report's files.
         controls: train and report what is exploratory as well.
         sweep_seeds: seeds of what is exploratory; default the first 10 of the run's.
-        places: results directories of the studies, in the order of `FOLDERS`, which were read already; default new.
+        weights: train each arm once more at the rate that was chosen for it on a holdout, and keep the weights and the
+            accuracies of every epoch.
+        places: results directories of the studies (by `FOLDERS`) and of the weights (`CHOSEN`), which were read
+            already; default new.
 
     Raises:
         InputError: features without tokens, fewer than two seeds, or an unfit directory.
@@ -110,16 +119,22 @@ class BlockProtocol:
         directory: str | Path,
         controls: bool = True,
         sweep_seeds: Sequence[int] | None = None,
-        places: Sequence[Results] | None = None,
+        weights: bool = False,
+        places: Mapping[str, Results] | None = None,
     ):
         sweep_seeds = run.seeds[:SWEEP_SEEDS] if sweep_seeds is None else check_seeds(sweep_seeds)
         _check(run.settings, run.seeds, sweep_seeds)
-        self.run, self.results, self.studies = run, Results(directory), {}
-        places = _places(self.results.directory, controls) if places is None else places
-        for folder, place in zip(FOLDERS, places, strict=False):  # without the controls there is one
+        self.run, self.results, self.studies, self.seeds = run, Results(directory), {}, {}
+        places = _places(self.results.directory, controls, weights) if places is None else places
+        self.chosen, self.fixed = places.get(CHOSEN), None
+        for folder in (name for name in FOLDERS if name in places):
             arms = [at_rate(arm, rate) for arm in arms_of(folder, run.settings) for rate in RATES]
-            seeds = run.seeds if folder == "grid" else sweep_seeds
-            self.studies[folder] = Study(run.beside(place, seeds=seeds), arms, records_only=True)
+            self.seeds[folder] = run.seeds if folder == "grid" else sweep_seeds
+            own = run.beside(places[folder], seeds=self.seeds[folder][: RATE_SEEDS[folder]])
+            self.studies[folder] = Study(own, arms, records_only=True)
+        if controls:
+            arms = [at_rate(arm, run.settings.backbone_learning_rate) for arm in arms_of("grid", run.settings)]
+            self.fixed = Study(run.beside(places["grid"], seeds=sweep_seeds), arms, records_only=True)
 
     @classmethod
     def from_config(
@@ -128,6 +143,7 @@ class BlockProtocol:
         directory: str | Path | None = None,
         controls: bool = True,
         sweep_seeds: Sequence[int] | None = None,
+        weights: bool = False,
         *,
         overwrite: bool = False,
         verify: bool = False,
@@ -137,40 +153,79 @@ class BlockProtocol:
 
         Args:
             seeds: default 0 … `NUM_SEEDS` − 1.
-            directory, controls, sweep_seeds: see the class; default directory: ``study`` below `RESULTS_DIR`.
+            directory, controls, sweep_seeds, weights: see the class; default directory: ``study`` below `RESULTS_DIR`.
             overwrite, verify, strict: see `study.Run.from_config`.
         """
         settings = Settings.current()
+        if config.changed("IMPORTANCE_THRESHOLD_PERCENTILE"):
+            raise InputError(
+                "The study of blocks has masks of its own densities: leave out IMPORTANCE_THRESHOLD_PERCENTILE."
+            )
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
         _check(settings, seeds, seeds if sweep_seeds is None else check_seeds(sweep_seeds))
         directory = Path(config.RESULTS_DIR) / "study" if directory is None else Path(directory)
-        places = dict.fromkeys(_places(directory, controls), settings)
-        run = Run.in_places(places, seeds, overwrite=overwrite, verify=verify, strict=strict)
-        return cls(run, directory, controls, sweep_seeds, list(places))
+        places = _places(directory, controls, weights)
+        options = {"overwrite": overwrite, "verify": verify, "strict": strict}
+        run = Run.in_places(dict.fromkeys(places.values(), settings), seeds, **options)
+        return cls(run, directory, controls, sweep_seeds, weights, places)
 
     def train(self) -> None:
         """Train what is missing."""
         for study in self.studies.values():
             study.train()
+        for study in self.beyond_choosing():
+            study.train()
+        if self.chosen is not None:
+            networks = sum(len(arms_of(f, self.run.settings)) * len(seeds) for f, seeds in self.seeds.items())
+            size = 4 * self.run.network.size * networks * len(self.run.holdouts)  # float32
+            log.info("The weights will take %.1f MB of disk, in '%s'.", size / 1e6, self.chosen.directory)
+            for study in (study for folder in self.studies for study in self.at_own_rates(folder, self.chosen)):
+                study.train()
+
+    def beyond_choosing(self) -> list[Study]:
+        """What is trained once the rates are known: all arms at their own, and those of the grid at one."""
+        own = [study for folder in self.studies for study in self.at_own_rates(folder)]
+        return own if self.fixed is None else [*own, self.fixed]
+
+    def at_own_rates(self, folder: str, place: Results | None = None) -> list[Study]:
+        """The arms of a results directory at the rates that were chosen for them: a study of all seeds per holdout.
+
+        Args:
+            folder: its name, of `FOLDERS`; all rates must have been trained.
+            place: where the networks are kept; default none are, and the directory itself gets the records.
+        """
+        run, arms = self.run, {label(arm): arm for arm in arms_of(folder, self.run.settings)}
+        rates, studies = chosen_rates(self.studies[folder].records(), [*arms.values()], run.holdouts), []
+        for holdout, chosen in rates.groupby("holdout", sort=False):
+            own = [at_rate(arms[row.arm], row.rate) for row in chosen.itertuples()]
+            results = self.studies[folder].run.results if place is None else place
+            alone = Run(run.features, run.settings, results, self.seeds[folder], holdout, run.execution)
+            studies.append(Study(alone, own, records_only=place is None))
+        return studies
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Everything the report says in numbers, by file name."""
-        records, holdouts = [r for study in self.studies.values() for r in study.records()], self.run.holdouts
         arms = {folder: arms_of(folder, self.run.settings) for folder in self.studies}
+        tried = {folder: study.records() for folder, study in self.studies.items()}
+        trained = [*self.studies.values(), *self.beyond_choosing()]
+        every = [*{record["key"]: record for study in trained for record in study.records()}.values()]
         frozen = [arm for folder in arms if folder != "schedule" for arm in arms[folder]]
-        rates = chosen_rates(records, frozen, holdouts)
+        rates = chosen_rates([r for records in tried.values() for r in records], frozen, self.run.holdouts)
         fixed = rates.assign(rate=self.run.settings.backbone_learning_rate)
-        tables = {"rates": rates} | answers(records, frozen, rates, "") | answers(records, frozen, fixed, "_fixed_rate")
+        fixed = fixed[fixed["arm"].isin([label(arm) for arm in arms["grid"]])]
+        tables = {"rates": rates} | answers(every, frozen, rates, "")
+        seeds = (self.fixed or self.studies["grid"]).run.seeds
+        tables |= answers([r for r in every if r["seed"] in seeds], arms["grid"], fixed, "_fixed_rate")
         if "schedule" in arms:
             scheduled = [ERM, HEAD, *arms["schedule"]]
-            rates = chosen_rates(records, scheduled, holdouts)
-            tables |= {"rates_schedule": rates} | answers(records, scheduled, rates, "_schedule")
+            rates = chosen_rates(tried["grid"] + tried["schedule"], scheduled, self.run.holdouts)
+            tables |= {"rates_schedule": rates} | answers(every, scheduled, rates, "_schedule")
         return tables
 
     def write(self) -> str:
         """Write tables (CSV) and ``report.txt``; returns the report."""
         tables = self.tables()
-        text = report(tables, self.run, list(self.studies.values()))
+        text = report(tables, self.run, [*self.studies.values(), *self.beyond_choosing()])
         write_report(self.results, tables, text)
         return text
 
@@ -182,9 +237,10 @@ class BlockProtocol:
             save_blocks(self.results.directory)
 
 
-def _places(directory: Path, controls: bool) -> list[Results]:
-    """Results directories of the studies, in the order of `FOLDERS`."""
-    return [Results(directory / folder) for folder in FOLDERS if controls or folder == "grid"]
+def _places(directory: Path, controls: bool, weights: bool) -> dict[str, Results]:
+    """Results directories by their names, in the order of `FOLDERS`: of the studies, and of the weights."""
+    names = [*(FOLDERS if controls else FOLDERS[:1]), *([CHOSEN] if weights else [])]
+    return {name: Results(directory / name) for name in names}
 
 
 def _check(settings: Settings, seeds: Sequence[int], sweep_seeds: Sequence[int]) -> None:
@@ -314,6 +370,14 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             "beyond it might be better."
         )
     return found
+
+
+def block_findings(directory: str | Path) -> list[str]:
+    """The `sentences` of the tables (CSV) in the directory of a `BlockProtocol`."""
+    tables = {path.stem: pd.read_csv(path) for path in Path(directory).glob("*.csv")}
+    if not {"contrasts", "accuracy", "rates"} <= tables.keys():
+        raise InputError(f"'{directory}' holds no study of blocks: run study first, or give --results-dir.")
+    return sentences(tables)
 
 
 def cautions(rates: pd.DataFrame, run: Run) -> list[str]:

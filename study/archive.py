@@ -17,7 +17,9 @@ file                                           arrays, each with a leading seed 
 =============================================  ================================================================
 
 Networks that start from pretrained blocks are large, and all their starts are the same: of Phase 1 only the importance
-is kept, of Phase 2's masks the bits (``bits_<l>``, uint8 ``[S, out, ⌈in/8⌉]``), and weights without their start.
+is kept, of Phase 2's masks the bits (``bits_<l>``, uint8 ``[S, out, ⌈in/8⌉]``), and of its weights no start:
+``final.<parameter>`` for the classifier, and for all others ``change.<parameter>``, float32, what training has added to
+the pretrained value. A weight that was frozen has a change of exactly 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +41,7 @@ from trainer_phase2 import HoldoutMasks, HoldoutNetworks
 
 KINDS = ("importance", "histories", "weights")
 CURVES = ("loss", "train_accuracy", "validation_accuracy")
+HEAD = "head."  # how the names of the classifier's parameters begin in a network with trained blocks
 
 
 class SavedNetworks:
@@ -100,8 +103,13 @@ class SavedNetworks:
         return [arrays[name] for number in range(1, len(arrays)) if (name := f"{kind}_{number}") in arrays]
 
     def params(self, when: str = "final") -> Params:
-        """Parameters at the "start" or at the end ("final"): name -> ``[S, *shape]``."""
-        return _params(self._arrays("weights"), when)
+        """Parameters at the "start" or at the end ("final"): name -> ``[S, *shape]``.
+
+        Of trained blocks there is no "start", and "final" is exact but for the last bit of float32.
+        """
+        arrays = self._arrays("weights")
+        found = _params(arrays, when)
+        return found | _added(_params(arrays, "change"), self._archive.parameters) if when == "final" else found
 
 
 class Archive:
@@ -187,7 +195,7 @@ class Archive:
         self._write("importance", name, networks.seeds, _numbered(layers), header)
         self._write("histories", name, networks.seeds, history, header)
         if not self.pretrained:
-            weights = _weights(networks.failed, networks.final, networks.start)
+            weights = _weights(networks.final, networks.start) | {"failed": networks.failed}
             self._write("weights", name, networks.seeds, weights, header)
 
     def save_holdout(self, networks: HoldoutNetworks, arms: Sequence[str], masks: HoldoutMasks, weights: bool) -> None:
@@ -202,8 +210,8 @@ class Archive:
             history = {key: getattr(networks, key)[:, v] for key in (*CURVES, "correct", "failed")}
             self._write("histories", name, seeds, history, header)
             if weights:
-                kept = _weights(history["failed"], final, None if self.pretrained else start)
-                self._write("weights", name, seeds, kept, header)
+                kept = self._changes(final) if self.pretrained else _weights(final, start)
+                self._write("weights", name, seeds, kept | {"failed": history["failed"]}, header)
             if arm == "importance" and not self.pretrained:
                 layers = {"initial": self.network.tracked(start), "final": self.network.tracked(final)} | layers
         self._write("importance", f"holdout_{networks.holdout}", seeds, _numbered(layers), about)
@@ -221,7 +229,15 @@ class Archive:
         name = _method_name(about["algorithm"], about["trial"], about["holdouts"])
         self._write("histories", name, seeds, history, self.header | about)
         if params is not None:
-            self._write("weights", name, seeds, _weights(history["failed"], params), self.header | about)
+            weights = _weights(params) | {"failed": history["failed"]}
+            self._write("weights", name, seeds, weights, self.header | about)
+
+    def _changes(self, final: Params) -> dict[str, Tensor]:
+        """Arrays of networks with trained blocks: their classifiers, and by how much all other parameters changed."""
+        head = {name: value for name, value in final.items() if name.startswith(HEAD)}
+        rest = {name: value for name, value in final.items() if name not in head}
+        changes = {name: value - self.parameters[name].detach().cpu() for name, value in rest.items()}
+        return _weights(head) | {f"change.{name}": value for name, value in changes.items()}
 
     def _write(self, kind: str, name: str, seeds: Sequence[int], arrays: Mapping[str, Tensor], header: Mapping) -> None:
         for known in (self._files, self._seeds):
@@ -232,7 +248,8 @@ class Archive:
 def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
     """Seeds, final parameters ``[S, *shape]``, failure codes ``[S]`` and header of a file of ``weights/``.
 
-    Of trained blocks, the classifier is checked here; the rest is known once the model is, see `check_blocks`.
+    With trained blocks, only the classifier is final and checked; the other parameters are changes of the pretrained
+    ones, see `add_pretrained`.
 
     Raises:
         InputError: the file is missing or damaged, or holds no networks.
@@ -243,23 +260,31 @@ def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
         raise InputError(f"'{path}' holds no networks: give a file of results/weights/.")
     check_arrays("weights", Path(path), arrays, header)
     sizes = [header["features"]["feature_size"], *header["hidden_sizes"], len(header["class_names"])]
-    head = "head." if header.get("trained_blocks") else ""
+    head = HEAD if header.get("trained_blocks") else ""
     if head and header.get("tokens") not in ("float16", "float32"):
         raise damaged(f"'{path}'", "its header does not say in which type tokens were stored")
     wanted = {f"{head}layers.{i}.weight": (b, a) for i, (a, b) in enumerate(pairwise(sizes))}
     wanted |= {f"{head}layers.{i}.bias": (b,) for i, b in enumerate(sizes[1:])}
-    found = {name: tuple(value.shape[1:]) for name, value in params.items() if name.startswith(head)}
-    _check_shapes(path, found, wanted, "as its header says")
+    _check_shapes(path, {name: tuple(value.shape[1:]) for name, value in params.items()}, wanted, "as its header says")
+    params |= _params(arrays, "change")
     return tuple(arrays["seeds"].tolist()), params, arrays.get("failed", torch.zeros_like(arrays["seeds"])), header
 
 
-def check_blocks(path, params: Params, tail: BackboneTail) -> None:
-    """Raise an `InputError` unless the parameters of a network of a weights file are those of these blocks.
+def add_pretrained(path, params: Params, tail: BackboneTail) -> Params:
+    """Final parameters of a network with trained blocks.
 
-    `tail` is the model's own, without a classifier.
+    Args:
+        path: of the weights file, for messages.
+        params: of a network, as `load_networks` gives them: the classifier, and changes of all others.
+        tail: the model's own blocks, without a classifier.
+
+    Raises:
+        InputError: the parameters are not those of these blocks.
     """
-    found = {name: tuple(value.shape) for name, value in params.items() if not name.startswith("head.")}
-    _check_shapes(path, found, {name: tuple(p.shape) for name, p in tail.named_parameters()}, "as its model has it")
+    changes, pretrained = {n: v for n, v in params.items() if not n.startswith(HEAD)}, dict(tail.named_parameters())
+    shapes = ({name: tuple(value.shape) for name, value in found.items()} for found in (changes, pretrained))
+    _check_shapes(path, *shapes, "as its model has it")
+    return params | _added(changes, pretrained)
 
 
 def _check_shapes(path, found: Mapping[str, tuple], wanted: Mapping[str, tuple], what: str) -> None:
@@ -288,6 +313,11 @@ def _numbered(layers: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     return {f"{kind}_{i}": layer for kind, stack in layers.items() for i, layer in enumerate(stack, start=1)}
 
 
-def _weights(failed: Tensor, final: Params, start: Params | None = None) -> dict[str, Tensor]:
-    named = {f"start.{name}": value for name, value in (start or {}).items()}
-    return {**named, **{f"final.{name}": value for name, value in final.items()}, "failed": failed}
+def _weights(final: Params, start: Params | None = None) -> dict[str, Tensor]:
+    kinds = {"start": start or {}, "final": final}
+    return {f"{kind}.{name}": value for kind, params in kinds.items() for name, value in params.items()}
+
+
+def _added(changes: Params, pretrained: Params) -> Params:
+    """Parameters of which the changes are known, of one network or of a stack."""
+    return {name: pretrained[name].detach().cpu() + change for name, change in changes.items()}

@@ -17,7 +17,7 @@ from engine import Params, failure_reason
 from features import image_problem, load_extractor
 from models import Ensemble, FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
 from storage import atomic_write, ranges
-from study.archive import check_blocks, load_networks
+from study.archive import add_pretrained, load_networks
 
 log = getLogger(__name__)
 
@@ -76,10 +76,9 @@ def join(
     tail = extractor.tail(blocks) if blocks else None
     for params in networks:
         head = FeedforwardClassifier(extractor.feature_size, len(header["class_names"]), header["hidden_sizes"])
-        if tail is not None:
-            check_blocks(path, params, tail)
         members.append(head if tail is None else tail.with_head(head))
-        members[-1].load_state_dict(params, strict=tail is None)  # blocks may have buffers that are not trained
+        final = params if tail is None else add_pretrained(path, params, tail)
+        members[-1].load_state_dict(final, strict=tail is None)  # blocks may have buffers that are not trained
     stored = getattr(torch, header["tokens"]) if blocks else torch.float16
     return ImageClassifier(extractor, Ensemble(members), header["class_names"], blocks, stored).eval()
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from config import InputError
+from config import InputError, Settings
 from importance import flatten
 from storage import Results
-from study import Study, load_networks
-from tests.factories import LEARNING, make_run
+from study import ERM, Arm, Study, load_networks
+from study.figures import confusion
+from tests.factories import LEARNING, make_run, token_blobs
 
 
 @pytest.fixture
@@ -96,6 +97,28 @@ def test_what_is_not_there(finished, data, tmp_path):
     with pytest.raises(InputError, match="phase2_art_erm"):
         archive.phase2("art", "erm").params()
     assert finished.run.archive.phase1("art").layers("nothing") == []
+
+
+def test_weights_of_blocks_are_kept_as_changes_of_the_pretrained_ones(tmp_path):
+    features = token_blobs()
+    pretrained = dict(features.tail.named_parameters())
+    options = {"seeds": 2, "settings": Settings.current(trained_blocks=1, batch_size=16), "holdouts": "photo"}
+    study = Study(make_run(features, tmp_path, **options), [ERM, Arm("head")])
+    study.train()
+    archive = make_run(features, tmp_path, **options).archive
+    tracked = study.run.network.tracked_names
+    for name in ("erm", "head"):
+        arrays, _ = archive.read("weights", f"phase2_photo_{name}")
+        head = {f"final.head.layers.0.{kind}" for kind in ("weight", "bias")}
+        assert arrays.keys() == {"seeds", "failed", *head, *(f"change.{name}" for name in pretrained)}
+        params = archive.phase2("photo", name).params()
+        assert params.keys() == dict(study.run.network.named_parameters()).keys()
+        for weights in tracked:
+            assert (arrays[f"change.{weights}"] == 0).all() == (name == "head")
+            moved = params[weights] - pretrained[weights].detach()
+            torch.testing.assert_close(moved, arrays[f"change.{weights}"], rtol=0, atol=1e-7)
+        right = archive.phase2("photo", name).history["correct"][:, -1, 1].sum((-1, -2))  # of photo
+        assert confusion(study.run, "photo", name).trace() == right.sum()
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -186,8 +186,9 @@ def of_blocks(tmp_path, tiny_vit, trained_on):
     def saved(blocks=1, changes=None, **about):
         torch.manual_seed(0)
         tail = load_extractor(str(tiny_vit)).tail(blocks).with_head(FeedforwardClassifier(24, 3, []))
-        drawn = {f"final.{n}": torch.stack([p + 0.2 * torch.randn_like(p) for _ in range(2)]).detach()
-                 for n, p in tail.named_parameters()}  # fmt: skip
+        moved = {n: 0.2 * torch.randn(2, *p.shape) for n, p in tail.named_parameters()}
+        head = {f"final.{n}": p.detach() + moved.pop(n) for n, p in tail.named_parameters() if n.startswith("head.")}
+        drawn = head | {f"change.{name}": value for name, value in moved.items()}
         arrays = {name: value for name, value in (drawn | (changes or {})).items() if value is not None}
         own = trained_on | {"hidden_sizes": [], "trained_blocks": blocks, "tokens": "float16"} | about
         Results(tmp_path).save("weights", "blocks", range(2), arrays, own)
@@ -205,7 +206,8 @@ def test_trained_blocks_take_the_place_of_the_models_own(of_blocks, tiny_vit, im
         chances = []
         for row in range(2):
             network = extractor.tail(blocks).with_head(FeedforwardClassifier(24, 3, []))
-            network.load_state_dict({n.removeprefix("final."): v[row] for n, v in arrays.items()})
+            for name, p in network.named_parameters():
+                p.data = p + arrays[f"change.{name}"][row] if "head" not in name else arrays[f"final.{name}"][row]
             chances.append(network(tokens.half().float())[0].softmax(0))
         expected = torch.stack(chances).mean(0).tolist()
         assert dict(ranked) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-6)
@@ -214,9 +216,11 @@ def test_trained_blocks_take_the_place_of_the_models_own(of_blocks, tiny_vit, im
 @pytest.mark.parametrize(
     ("changes", "about", "named"),
     [
-        ({"final.blocks.0.attention.q_proj.weight": torch.zeros(2, 3, 3)}, {}, "q_proj.weight is not as its model"),
-        ({"final.norm.bias": None}, {}, "norm.bias is not as its model"),
-        ({"final.more": torch.zeros(2, 3)}, {}, "more is not as its model"),
+        ({"change.blocks.0.attention.q_proj.weight": torch.zeros(2, 3, 3)}, {}, "q_proj.weight is not as its model"),
+        ({"change.norm.bias": None}, {}, "norm.bias is not as its model"),
+        ({"change.norm.bias": torch.zeros(2, 24, dtype=torch.long)}, {}, "norm.bias cannot be"),
+        ({"change.more": torch.zeros(2, 3)}, {}, "more is not as its model"),
+        ({"final.norm.bias": torch.zeros(2, 24)}, {}, "norm.bias is not as its header"),
         ({"final.head.layers.0.bias": torch.zeros(2, 4)}, {}, "head.layers.0.bias is not as its header"),
         ({}, {"tokens": "int8"}, "in which type"),
         ({}, {"trained_blocks": 2}, "blocks.1"),
