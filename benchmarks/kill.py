@@ -32,10 +32,18 @@ SHORT = (
     "--features ../features.safetensors --results-dir out --threads 1 --set BATCH_SIZE=256 "
     "--set PH1_NUM_EPOCHS=2 --set PH2_NUM_EPOCHS=2"
 )
+PICTURES = "--data-root ../images --vit-model ../vit"
+BLOCKS = (
+    f"{PICTURES} --set TRAINED_BLOCKS=1 --set CACHE_DIR=../cache --results-dir out --threads 1 "
+    "--set BLOCK_BATCH_SIZE=256 --set BLOCK_EPOCHS=2"
+)
 COMMANDS = {
-    "features": "features --data-root ../images --vit-model ../vit --set CACHE_DIR=out",
+    "features": f"features {PICTURES} --set CACHE_DIR=out",
     "run": f"run --no-figures --seeds 4 --set SEEDS_PER_CHUNK=1 {SHORT}",
     "study": f"study --seeds 2 --sweep-seeds 2 {SHORT}",
+    "features_blocks": f"features {PICTURES} --set TRAINED_BLOCKS=1 --set CACHE_DIR=out",
+    "run_blocks": f"run --no-figures --seeds 4 {BLOCKS}",
+    "study_blocks": f"study --seeds 2 --no-controls --keep-weights {BLOCKS}",
     "compare": f"compare --no-figures --seeds 2 --set SEEDS_PER_CHUNK=1 --algorithms IRM,Mixup,ImportanceMask {SHORT}",
 }
 
@@ -107,7 +115,7 @@ def measure(args: argparse.Namespace) -> Measured:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_data(folder)
-        for name, command in COMMANDS.items():
+        for name, command in ((name, COMMANDS[name]) for name in dict.fromkeys(args.only)):
             undisturbed = folder / name
             undisturbed.mkdir()
             begin, process = time.perf_counter(), start(command, undisturbed)
@@ -140,5 +148,6 @@ def columns(row: dict) -> dict[str, object]:
 if __name__ == "__main__":
     parser = new_parser(__doc__)
     parser.set_defaults(repeats=5)
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=[*COMMANDS], help="some of the commands")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
     sys.exit(run(parser, measure, columns))
