@@ -157,16 +157,14 @@ def benchmark_tables(root: str | Path) -> dict[str, str]:
 def _blocks_tables(folder: Path) -> dict[str, str]:
     """What the study of trained blocks says: name -> Markdown."""
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
-    contrasts, densities = family_shown(tables["contrasts"]).reset_index(), by_density(tables["densities"])
-    fixed = family_shown(tables["contrasts_fixed_rate"]).reset_index()
-    rates = rates_shown(tables["rates"]).reset_index()
+    densities, rates = by_density(tables["densities"]).reset_index(), rates_shown(tables["rates"]).reset_index()
+    contrasts = family_shown(tables["contrasts"]).reset_index()
     return {
         "blocks-finding": "\n".join(paragraph(text, "- ") for text in sentences(tables)),
         "blocks-contrasts": markdown_table("lrrrl", [*contrasts], contrasts.to_numpy()),
         "blocks-accuracy": _accuracies(tables["accuracy"]),
-        "blocks-densities": markdown_table("lrrrr", [*densities.reset_index()], densities.reset_index().to_numpy()),
+        "blocks-densities": markdown_table("lrrrr", [*densities], densities.to_numpy()),
         "blocks-rates": markdown_table("l" + "r" * (rates.shape[1] - 1), [*rates], rates.to_numpy()),
-        "blocks-fixed": markdown_table("lrrrl", [*fixed], fixed.to_numpy()),
     }
 
 
