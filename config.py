@@ -64,6 +64,13 @@ BACKBONE_LEARNING_RATE: float = 1e-4  # Adam, Phase 2; of the blocks' marked wei
 HEAD_START: str = "probe"  # of the classifier: "probe" (logistic regression, as in LP-FT) or "random"
 PROBE_C: float = 0.01  # inverse of the penalty of that regression
 
+# Transfer study: small networks, pretrained on some classes and fine-tuned on others; None = as suits the task
+TRANSFER_CHANNELS: int | None = None  # of each of the six convolutions
+TRANSFER_PRETRAINING: int | None = None  # updates of pretraining
+TRANSFER_UPDATES: int | None = None  # of fine-tuning, as many for every amount of data
+TRANSFER_BATCH_SIZE: int | None = None  # images per update of both; all there are where these are fewer
+TRANSFER_LEARNING_RATE: float | None = None  # Adam, of both
+
 # Run
 NUM_SEEDS: int = 10  # seeds 0 … N-1
 SEEDS_PER_CHUNK: int = 50  # seeds trained together and written together
@@ -184,6 +191,10 @@ LIMITS = {  # settings and options that are numbers: the smallest and the larges
     "BLOCK_FREEZE_EPOCH": (0, 10**9),
     "BLOCK_SEEDS_PER_CHUNK": (1, 10**5),
     "IMPORTANCE_THRESHOLD_PERCENTILE": (0, 100),
+    "TRANSFER_CHANNELS": (1, 4096),
+    "TRANSFER_PRETRAINING": (1, 10**6),
+    "TRANSFER_UPDATES": (1, 10**6),
+    "TRANSFER_BATCH_SIZE": (1, 10**6),
     "NUM_SEEDS": (1, 10**5),
     "SEEDS_PER_CHUNK": (1, 10**5),
     "THREADS": (1, 1000),
@@ -210,9 +221,10 @@ RULES = (  # other settings, what they must do, and whether a value does
             "BLOCK_PH1_LEARNING_RATE",
             "BACKBONE_LEARNING_RATE",
             "PROBE_C",
+            "TRANSFER_LEARNING_RATE",
         ),
         "be positive and finite",
-        lambda rate: 0 < rate < math.inf,
+        lambda rate: rate is None or 0 < rate < math.inf,
     ),
     (("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE"), "be 0 or more and finite", lambda rate: 0 <= rate < math.inf),
     (("PH1_DATA", "BLOCK_PH1_DATA"), "be 'all' or 'in'", lambda part: part in ("all", "in")),

@@ -28,12 +28,16 @@ from config import InputError
 TRAINING = ("run", "study", "compare")
 IMAGES = ("VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
 MACHINE = ("DEVICE", "THREADS")
+TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
     "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "features": ("DATA_ROOT", *IMAGES, "TRAINED_BLOCKS", *MACHINE),
     "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
+    "transfer": (*TRANSFER, "HIDDEN_SIZES", "RESULTS_DIR", *MACHINE),
     "export-domainbed": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "import-domainbed": (),
+    "export-original": ("RESULTS_DIR",),
+    "import-original": (),
     "docs": (),
 }
 CONSTANTS = {  # option -> the setting that it gives
@@ -44,6 +48,8 @@ CONSTANTS = {  # option -> the setting that it gives
     "seeds": "NUM_SEEDS",
     "device": "DEVICE",
     "threads": "THREADS",
+    "updates": "TRANSFER_UPDATES",
+    "channels": "TRANSFER_CHANNELS",
 }
 FOLDERS = {"study": "study", "compare": "compare", "export-domainbed": "compare"}  # below RESULTS_DIR
 
@@ -78,8 +84,9 @@ def study(options: argparse.Namespace) -> None:
 
     if config.TRAINED_BLOCKS:
         return study_of_blocks(options)
-    if options.no_controls:
-        raise InputError("--no-controls is for TRAINED_BLOCKS: leave it out.")
+    for name in ("no_controls", "keep_weights"):
+        if getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')} is for TRAINED_BLOCKS: leave it out.")
     protocol = Protocol.from_config(sweep_seeds=options.sweep_seeds, **_training(options))
     print(protocol.short.run.features.describe(), flush=True)
     protocol.train()
@@ -91,7 +98,7 @@ def study(options: argparse.Namespace) -> None:
 def study_of_blocks(options: argparse.Namespace) -> None:
     from evidence import BlockProtocol
 
-    choice = {"controls": not options.no_controls, "sweep_seeds": options.sweep_seeds}
+    choice = {"controls": not options.no_controls, "sweep_seeds": options.sweep_seeds, "weights": options.keep_weights}
     protocol = BlockProtocol.from_config(**choice, **_training(options))
     print(protocol.run.features.describe(), flush=True)
     protocol.train()
@@ -114,6 +121,26 @@ def compare(options: argparse.Namespace) -> None:
         save_all(comparison)
     print(f"Everything is in {_directory(options)}: start with comparison.txt.")
     _warn(failed(comparison))
+
+
+def transfer(options: argparse.Namespace) -> None:
+    from transfer import make_study, without_effect
+
+    for name, (_, typed) in _given(options).items():
+        if name in without_effect(options.task, options.protocol):
+            raise InputError(f"{typed} has no effect on {options.task}, protocol '{options.protocol}': leave it out.")
+    names = ("protocol", "kinds", "cuts", "amounts", "repeats", "pretrained", "overwrite")
+    choice = {name: getattr(options, name) for name in names} | {"directory": options.results_dir}
+    study = make_study(options.task, options.data, **choice)
+    for sentence in study.left_out():
+        print(sentence, flush=True)
+    study.train()
+    print(f"\n{study.write()}", flush=True)
+    if not options.no_figures:
+        from transfer.figures import save_all
+
+        save_all(study.results.directory)
+    print(f"Everything is in {study.results.directory}: start with report.txt.")
 
 
 def features(options: argparse.Namespace) -> None:
@@ -156,12 +183,28 @@ def import_domainbed(options: argparse.Namespace) -> None:
     print(domainbed_tables(options.directory, options.dataset, options.output))
 
 
+def export_original(options: argparse.Namespace) -> None:
+    from storage import Results
+    from transfer import export_original
+
+    for path in export_original(options.directory, Results(options.results_dir)):
+        print(path)
+
+
+def import_original(options: argparse.Namespace) -> None:
+    from transfer import import_original
+
+    print(import_original(options.directory, options.output)[1])
+
+
 def docs(options: argparse.Namespace) -> None:
     from evidence import benchmark_tables, results_tables, write_pages
     from field import comparison_tables
+    from transfer import transfer_tables
 
     root = Path(__file__).resolve().parent
-    for path in write_pages(root, results_tables(root) | benchmark_tables(root) | comparison_tables(root)):
+    tables = results_tables(root) | benchmark_tables(root) | comparison_tables(root) | transfer_tables(root)
+    for path in write_pages(root, tables):
         print(f"Wrote {path.relative_to(root)}.")
 
 
@@ -198,11 +241,14 @@ COMMANDS = {
     "run": (run, "study", "train both phases, write table, report and figures"),
     "study": (study, "evidence.figures", "arms and controls, sweeps and diagnostics: the whole answer"),
     "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
+    "transfer": (transfer, "transfer", "how many layers of a small network carry over to new classes"),
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
     "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
     "predict": (predict, "study", "class probabilities of images"),
     "export-domainbed": (export_domainbed, "field", "write a comparison or a run as DomainBed does"),
     "import-domainbed": (import_domainbed, "field", "tables of DomainBed's own runs, by its selection rules"),
+    "export-original": (export_original, "transfer", "write transfer runs as tusharmanekar/mp-tl-study does"),
+    "import-original": (import_original, "transfer", "analyse the result files of tusharmanekar/mp-tl-study"),
     "docs": (docs, "field", "write the tables of docs/ and README.md from results/reference/"),
 }
 
@@ -228,6 +274,22 @@ def seeds(text: str) -> list[int]:
     return [*islice(chain(*ranges), config.LIMITS["NUM_SEEDS"][1] + 1)]  # one too many is refused
 
 
+def cuts(text: str) -> list[int]:
+    """Cuts as they are typed: "0-6" or "0,2,4"; unlike seeds, "6" is the cut 6."""
+    return seeds(f"{text}-{text}" if text.strip().isdigit() else text)
+
+
+def amounts(text: str) -> list[float]:
+    """Amounts of data as they are typed, "0.1%,50%" or "0.001,0.5", as shares."""
+    try:
+        return [
+            float(part.strip().removesuffix("%")) / (100 if part.strip().endswith("%") else 1)
+            for part in text.split(",")
+        ]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of shares such as 0.1%,50%") from None
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="experiment.py", description="Domain generalization with importance-based weight masking.")
@@ -241,11 +303,26 @@ def build_parser() -> Parser:
         added[name].add_argument("--no-figures", action="store_true", help="write numbers only")
     add = added["study"].add_argument
     add("--sweep-seeds", type=seeds, metavar="N", help="of what is exploratory (default: 50 at most, of blocks 10)")
-    add("--no-controls", action="store_true", help="of blocks: only the arms of the confirmatory family")
+    add("--no-controls", action="store_true", help="of blocks: the arms of the confirmatory family alone")
+    add("--keep-weights", action="store_true", help="of blocks: keep those of each arm at its chosen learning rate")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
     add("--leave-one-out", action="store_true", help="train without every pair of domains as well")
+    add = added["transfer"].add_argument
+    add("--task", default="digits", metavar="NAME", help="what is pretrained and fine-tuned on what (default digits)")
+    add("--data", metavar="DIR", help="where its images are, or of the task 'features' the feature file")
+    add("--protocol", choices=("updates", "original"), default="updates", help="how to fine-tune (default updates)")
+    add("--arms", dest="kinds", type=names, metavar="A,B", help="kinds of arms (default: as suits the task)")
+    add("--cuts", type=cuts, metavar="0-6", help="numbers of layers that are kept, likewise")
+    add("--amounts", type=amounts, metavar="0.1%,1%", help="shares of the training images, likewise")
+    add("--repeats", type=seeds, metavar="N", help="0 … N-1, or 5-9, or 0,3 (default 20; of the original, its own)")
+    add("--updates", type=int, metavar="N", help="of fine-tuning, for every amount of data, likewise")
+    add("--channels", type=int, metavar="N", help="of each convolution; the original has 64")
+    add("--pretrained", metavar="FILE", help="a network that all repeats start from, as the original saves them")
+    add("--results-dir", metavar="DIR", help=f"default {config.RESULTS_DIR}/transfer/NAME")
+    add("--overwrite", action="store_true", help="delete the results that are there first")
+    add("--no-figures", action="store_true", help="write numbers only")
     add = added["figures"].add_argument
     add("--results-dir", metavar="DIR", help=f"of run, study or compare (default {config.RESULTS_DIR})")
     add(
@@ -269,7 +346,7 @@ def build_parser() -> Parser:
     add = added["export-domainbed"].add_argument
     add("directory", metavar="DIR", help="of the runs; what is there is kept")
     add("--results-dir", metavar="DIR", help=f"of compare or run (default {config.RESULTS_DIR}/compare)")
-    add("--algorithms", type=names, metavar="A,B", help="these only, with FILE.py:NAME of yours; of a run, arms (default: all)")
+    add("--algorithms", type=names, metavar="A,B", help="these only: methods, FILE.py:NAME of yours; of a run, arms")
     add("--features", metavar="FILE", help="the feature file that it was made with")
     add("--data-root", metavar="DIR", help="or the images")
     add("--vit-model", metavar="ID_OR_DIR", help="and their model")
@@ -277,6 +354,12 @@ def build_parser() -> Parser:
     add("directory", metavar="DIR", help="of DomainBed's runs")
     add("--dataset", metavar="NAME", help="where the runs are of several")
     add("--output", metavar="DIR", help="write the tables there as well: domainbed.txt, and CSV")
+    add = added["export-original"].add_argument
+    add("directory", metavar="DIR", help="gets SET/results/cuts_CLASSES_SETTING.json and baselines_CLASSES.json")
+    add("--results-dir", metavar="DIR", required=True, help="of transfer")
+    add = added["import-original"].add_argument
+    add("directory", metavar="DIR", help="with its files cuts_*.json, at any depth")
+    add("--output", metavar="DIR", help="write the report and its tables there as well: report.txt, and CSV")
     return parser
 
 
@@ -292,7 +375,7 @@ def _shared_options(command: str, add: Callable) -> None:
         add("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
         add("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
         add("--verify", action="store_true", help="read all image files again, trust no time stamp")
-    if HONOURED.get(command, MACHINE):
+    if {*MACHINE} <= {*HONOURED.get(command, MACHINE)}:
         add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         add("--threads", type=int, metavar="N", help="CPU threads")
         setting = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
@@ -335,7 +418,7 @@ def _given(options: argparse.Namespace) -> dict[str, tuple[object, str]]:
             typed_values.append((CONSTANTS[option], value, f"--{option.replace('_', '-')}"))
     given = {}
     for name, value, typed in typed_values:
-        if name not in HONOURED.get(options.command, config.names()):
+        if name not in HONOURED.get(options.command, config.names().keys() - TRANSFER):
             raise InputError(f"{options.command} does not use {name}: leave it out.")
         if name in given:
             raise InputError(f"{given[name][1]} and {typed} both say what {name} is: give one of them.")

@@ -13,7 +13,7 @@ from engine.machine import (
     training_threads,
 )
 from engine.networks import logistic_regression, make_engine, network_start, random_start
-from engine.stack import MatmulEngine, Params, Rates
+from engine.stack import FlatAdam, MatmulEngine, Params, Rates
 from engine.tail import BlockMatrix, ClsShortcut, TailEngine, block_matrices
 from engine.workers import side_by_side, stacks_at_a_time
 
@@ -24,6 +24,7 @@ __all__ = [
     "BlockMatrix",
     "ClsShortcut",
     "Engine",
+    "FlatAdam",
     "FunctionalEngine",
     "MatmulEngine",
     "Network",

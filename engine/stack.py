@@ -130,11 +130,9 @@ class MatmulEngine:
 
     def _hidden_layers(self, out: list[Tensor]) -> None:
         """From the first layer's products to the logits, in place: `out` per layer ``[K, units, B]``."""
-        out[0].add_(self.biases[0]).relu_()
+        out[0].add_(self.biases[0])
         for i in range(1, len(self.weights)):
-            torch.baddbmm(self.biases[i], self.weights[i], out[i - 1], out=out[i])
-            if i < len(self.weights) - 1:
-                out[i].relu_()
+            torch.baddbmm(self.biases[i], self.weights[i], out[i - 1].relu_(), out=out[i])
 
     def _loss_and_gradients(self, out: list[Tensor], gradients: list[Tensor], spread: Tensor) -> tuple[Tensor, Tensor]:
         """From the products of the first layer: forward, loss ``[K]``, right answers ``[K]``, and backward.

@@ -224,7 +224,7 @@ class Results:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise damaged(where, error) from error
-            check_json(where, record, "record")
+            check_json(where, record, "transfer" if isinstance(record, dict) and "arm" in record else "record")
             records[record["key"]] = record
         return records
 

@@ -34,6 +34,23 @@ JSON = {
         "trial?": int,
         "hyperparameters?": {str: object},
     },
+    "transfer": {  # a record of the transfer study; accuracies by number of updates
+        "key": str,
+        "task": str,
+        "protocol": str,
+        "arm": str,
+        "cut": int,
+        "amount": float,
+        "n": int,
+        "repeat": int,
+        "updates": int,
+        "settings": str,
+        "failed": (str, None),
+        "accuracy": ({str: float}, None),
+        "balanced_accuracy": ({str: float}, None),
+        "seen_accuracy?": ({str: float}, None),
+        "note?": str,
+    },
     "settings": {
         "hash": str,
         "settings": {str: object},
@@ -55,7 +72,7 @@ JSON = {
 # capital letter are of one length: S seeds, E epochs, D domains, P parts (in, out), C classes. "?" as above.
 CURVES = {"loss": "f SE", "validation_accuracy": "f SE", "failed": "i S"}
 ARRAYS = {
-    "weights/*": {"final.*": "f S*", "failed?": "i S"},
+    "weights/*": {"final.*": "f S*", "change.*?": "f S*", "failed?": "i S"},
     "histories/phase1_*": CURVES | {"train_accuracy": "f SE"},
     "histories/phase2_*": CURVES | {"train_accuracy": "f SE", "correct": "i SEDPC"},
     "histories/compare_*": CURVES | {"correct": "i SEDPC"},  # and what the method records

@@ -10,6 +10,7 @@ from transformers import Dinov2Config, Dinov2Model
 import config
 from engine import TailEngine
 from tests.factories import ROOT
+from transfer.training import ConvStack
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def rows_of(run, tmp_path):
         assert code == 0, said
         report = json.loads((tmp_path / "out.json").read_text("utf-8"))
         assert set(report) == {"task", "results", "machine", "versions"}
-        assert all(row[name] in printed for row in report["results"])
+        assert all(str(row[name]) in printed for row in report["results"])
         return report["results"]
 
     return rows_of
@@ -112,6 +113,37 @@ def test_blocks_times_nothing_that_does_not_compute_the_same(run, tiny_vit, monk
     code, printed, said = run("blocks", "--vit-model", tiny_vit, "--networks", 1, "--images", 8)
     assert (code, printed) == (2, "")
     assert said.splitlines()[-1].startswith("'shortcut' and the block itself do not compute the same")
+
+
+def test_transfer_compares_with_the_way_of_the_original(rows_of):
+    options = ("--networks", 2, "--channels", 2, "--images", 80, "--tested", 20, "--seconds", 0.01)
+    *cells, whole = rows_of("transfer", "cut", *options)
+    assert [(row["cut"], row["batch"]) for row in cells] == [(cut, batch) for cut in range(7) for batch in (29, 64)]
+    for row in cells:
+        over = row["original_milliseconds_per_step"]["median"] / row["this_milliseconds_per_step"]["median"]
+        assert row["step_speedup"]["median"] == pytest.approx(over)
+        assert (row["milliseconds_per_cached_image"]["median"] == 0) == (row["cut"] == 0)
+    original, validating, this = (
+        whole[f"{name}_extrapolated_seconds"]["median"] for name in ("original", "validating", "this")
+    )
+    assert whole["original_over_this"]["median"] == pytest.approx(original / this)
+    assert validating > original
+    steps = sum(
+        12 * 400 * (row["original_milliseconds_per_step"]["median"] * (1 if row["batch"] == 29 else 4)) for row in cells
+    )
+    tests = sum(
+        12 * 4 * row["original_milliseconds_per_test"]["median"] * 4861 / 20 * n
+        for row, n in zip(cells, [1, 4] * 7, strict=True)
+    )
+    assert original == pytest.approx((steps + tests) / 1e3)
+
+
+def test_transfer_times_nothing_that_does_not_compute_the_same(run, monkeypatch):
+    step = ConvStack.step
+    monkeypatch.setattr(ConvStack, "step", lambda *given: [step(*given) for _ in range(50)])
+    code, printed, said = run("transfer", "--networks", 1, "--channels", 8, "--images", 80, "--tested", 200)
+    assert (code, printed) == (2, "")
+    assert said.splitlines()[-1].startswith("The contenders do not compute the same")
 
 
 def test_whole_times_a_command_and_the_same_again(rows_of, tmp_path):

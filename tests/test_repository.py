@@ -16,9 +16,9 @@ import pytest
 from tests.factories import ROOT
 
 TOP = ("config", "dataset", "models", "importance", "trainer_phase1", "trainer_phase2", "visualization", "experiment")
-PACKAGES = ("storage", "features", "engine", "study", "evidence", "field")
+PACKAGES = ("storage", "features", "engine", "study", "evidence", "field", "transfer")
 HOUSE = {*TOP, *PACKAGES}
-BELOW_STUDY = HOUSE - {"study", "evidence", "field", "experiment"}
+BELOW_STUDY = HOUSE - {"study", "evidence", "field", "transfer", "experiment"}
 IMPORTS = {  # who -> whom; `experiment` imports anything, and nothing imports it
     "importance": set(),
     "config": set(),
@@ -33,6 +33,7 @@ IMPORTS = {  # who -> whom; `experiment` imports anything, and nothing imports i
     "study": BELOW_STUDY,
     "evidence": BELOW_STUDY | {"study"},
     "field": BELOW_STUDY | {"study", "evidence"},
+    "transfer": BELOW_STUDY | {"study", "evidence"},
     "experiment": HOUSE - {"experiment"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))

@@ -15,6 +15,7 @@ from field import ALGORITHMS
 from field.docs import comparison_tables
 from storage import Results, load_arrays
 from tests.factories import ROOT, save_blobs
+from transfer import transfer_tables
 
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = "import config\nconfig.PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1\nconfig.BATCH_SIZE = 256\n"
@@ -22,7 +23,7 @@ SHORT = "import config\nconfig.PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1\nconfi
 
 @pytest.fixture(scope="module")
 def tables():
-    return results_tables(ROOT) | benchmark_tables(ROOT) | comparison_tables(ROOT)
+    return results_tables(ROOT) | benchmark_tables(ROOT) | comparison_tables(ROOT) | transfer_tables(ROOT)
 
 
 def examples(page):

@@ -1,0 +1,173 @@
+"""The arms of the transfer study: which weights keep their pretrained value, and which of those are frozen.
+
+A cut is a mask. Fine-tuning decides two bits per weight: *kept* (it starts from the pretrained value, otherwise from a
+fresh one) and *frozen* (its rate is 0, otherwise 1). A cut c moves these bits layer by layer, c = 0 … depth being the
+number of hidden layers below it; importance moves them weight by weight. The head is fresh and trained in every arm.
+
+Layer by layer, with the names that tusharmanekar/mp-tl-study gives to its settings:
+
+============= ============================ =================== ========
+arm           kept                         frozen              original
+============= ============================ =================== ========
+scratch       nothing                      nothing             FR, cut 0
+frozen        layers below the cut         the same            FR
+frozen+rest   all layers                   layers below        F
+warm          layers below the cut         nothing             R
+finetune      all layers                   nothing             "--"
+truncated     layers below; no others      the same            FT
+============= ============================ =================== ========
+
+Weight by weight, k weights are kept and frozen, as many as the layers below the cut hold: `moved`, those that moved
+most in pretraining (|final − start|), and as controls `random` (k of all), `random_layer` (in each layer as many as
+`moved` has there), `permuted` (the mask of `moved` with the hidden units of each layer renamed) and `least` (those that
+moved least). Biases follow the layers in these arms as well: those below the cut are kept and frozen, exactly as in
+`frozen`. So the arms of one cut differ in nothing but which k weights are kept.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import InputError
+from engine import Params, generator
+from importance import top_k_mask, weight_importance
+from study import random_layer_mask
+
+LAYER_WISE = ("scratch", "finetune", "frozen", "frozen+rest", "warm", "truncated")
+WEIGHT_WISE = ("moved", "random", "random_layer", "permuted", "least")
+KINDS = (*LAYER_WISE, *WEIGHT_WISE)
+NEED_START = ("moved", "random_layer", "permuted", "least")  # of pretraining, to know what moved
+
+
+@dataclass(frozen=True)
+class CutArm:
+    """One way to start from a pretrained network.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+
+    kind: str  # of `KINDS`
+    cut: int  # hidden layers below it
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"There is no arm '{self.kind}'; there are {', '.join(KINDS)}.")
+
+    @property
+    def name(self) -> str:
+        """How tables call it: "frozen@4"; `scratch` and `finetune` have no cut."""
+        return self.kind if self.kind in ("scratch", "finetune") else f"{self.kind}@{self.cut}"
+
+    @property
+    def prefix(self) -> int:
+        """Number of first layers that are the pretrained ones and stay so: they can be run once per image."""
+        return self.cut if self.kind in ("frozen", "frozen+rest", "truncated") else 0
+
+
+def arms_of(kinds: Iterable[str], cuts: Iterable[int], depth: int) -> tuple[CutArm, ...]:
+    """All arms of these kinds at these cuts, those that are the same program once.
+
+    `frozen`, `warm` and every weight-wise arm at cut 0 are `scratch`; `frozen+rest` at 0 and `warm` at `depth` are
+    `finetune`; `frozen+rest`, `truncated` and every weight-wise arm at `depth` are `frozen`. Truncating at 0 leaves a
+    linear classifier on the inputs.
+
+    Raises:
+        InputError: an unknown kind, or a cut outside 0 … `depth`.
+    """
+    cuts, kinds = sorted(set(cuts)), list(kinds)
+    if not cuts or cuts[0] < 0 or cuts[-1] > depth:
+        raise InputError(f"Cuts lie in 0 … {depth}, the number of hidden layers; not {', '.join(map(str, cuts))}.")
+    found = dict.fromkeys(_same(CutArm(kind, cut), depth) for kind in kinds for cut in cuts)
+    return tuple(sorted(found, key=lambda arm: (KINDS.index(arm.kind), arm.cut)))
+
+
+def _same(arm: CutArm, depth: int) -> CutArm:
+    """The arm by the first of its names, see `arms_of`."""
+    kind, cut = arm.kind, arm.cut
+    if kind == "scratch" or (cut == 0 and kind not in ("finetune", "frozen+rest", "truncated")):
+        return CutArm("scratch", 0)
+    if kind == "finetune" or (kind, cut) in (("frozen+rest", 0), ("warm", depth)):
+        return CutArm("finetune", depth)
+    return CutArm("frozen", depth) if cut == depth else arm
+
+
+def layers_of(params: Iterable[str]) -> list[tuple[str, str]]:
+    """Names of weight and bias of each layer, first to last, the head last; `params` are names in this order."""
+    names = list(params)
+    return list(zip(names[::2], names[1::2], strict=True))
+
+
+def bits(arm: CutArm, start: Params | None, pretrained: Params, seed: int) -> tuple[Params, Params]:
+    """What an arm keeps and what it freezes of one pretrained network.
+
+    Args:
+        start: parameters before pretraining; needed by `NEED_START` alone.
+        pretrained: parameters after it, name -> tensor: weight and bias of each layer in turn, the head last.
+        seed: of the random arms.
+
+    Returns:
+        (keep, freeze): name -> bool, shaped as the parameters; what is frozen is also kept.
+    """
+    *layers, head = layers_of(pretrained)
+    kept = {"scratch": 0, "finetune": len(layers), "frozen+rest": len(layers)}.get(arm.kind, arm.cut)
+    frozen = 0 if arm.kind in ("scratch", "finetune", "warm") else arm.cut
+    keep, freeze = (
+        {
+            name: torch.full_like(pretrained[name], i < below, dtype=torch.bool)
+            for i, pair in enumerate(layers)
+            for name in pair
+        }
+        for below in (kept, frozen)
+    )
+    if arm.kind in WEIGHT_WISE:
+        mask = _mask(arm, start, pretrained, [weight for weight, _ in layers], seed)
+        keep, freeze = keep | mask, freeze | mask
+    fresh = {name: torch.zeros_like(pretrained[name], dtype=torch.bool) for name in head}
+    return keep | fresh, freeze | fresh
+
+
+def _mask(arm: CutArm, start: Params | None, pretrained: Params, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """The weights that a weight-wise arm keeps: name -> bool."""
+    final = [pretrained[name].flatten(1) for name in names]  # [out, in · kernel]
+    size = sum(map(torch.numel, final))
+    percent = 100 * sum(weight.numel() for weight in final[: arm.cut]) / size
+    stream = f"transfer/{arm.cut}"
+    if arm.kind == "random":
+        order = torch.rand(size, generator=generator(seed, "random_mask", stream), dtype=torch.float64)
+        scores = [
+            part.view_as(weight) for part, weight in zip(order.split([w.numel() for w in final]), final, strict=True)
+        ]
+    else:
+        scores = weight_importance([start[name].flatten(1) for name in names], final)
+    if arm.kind == "least":
+        scores = [-score for score in scores]
+    mask = top_k_mask(scores, percent)
+    if arm.kind == "random_layer":
+        mask = random_layer_mask(seed, stream, mask)
+    shaped = {name: layer.view_as(pretrained[name]) for name, layer in zip(names, mask, strict=True)}
+    return renamed_units(shaped, generator(seed, "permuted_mask", stream)) if arm.kind == "permuted" else shaped
+
+
+def renamed_units(mask: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
+    """A mask ``[out, in, …]`` per layer with the units of each hidden layer permuted at random.
+
+    Outputs of one layer and inputs of the next are permuted alike, and the network's own inputs stay: row and column
+    counts and paths through the layers are the same, which unit they belong to is not.
+    """
+    found, before = {}, None
+    for name, layer in mask.items():
+        order = torch.randperm(len(layer), generator=draw)
+        found[name] = (layer if before is None else layer[:, before])[order]
+        before = order
+    return found
+
+
+def start_of(fresh: Params, pretrained: Params, keep: Params) -> Params:
+    """Where fine-tuning begins: the pretrained value where it is kept, elsewhere the fresh one; heads may differ."""
+    return {
+        name: torch.where(keep[name], pretrained[name], value) if keep[name].any() else value
+        for name, value in fresh.items()
+    }

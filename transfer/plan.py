@@ -1,0 +1,143 @@
+"""What the command asks for: a task by name, with the arms, cuts, amounts and lengths that suit it."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from config import InputError
+from engine import Params
+from storage import Results
+from study import current_execution
+from transfer import original
+from transfer.arms import KINDS, arms_of
+from transfer.convnet import load_original
+from transfer.features import FeatureNetworks, feature_tasks
+from transfer.images import load_task
+from transfer.networks import ConvNetworks, Networks
+from transfer.original import OriginalSettings
+from transfer.original_study import OriginalStudy
+from transfer.study import TransferSettings, TransferStudy
+
+FEATURES = "features"  # the task that is on a feature file, not on images
+PROTOCOLS = ("updates", "original")
+REPEATS = 20
+MOST_REPEATS = max(map(original.repeats_of, original.AMOUNTS))  # of the original, with the smallest amounts
+DEPTH = 6  # convolutions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Defaults of a task."""
+
+    kinds: tuple[str, ...]  # of arms
+    cuts: tuple[int, ...]
+    amounts: tuple[float, ...]
+    updates: int
+    pretraining: int  # updates
+    batch_size: int
+    learning_rate: float = 1e-3
+    channels: int = 16
+
+
+PLANS = {
+    "digits": Plan(KINDS, (0, 2, 4, 6), (0.01, 0.1, 1.0), 300, pretraining=300, batch_size=16, learning_rate=3e-3),
+    FEATURES: Plan(KINDS, tuple(range(6)), (0.01, 0.03, 0.1, 0.3, 1.0), 1000, pretraining=2000, batch_size=32),
+}
+IMAGES = Plan(
+    ("scratch", "finetune", "frozen", "truncated"),
+    tuple(range(DEPTH + 1)),
+    original.AMOUNTS,
+    updates=2000,
+    pretraining=2000,
+    batch_size=64,
+)
+
+
+def make_study(
+    task: str = "digits",
+    data: str | Path | None = None,
+    *,
+    protocol: str = "updates",
+    kinds: Iterable[str] | None = None,
+    cuts: Iterable[int] | None = None,
+    amounts: Iterable[float] | None = None,
+    repeats: Sequence[int] | None = None,
+    pretrained: str | Path | None = None,
+    directory: str | Path | None = None,
+    overwrite: bool = False,
+) -> TransferStudy:
+    """The transfer study of a task at the constants of `config`; what is not given is as suits the task.
+
+    Args:
+        task: of `images.PRESETS`; or "features", the package's own classifier on features, each domain held out in
+            turn.
+        data: where its images are, see `images.load_task`; a feature file.
+        protocol: "updates", or "original" for `OriginalStudy`.
+        kinds: of arms, see `arms.KINDS`.
+        cuts: numbers of layers that are kept.
+        amounts: shares of the training images.
+        repeats: default 20, of the original as many as it has.
+        pretrained: a network of the original (``.pth``) that all repeats start from.
+        directory: default ``transfer/TASK`` below `RESULTS_DIR`, of the original ``transfer/TASK_original``.
+        overwrite: delete what is there.
+
+    Raises:
+        InputError: see `TransferStudy`; images or a file that are missing or do not fit.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"There is no protocol '{protocol}'; there are {', '.join(PROTOCOLS)}.")
+    if task == FEATURES and (protocol == "original" or pretrained is not None):
+        raise InputError("The original has no networks on features: leave --protocol and --pretrained out.")
+    plan, like_original = PLANS.get(task, IMAGES), protocol == "original"
+    tasks = feature_tasks(data) if task == FEATURES else [load_task(task, data)]
+    state = None if pretrained is None else load_original(pretrained)
+    networks = _networks(plan, task, state, pretrained)
+    about = {
+        "network": networks.facts(),
+        "pretrained": None if state is None else hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16],
+    }
+    settings = OriginalSettings.of(task, **about) if like_original else _settings(plan, about)
+    if kinds is None:
+        kinds = ("scratch", "frozen") if like_original else plan.kinds
+    if cuts is None:
+        cuts = range(networks.depth + 1) if like_original or task == FEATURES else plan.cuts
+    amounts = amounts or (original.AMOUNTS if like_original else plan.amounts)
+    repeats = repeats or range(MOST_REPEATS if like_original else REPEATS)
+    folder = f"{task}_original" if like_original else task
+    results = Results(Path(config.RESULTS_DIR) / "transfer" / folder if directory is None else directory)
+    given = tasks, networks, settings, results, arms_of(kinds, cuts, networks.depth), amounts, repeats, state
+    if overwrite:
+        results.clear()
+    return (OriginalStudy if like_original else TransferStudy)(*given, current_execution())
+
+
+def _networks(plan: Plan, task: str, state: Params | None, pretrained: str | Path | None) -> Networks:
+    """What is trained; with a pretrained network, others of its shape."""
+    if task == FEATURES:
+        return FeatureNetworks(tuple(config.HIDDEN_SIZES))
+    if state is None:
+        return ConvNetworks(config.TRANSFER_CHANNELS or plan.channels, DEPTH)
+    channels = len(state["convs.0.weight"])
+    if config.TRANSFER_CHANNELS not in (None, channels):
+        raise InputError(f"'{pretrained}' has {channels} channels, and TRANSFER_CHANNELS is another number.")
+    return ConvNetworks(channels, len(state) // 2 - 1)
+
+
+def _settings(plan: Plan, about: dict[str, object]) -> TransferSettings:
+    return TransferSettings(
+        config.TRANSFER_UPDATES or plan.updates,
+        config.TRANSFER_PRETRAINING or plan.pretraining,
+        config.TRANSFER_BATCH_SIZE or plan.batch_size,
+        config.TRANSFER_LEARNING_RATE or plan.learning_rate,
+        **about,
+    )
+
+
+def without_effect(task: str, protocol: str) -> set[str]:
+    """Settings that a task or protocol does not use, of those that the command knows."""
+    unused = {"TRANSFER_CHANNELS"} if task == FEATURES else {"HIDDEN_SIZES"}
+    if protocol == "original":
+        unused |= {f"TRANSFER_{name}" for name in ("UPDATES", "PRETRAINING", "BATCH_SIZE", "LEARNING_RATE")}
+    return unused
