@@ -7,6 +7,8 @@ import nbformat
 import papermill
 import pytest
 
+from evidence import block_findings
+from tests.conftest import make_images
 from tests.factories import ROOT, save_blobs
 
 NOTEBOOK = ROOT / "train.ipynb"
@@ -53,14 +55,50 @@ def test_it_runs_without_an_error_and_shows_every_figure(executed):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    # projection, curves of both phases, grids of a domain and a holdout, overlap, accuracies, three forest plots
-    assert len(pictures) == 1 + 2 + 4 + 2 + 1 + 1 + 3
+    # projection, curves of both phases, grids of a domain and a holdout, overlap, accuracies, three forest plots; of
+    # blocks the reference's two, of layers one
+    assert len(pictures) == 1 + 2 + 4 + 2 + 1 + 1 + 3 + 2 + 1
     assert {path.name for path in (folder / "results" / "plots").iterdir()} == {"accuracy.png", "phase1_art_mask.png"}
 
 
 def test_the_method_in_plain_code_is_what_a_study_does(executed):
     assert "same mask: True" in texts(executed[1])
     assert "same right answers: True" in texts(executed[1])
+
+
+def test_without_images_the_section_on_blocks_says_what_the_reference_does(executed):
+    folder, notebook = executed
+    assert "\n".join(block_findings(ROOT / "results" / "reference" / "blocks")) in texts(notebook)
+    assert not (folder / "results" / "blocks").exists()
+
+
+def test_on_images_the_section_on_blocks_trains_some_of_its_own(tmp_path, tiny_vit):
+    """Its cell alone, after the first two: three seeds at most, into a folder of the results."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook.cells = code[:2] + [cell for cell in code if "TRAINED_BLOCKS" in cell.source]
+    assert len(notebook.cells) == 3
+    fast = {"THREADS": 1, "BLOCK_EPOCHS": 1, "CACHE_DIR": str(tmp_path / "cache")}
+    parameters = {
+        "SEEDS": 5,
+        "HOLDOUTS": ["photo"],
+        "DATA_ROOT": str(make_images(tmp_path / "toy", ("art", "photo", "sketch"), per_class=10)),
+        "VIT_MODEL": str(tiny_vit),
+        "RESULTS_DIR": str(tmp_path / "results"),
+        "SETTINGS": fast,
+    }
+    nbformat.write(notebook, tmp_path / "out.ipynb")
+    papermill.execute_notebook(
+        *[tmp_path / "out.ipynb"] * 2, parameters, cwd=ROOT, progress_bar=False, kernel_name="python3"
+    )
+    done = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    records = [
+        json.loads(line) for line in (tmp_path / "results" / "blocks" / "records.jsonl").read_text().splitlines()
+    ]
+    assert {r["algorithm"] for r in records} == {"erm", "importance", "random_layer", "head"}
+    assert {(r["holdout"], r["seed"]) for r in records} == {("photo", seed) for seed in range(3)}
+    assert "Too few seeds" in texts(done)
+    assert sum("image/png" in o.get("data", {}) for o in done.cells[-1].outputs) == 1
 
 
 def test_the_committed_notebook_was_run_from_top_to_bottom():
