@@ -74,10 +74,14 @@ def _density(directory: Path, about: Mapping) -> Figure:
 
 
 def _block_forest(directory: Path, about: Mapping) -> Figure:
-    tables = {"own rate": "contrasts", "one rate": "contrasts_fixed_rate"}
-    found = {group: directory / f"{name}.csv" for group, name in tables.items()}
-    rows = [pd.read_csv(path).assign(group=group) for group, path in found.items() if path.is_file()]
-    return _forest_plot(pd.concat(rows), _title(about, rows[0]["n"].max()))
+    groups = {"own rate": "contrasts", "one rate": "contrasts_fixed_rate"}
+    found = {group: directory / f"{name}.csv" for group, name in groups.items()}
+    tables = {group: pd.read_csv(path) for group, path in found.items() if path.is_file()}
+    seeds = {group: table["n"].max() for group, table in tables.items()}
+    most = max(seeds.values())
+    words = {group: group if seeds[group] == most else f"{group} ({seeds[group]} seeds)" for group in tables}
+    rows = [table.assign(group=words[group]) for group, table in tables.items()]
+    return _forest_plot(pd.concat(rows), _title(about, most))
 
 
 def forest_figure(table: pd.DataFrame, run: Run) -> Figure:
