@@ -225,7 +225,11 @@ class BlockProtocol:
     def write(self) -> str:
         """Write tables (CSV) and ``report.txt``; returns the report."""
         tables = self.tables()
-        text = report(tables, self.run, [*self.studies.values(), *self.beyond_choosing()])
+        whole = [  # a study of each directory, of all seeds: for what failed
+            Study(self.run.beside(study.run.results, seeds=self.seeds[folder]), study.arms, records_only=True)
+            for folder, study in self.studies.items()
+        ]
+        text = report(tables, self.run, whole)
         write_report(self.results, tables, text)
         return text
 

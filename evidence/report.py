@@ -233,7 +233,7 @@ def _by_domain(table: pd.DataFrame) -> pd.DataFrame:
 
 def failures_shown(studies: Iterable[Study]) -> list[str]:
     """A line on the networks that failed, if any did."""
-    failures = [*dict.fromkeys(text for study in studies for text in study.failures())]  # some share networks
+    failures = [text for study in studies for text in study.failures()]
     return [f"{len(failures)} networks failed and are left out, first: {failures[0]}."] if failures else []
 
 

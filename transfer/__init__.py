@@ -1,6 +1,7 @@
 """How many layers of a trained network carry over to new classes: keep, freeze, draw anew or remove the rest.
 
-Figures are in `transfer.figures`, which imports matplotlib and is therefore not imported here.
+Figures are in `transfer.figures`, which imports matplotlib and is therefore not imported here. For those who look
+inside, `transfer.arms` says what an arm keeps, and `transfer.training` trains a stack of networks.
 """
 
 import storage  # noqa: F401 - first: it says if a module of another project hides one of this

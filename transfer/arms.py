@@ -123,13 +123,15 @@ def bits(arm: CutArm, start: Params | None, pretrained: Params, seed: int) -> tu
         for below in (kept, frozen)
     )
     if arm.kind in WEIGHT_WISE:
-        mask = _mask(arm, start, pretrained, [weight for weight, _ in layers], seed)
+        mask = _marked(arm, start, pretrained, [weight for weight, _ in layers], seed)
         keep, freeze = keep | mask, freeze | mask
     fresh = {name: torch.zeros_like(pretrained[name], dtype=torch.bool) for name in head}
     return keep | fresh, freeze | fresh
 
 
-def _mask(arm: CutArm, start: Params | None, pretrained: Params, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+def _marked(
+    arm: CutArm, start: Params | None, pretrained: Params, names: Sequence[str], seed: int
+) -> dict[str, Tensor]:
     """The weights that a weight-wise arm keeps: name -> bool."""
     final = [pretrained[name].flatten(1) for name in names]  # [out, in · kernel]
     size = sum(map(torch.numel, final))

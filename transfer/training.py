@@ -191,9 +191,10 @@ class SeenInputs:
     def _run(self, images: Tensor) -> Tensor:
         layers = layers_of(self.params)[: self.prefix]
         parts = images.split(piece(self.network, 0, 1))
-        maps = [part.contiguous(memory_format=torch.channels_last) for part in parts]
+        maps = [channels_last(part) for part in parts]
         for i, (weight, bias) in enumerate(layers):
-            maps = [convolve(self.network, part, i, self.params[weight], self.params[bias]) for part in maps]
+            given = i, channels_last(self.params[weight]), self.params[bias]
+            maps = [convolve(self.network, part, *given) for part in maps]
         return torch.cat(maps).contiguous()
 
 
@@ -246,9 +247,10 @@ class ConvStack:
         (seeds, arms), networks = self.shape, self.shape.numel()
         *convolutions, head = self.layers
         single = networks == 1 and convolutions
-        maps = inputs[0].contiguous(memory_format=torch.channels_last) if single else torch.cat(list(inputs), 1)
+        maps = channels_last(inputs[0]) if single else torch.cat(list(inputs), 1)
         for i, names in enumerate(convolutions):  # the arms of a repeat share their first input
             weight, bias = (self.trained[name][0].flatten(0, 2) for name in names)
+            weight = channels_last(weight) if single else weight
             maps = convolve(self.network, maps, self.prefix + i, weight, bias, networks if i else seeds)
         weight, bias = (self.trained[name][0] for name in head)
         flat = maps.reshape(len(maps), seeds, arms if convolutions else 1, -1).permute(1, 2, 0, 3)
