@@ -135,6 +135,8 @@ def transfer(options: argparse.Namespace) -> None:
     for sentence in study.left_out():
         print(sentence, flush=True)
     study.train()
+    if options.probes:
+        study.probe()
     print(f"\n{study.write()}", flush=True)
     if not options.no_figures:
         from transfer.figures import save_all
@@ -212,6 +214,7 @@ def figures(options: argparse.Namespace) -> None:
     import evidence.figures
     import field.figures
     import study.figures
+    import transfer.figures
     from engine import prepare_machine
     from features import get_features
     from storage import Results
@@ -226,6 +229,8 @@ def figures(options: argparse.Namespace) -> None:
     source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
     if (results.directory / "densities.csv").is_file() and (results.directory / "grid").is_dir():
         paths = evidence.figures.save_blocks(results.directory, **choice)
+    elif (results.directory / "letters.csv").is_file():
+        paths = transfer.figures.save_all(results.directory, **choice)
     elif (results.directory / "contrasts.csv").is_file():
         paths = evidence.figures.save_all(results.directory, **choice)
     elif compared:
@@ -319,6 +324,7 @@ def build_parser() -> Parser:
     add("--repeats", type=seeds, metavar="N", help="0 … N-1, or 5-9, or 0,3 (default 20; of the original, its own)")
     add("--updates", type=int, metavar="N", help="of fine-tuning, for every amount of data, likewise")
     add("--channels", type=int, metavar="N", help="of each convolution; the original has 64")
+    add("--probes", action="store_true", help="also measure what each layer of the pretrained networks holds")
     add("--pretrained", metavar="FILE", help="a network that all repeats start from, as the original saves them")
     add("--results-dir", metavar="DIR", help=f"default {config.RESULTS_DIR}/transfer/NAME")
     add("--overwrite", action="store_true", help="delete the results that are there first")

@@ -10,7 +10,7 @@ from evidence.diagnostics import domain_overlap, mask_density, seed_stability, z
 from evidence.docs import benchmark_tables, markdown_table, paragraph, results_tables, write_pages
 from evidence.linear_probe import kept_probe, linear_probe, probe_words
 from evidence.protocol import Protocol
-from evidence.report import family_shown
+from evidence.report import family_shown, interval, with_interval
 from evidence.statistics import bootstrap_interval, family, holm, seeds_needed, verdict, wilcoxon_p
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "family_shown",
     "family_table",
     "holm",
+    "interval",
     "kept_probe",
     "linear_probe",
     "markdown_table",
@@ -41,6 +42,7 @@ __all__ = [
     "sweep_table",
     "verdict",
     "wilcoxon_p",
+    "with_interval",
     "write_pages",
     "zero_importance",
 ]

@@ -125,7 +125,15 @@ def interval(row) -> str:
 
 def in_points(mean: float, low: float, high: float) -> str:
     """A mean and its interval, given as fractions, in points: "+0.97 [+0.65, +1.29]"."""
-    return f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]".replace("-", "−")
+    return with_interval(100 * mean, 100 * low, 100 * high)
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A signed number with its interval, if there is one: "+0.97 [+0.65, +1.29]"; "–" where it is not known."""
+    if pd.isna(value):
+        return "–"
+    between = "" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]"
+    return f"{value:+.2f}{between}".replace("-", "−")
 
 
 def summary(tables: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:

@@ -72,7 +72,8 @@ JSON = {
 # capital letter are of one length: S seeds, E epochs, D domains, P parts (in, out), C classes. "?" as above.
 CURVES = {"loss": "f SE", "validation_accuracy": "f SE", "failed": "i S"}
 ARRAYS = {
-    "weights/*": {"final.*": "f S*", "change.*?": "f S*", "failed?": "i S"},
+    "weights/* of blocks": {"final.*": "f S*", "change.*": "f S*", "failed?": "i S"},
+    "weights/*": {"final.*": "f S*", "failed?": "i S"},
     "histories/phase1_*": CURVES | {"train_accuracy": "f SE"},
     "histories/phase2_*": CURVES | {"train_accuracy": "f SE", "correct": "i SEDPC"},
     "histories/compare_*": CURVES | {"correct": "i SEDPC"},  # and what the method records
@@ -177,7 +178,7 @@ def _array_faults(file: str, arrays: Mapping[str, Tensor], header: Mapping) -> I
     seeds = arrays.get("seeds", torch.empty(0))
     if not 0 < seeds.numel() == seeds.unique().numel():
         yield "its seeds are missing, or one is there twice"
-    if file.startswith("importance/") and header.get("trained_blocks"):
+    if file.startswith(("importance/", "weights/")) and header.get("trained_blocks"):
         file += " of blocks"
     wanted = next((table for pattern, table in ARRAYS.items() if fnmatchcase(file, pattern)), {})
     wanted = {"seeds": "i S"} | wanted | {"*": "any S*"}

@@ -1,6 +1,7 @@
 """What several test files need: trees of images, a tiny random ViT in a local directory, a disk with little room."""
 
 import os
+import re
 import shutil
 import signal
 import zlib
@@ -136,3 +137,40 @@ def small_disk():
             signal.signal(signal.SIGXFSZ, handler)
 
     return limited
+
+
+@pytest.fixture
+def restored(monkeypatch, tmp_path):
+    """For tests of commands, which set constants of `config` and the number of threads: they are put back afterwards.
+
+    Nothing is cached outside `tmp_path`, and a commit meanwhile does not show in results.
+    """
+    import torch
+
+    import config
+
+    monkeypatch.setenv("GIT_DIR", os.devnull)
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "cache"))
+    constants, threads = {name: getattr(config, name) for name in config.names()}, torch.get_num_threads()
+    yield
+    config.apply(constants)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(restored, tmp_path, monkeypatch, capsys):
+    """Runs a command in `tmp_path`: (exit code, standard output, lines of standard error without progress bars)."""
+    from experiment import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse leaves this way
+            code = stop.code
+        printed, error = capsys.readouterr()
+        lines = [line for line in re.split(r"[\r\n]+", error) if line and not re.match(r"[\w -]+: +\d+%\|", line)]
+        return code, printed, lines
+
+    return call

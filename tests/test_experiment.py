@@ -12,12 +12,12 @@ import transformers
 
 import config
 from config import InputError
-from experiment import main
 from storage import Results, load_features
 from study import figures
 from tests.conftest import VIT, make_images, save_model
 from tests.factories import ROOT, everything, save_blobs
 
+pytestmark = pytest.mark.usefixtures("restored")
 SMALL = ["--set", "HIDDEN_SIZES=(6, 5, 4)", "--set", "PH1_NUM_EPOCHS=2", "--set", "PH2_NUM_EPOCHS=2", "--threads", "1"]
 
 
@@ -26,34 +26,6 @@ def feature_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("features") / "blobs.safetensors"
     save_blobs(path, per_cell=30)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch, tmp_path):
-    """Commands set constants of `config` and the number of threads; and a commit meanwhile would show in results."""
-    monkeypatch.setenv("GIT_DIR", os.devnull)
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "cache"))
-    constants, threads = {name: getattr(config, name) for name in config.names()}, torch.get_num_threads()
-    yield
-    config.apply(constants)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs a command in `tmp_path`: (exit code, standard output, lines of standard error without progress bars)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse leaves this way
-            code = stop.code
-        printed, error = capsys.readouterr()
-        lines = [line for line in re.split(r"[\r\n]+", error) if line and not re.match(r"[\w ]+: +\d+%\|", line)]
-        return code, printed, lines
-
-    return call
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
+from evidence import with_interval
 from storage import ranges
 from transfer.inference import NONINFERIORITY_MARGIN
 from transfer.statistics import FROZEN, GROUP, MEASURES, MOVED, ORIGINAL, SCRATCH, TRUNCATED, WEIGHT_BASELINES, share
@@ -54,19 +55,6 @@ def claims(tables: Tables) -> list[str]:
         for name, maker in makers.items()
         if name in own and (sentence := maker(own[name]))
     ]
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """A signed number with its interval, if there is one: "+0.97 [+0.65, +1.29]"."""
-    if pd.isna(value):
-        return "–"
-    interval = "" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]"
-    return f"{value:+.2f}{interval}".replace("-", "−")
-
-
-def in_points(row) -> str:
-    """Mean and interval of a row, given as fractions, in points."""
-    return with_interval(100 * row.mean, 100 * row.low, 100 * row.high)
 
 
 def places(rows: pd.DataFrame) -> str:

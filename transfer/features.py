@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ class FeatureNetworks:
     """Networks of `FeedforwardClassifier`, see `networks.Networks`."""
 
     hidden_sizes: tuple[int, ...]
+    convolutional: ClassVar[bool] = False
 
     @property
     def depth(self) -> int:

@@ -15,6 +15,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from study import MARGIN
 from transfer.claims import studies, updates_words
 from transfer.inference import LEVEL
+from transfer.probe_figures import all_figures as probe_figures
+from transfer.probes import read_probes
 from transfer.report import read
 from transfer.statistics import FINETUNE, FROZEN, MEASURES, SCRATCH, WEIGHT_BASELINES, share
 from visualization import (
@@ -46,12 +48,13 @@ def all_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figur
 
     boxes (accuracy by cut at each amount of data), heatmap (means, and minus scratch), budget (minus scratch against
     amount, after few and after all updates), best (which cut is best under the bootstrap), weights (forest plot of the
-    second family).
+    second family); and, where layers were probed, those of `probe_figures.all_figures`.
 
     Raises:
         InputError: the directory holds no transfer study.
     """
-    for title, own in studies(read(directory)):
+    tables, probes = read(directory), read_probes(directory)
+    for title, own in studies(tables):
         name = re.sub(r"\W+", "_", title.removesuffix(" protocol")).strip("_")
         makers = {"boxes": boxes_figure, "heatmap": heatmap_figure, "best": best_figure, "budget": budget_figure}
         if "letters" in own and "contrasts" in own:
@@ -59,6 +62,8 @@ def all_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figur
                 yield f"{kind}_{name}", partial(maker, own, title)
         if "weights" in own:
             yield f"weights_{name}", partial(weights_figure, own, title)
+    if probes is not None:
+        yield from probe_figures(probes, tables["runs"])
 
 
 def save_all(directory: str | Path, only: Sequence[str] | None = None, format: str = "png") -> list[Path]:

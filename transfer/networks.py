@@ -6,7 +6,7 @@ how a stack of them is trained. `features` has the other kind.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Networks(Protocol):
     """What `TransferStudy` needs of a kind of network."""
 
     depth: int  # hidden layers, and so the largest cut
+    convolutional: bool  # whether its layers can be probed, see `probes`
 
     def facts(self) -> dict[str, object]:
         """Settings that describe it, by the names of the constants."""
@@ -53,6 +54,7 @@ class ConvNetworks:
 
     channels: int = 16
     depth: int = 6
+    convolutional: ClassVar[bool] = True
 
     def facts(self) -> dict[str, object]:
         """See `Networks`."""

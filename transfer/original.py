@@ -10,8 +10,8 @@ The original draws everything from PyTorch's global generator, seeded with the n
 then, seeded again, the fresh layers, and what its data loaders draw in every epoch. A function here does the same, as
 the installed PyTorch's data loaders draw, and leaves the generator as it was. Which images share a batch does not
 matter while a subset fills no more than one, up to 10 % of MNIST: there its published accuracies come out exactly.
-Beyond that, batches differ from those of the older PyTorch that it used: at 50 % and cut 6 accuracies of single
-repeats then differ by up to 0.13 points.
+Beyond that, batches are drawn in another order than its own, and why is not known (its PyTorch was an older one): at
+50 % and cut 6 accuracies of single repeats then differ by up to 0.13 points.
 """
 
 import copy

@@ -275,7 +275,7 @@ def probe_layers(
     kinds = {PRETRAINED: networks, UNTRAINED: untrained, FINETUNED: finetuned}
     kinds = {kind: some for kind, some in kinds.items() if len(some)}
     units = [dict(zip(kinds, each, strict=True)) for each in zip(*kinds.values(), strict=True)]
-    kept, quiet = _read(path), {} if progress else {"disable": True}
+    kept, quiet = _kept(path), {} if progress else {"disable": True}
     with tqdm(total=len(units) * (len(kinds) + 1), desc="Layer probes", unit="network", **quiet) as bar:
         for repeat, unit in zip(repeats, units, strict=True):
             images = _images(examples, classes, per_class, repeat)
@@ -294,8 +294,18 @@ def probe_layers(
     return found[[*COLUMNS]].reset_index(drop=True)
 
 
-def _read(path: str | Path | None) -> pd.DataFrame:
-    """The rows that were kept."""
+def read_probes(directory: str | Path) -> pd.DataFrame | None:
+    """What `probe_layers` has kept in a results directory (`FILE`), of all tasks; None where there is nothing.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = Path(directory) / FILE
+    return _kept(path)[[*COLUMNS]] if path.is_file() else None
+
+
+def _kept(path: str | Path | None) -> pd.DataFrame:
+    """The rows that were kept, with their keys."""
     types = COLUMNS | {KEY: str}
     if path is None or not Path(path).is_file():
         return pd.DataFrame(columns=[*types]).astype(types)

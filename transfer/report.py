@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from config import InputError
+from evidence import interval, with_interval
 from storage import atomic_write
 from study import FEWEST_SEEDS
-from transfer.claims import cautions, claims, in_points, studies, updates_words, with_interval
+from transfer.claims import cautions, claims, studies, updates_words
 from transfer.inference import LEVEL, NONINFERIORITY_MARGIN
 from transfer.statistics import label, share, tables
 
@@ -79,7 +80,9 @@ def read(directory: str | Path) -> dict[str, pd.DataFrame]:
 def report(tables: Mapping[str, pd.DataFrame], about: Mapping[str, object]) -> str:
     """The whole report as text; arguments as in `write`, with the tables computed."""
     lines = ["How many layers of a trained network carry over, and for how much data?", ""]
-    lines += [f"{words}: {value}" for words, value in about.items() if words not in FACTS]
+    for words, value in about.items():
+        if words not in FACTS:
+            lines += _wrapped(f"{words}: {value}")
     lines.append("")
     for sentence in [*claims(tables), *cautions(tables, about.get("chance") or {})]:
         lines += _wrapped(sentence)
@@ -160,7 +163,7 @@ def accuracy_shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 def contrasts_shown(table: pd.DataFrame) -> pd.DataFrame:
     """A family of `inference.paired_family`: contrast × amount, with marks as in the explanation."""
-    cells = [f"{in_points(row)}{mark(row)}" for row in table.itertuples()]
+    cells = [f"{interval(row)}{mark(row)}" for row in table.itertuples()]
     names = table["contrast"].str.rsplit(", ", n=1).str[0]
     return _wide(table.assign(row=names), ["row"], cells)
 
@@ -176,7 +179,7 @@ def truncation_shown(table: pd.DataFrame) -> pd.DataFrame:
     ends = [
         next((end for start, end in words.items() if verdict.startswith(start)), "") for verdict in table["noninferior"]
     ]
-    cells = [f"{in_points(row)}{mark(row)}{end}" for row, end in zip(table.itertuples(), ends, strict=True)]
+    cells = [f"{interval(row)}{mark(row)}{end}" for row, end in zip(table.itertuples(), ends, strict=True)]
     return _wide(table.assign(row=table["contrast"].str.rsplit(", ", n=1).str[0]), ["row"], cells)
 
 
@@ -230,4 +233,4 @@ def correlations_shown(table: pd.DataFrame) -> pd.DataFrame:
 def differences_shown(rows: pd.DataFrame) -> pd.DataFrame:
     """Arms × amounts of one checkpoint of `statistics.differences`."""
     arms = [label(row.arm, row.cut) for row in rows.itertuples()]
-    return _wide(rows.assign(row=arms), ["row"], [in_points(row) for row in rows.itertuples()])
+    return _wide(rows.assign(row=arms), ["row"], [interval(row) for row in rows.itertuples()])

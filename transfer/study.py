@@ -9,6 +9,7 @@ The study is resumable: it trains what its results directory does not hold yet, 
 repeats), and each unit is on disk before the next begins.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from transfer import report
 from transfer.arms import NEED_START, CutArm, bits, layers_of, start_of
 from transfer.images import Examples, Task, nested_rows
 from transfer.networks import Networks
+from transfer.probes import FILE, probe_layers, read_probes
 from transfer.tables import long_table
 from transfer.training import CACHE_BYTES, draw_batches, draw_start
 
@@ -348,6 +350,24 @@ class TransferStudy:
             record[name] = None if bad else {str(k): float(v) for k, v in zip(steps, values, strict=True)}
         return {"key": key_of(self.facts["fingerprint"], identity), **record}
 
+    def probe(self) -> None:
+        """Measure what each layer of the pretrained networks holds and keep it, see `probes.probe_layers`.
+
+        Raises:
+            InputError: the networks are not convolutional, or were not pretrained here.
+        """
+        if self.pretrained is not None or self.settings.protocol != "updates" or not self.networks.convolutional:
+            raise InputError("Layers are probed of CNNs that are pretrained here: leave --probes out.")
+        for task in self.tasks:
+            known, outline = self.networks_of(task), self.networks.outline(self.pretraining(task))
+            repeats = [repeat for repeat in self.repeats if repeat in known]
+            untrained, final = zip(*(known[repeat] for repeat in repeats), strict=True)
+            made = [[filled(outline, params) for params in some] for some in (final, untrained)]
+            names = [task.target.class_names[c] for c in task.target_classes]
+            where = {"repeats": repeats, "task": task.name, "path": self.results.directory / FILE}
+            with self.results:
+                probe_layers(*made, self.finetuning(task), names, **where, progress=self.execution.progress)
+
     def records(self) -> list[dict]:
         """What is on disk of these tasks, arms, amounts and repeats."""
         arms, tasks = {(arm.kind, arm.cut) for arm in self.arms}, {task.name for task in self.tasks}
@@ -367,7 +387,8 @@ class TransferStudy:
     def write(self) -> str:
         """Write the report and its tables, of everything that the directory holds; returns the report."""
         with self.results:
-            return report.write(self.results.directory, self.table(), self.about())
+            directory = self.results.directory
+            return report.write(directory, self.table(), self.about(), read_probes(directory))
 
     def about(self) -> dict[str, object]:
         """What the study is, for the report: words -> value; "chance" and "depth" by task are for its computations."""
@@ -385,6 +406,13 @@ class TransferStudy:
                 lines[f"Pretrained accuracy of {task.name}"] = f"{spread} on the test images of its own classes"
         depth = {task.name: self.networks.depth for task in self.tasks}
         return lines | {"Settings": settings, "chance": chance, "depth": depth}
+
+
+def filled(outline: torch.nn.Module, params: Params) -> torch.nn.Module:
+    """A network with these parameters, on the CPU."""
+    network = copy.deepcopy(outline).to_empty(device="cpu")
+    network.load_state_dict(params)
+    return network
 
 
 def beginning(

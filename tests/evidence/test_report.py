@@ -50,7 +50,7 @@ def test_what_more_training_changes_in_a_sentence():
     text = length_sentence(held_out, sources, (10, 30))
     low, high = (f"{x:+.2f}".replace("-", "−") for x in stats.t.interval(0.95, 1, -2, 1))
     assert f"(points): erm −2.00 [{low}, {high}] on the held-out domains, +2.00 [+2.00, +2.00] on the sources'" in text
-    assert "importance +0.00 [+nan, +nan] on the held-out domains" in text
+    assert "importance +0.00 on the held-out domains" in text  # of one seed there is no interval
 
 
 def test_overlap_between_starts_in_a_sentence():

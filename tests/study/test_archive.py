@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from config import InputError, Settings
@@ -119,6 +120,13 @@ def test_weights_of_blocks_are_kept_as_changes_of_the_pretrained_ones(tmp_path):
             torch.testing.assert_close(moved, arrays[f"change.{weights}"], rtol=0, atol=1e-7)
         right = archive.phase2("photo", name).history["correct"][:, -1, 1].sum((-1, -2))  # of photo
         assert confusion(study.run, "photo", name).trace() == right.sum()
+    old = {name: value for name, value in arrays.items() if not name.startswith("change.")}  # an earlier version's
+    path = tmp_path / "weights" / "phase2_photo_head.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file(old, path, metadata=header)
+    with pytest.raises(InputError, match=r"lacks change\."):
+        Study(make_run(features, tmp_path, **options), [ERM, Arm("head")]).train()
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import config
 import experiment
 from config import InputError
 from storage import Results
@@ -232,8 +231,8 @@ def test_nothing_to_export(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_commands(tmp_path, study, capsys, monkeypatch):
-    monkeypatch.setattr(config, "RESULTS_DIR", config.RESULTS_DIR)  # which the command sets
+@pytest.mark.usefixtures("restored")
+def test_commands(tmp_path, study, capsys):
     out, report = str(tmp_path / "out"), tmp_path / "report"
     assert experiment.main(["export-original", out, "--results-dir", str(study.results.directory)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4

@@ -1,43 +1,24 @@
 """The command `transfer`: defaults of a task, options, and the one sentence about bad input."""
 
-import os
-import re
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 
 import config
 from config import InputError
-from experiment import main
 from storage import Results
 from tests.factories import everything, save_blobs
 from transfer import KINDS, ConvClassifier, OriginalStudy, make_study
 
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch):
-    """Commands set constants of `config` and the number of threads; and a commit meanwhile would show in results."""
-    monkeypatch.setenv("GIT_DIR", os.devnull)
-    constants, threads = {name: getattr(config, name) for name in config.names()}, torch.get_num_threads()
-    yield
-    config.apply(constants)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 @pytest.fixture
-def transfer(tmp_path, monkeypatch, capsys):
-    """Runs the command in `tmp_path`: (exit code, standard output, lines of standard error without progress bars)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        try:
-            code = main(["transfer", *map(str, arguments)])
-        except SystemExit as stop:  # argparse leaves this way
-            code = stop.code
-        printed, error = capsys.readouterr()
-        return code, printed, [x for x in re.split(r"[\r\n]+", error) if x and not re.match(r"[\w-]+: +\d+%\|", x)]
-
-    return call
+def transfer(command):
+    """Runs the command: options -> as `command`."""
+    return partial(command, "transfer")
 
 
 @pytest.fixture
@@ -68,10 +49,34 @@ def test_the_command_trains_and_reports_and_again_writes_the_same(transfer, tmp_
     assert transfer(*options, "--updates", 5, "--overwrite")[0] == 0
 
 
-def test_figures_are_drawn_of_what_was_trained(transfer, tmp_path):
+def test_figures_are_drawn_of_what_was_trained(transfer, command, tmp_path):
     options = (*SHORT, "--arms", "scratch,frozen", "--cuts", "0,3", "--amounts", "10%", "--results-dir", "out")
     assert transfer(*options)[0] == 0
-    assert list((tmp_path / "out").rglob("*.png"))
+    drawn = {path.name for path in (tmp_path / "out").rglob("*.png")}
+    assert "boxes_digits.png" in drawn
+    assert "layers_digits.png" not in drawn
+    assert transfer(*options, "--probes")[0] == 0
+    assert {path.name for path in (tmp_path / "out").rglob("*.png")} - drawn >= {
+        "layers_digits.png",
+        "ranks_digits.png",
+    }
+    code, printed, error = command("figures", "--results-dir", "out", "--only", "boxes", "--format", "svg")
+    assert (code, printed.split(), error) == (0, ["out/boxes_digits.svg"], [])
+
+
+def test_layers_are_probed_once_and_the_claim_about_them_is_stated(transfer, tmp_path):
+    options = (*SHORT, "--arms", "scratch,frozen", "--cuts", "0,2,4,6", "--amounts", "10%", "--no-figures")
+    assert "ARI points at" not in transfer(*options)[1]
+    code, printed, error = transfer(*options, "--probes")
+    assert (code, error) == (0, [])
+    assert "ARI points at" in printed
+    out = tmp_path / "results" / "transfer" / "digits"
+    probes = pd.read_csv(out / "layer_probes.csv")
+    assert {*probes["network"]} == {"pixels", "untrained", "pretrained"}
+    assert {*probes["repeat"]} == {0, 1}
+    before = everything(out)
+    assert transfer(*options) == (0, printed, [])  # what was probed stays in the report
+    assert everything(out) == before
 
 
 def test_defaults_are_those_that_suit_the_task(tmp_path):
@@ -147,6 +152,7 @@ def test_bad_input_is_named(transfer, tmp_path, options, named):
     assert not list(tmp_path.rglob("records.jsonl"))
 
 
-def test_other_commands_do_not_take_settings_of_this_one(capsys):
-    assert main(["run", "--set", "TRANSFER_UPDATES=5"]) == 2
-    assert "TRANSFER_UPDATES" in capsys.readouterr().err
+def test_other_commands_do_not_take_settings_of_this_one(command):
+    code, _, (sentence,) = command("run", "--set", "TRANSFER_UPDATES=5")
+    assert code == 2
+    assert "TRANSFER_UPDATES" in sentence
