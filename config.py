@@ -41,7 +41,9 @@ PH1_DATA: str = "all"  # "all" images of a domain, or "in" for its training spli
 
 # Importance and masks
 IMPORTANCE_THRESHOLD_PERCENTILE: float = 60.0  # per cent of the tracked weights KEPT as important
+IMPORTANCE_CRITERION: str = "movement"  # what makes a weight important: see importance.CRITERIA
 IMPORTANCE_AGGREGATION: str = "sum"  # over source domains: see importance.AGGREGATIONS
+MASK_SCOPE: str = "global"  # the most important weights of all matrices together, or of each "layer" or "row"
 
 # Phase 2: training with the important weights favoured
 PH2_NUM_EPOCHS: int = 10
@@ -79,6 +81,11 @@ THREADS: int | None = None  # CPU threads; None = one to train, all to extract f
 RESULTS_DIR: str = "results"
 
 AGGREGATIONS = ("sum", "mean", "max", "min", "union", "intersection", "normalized_sum")
+CRITERIA = ("movement", "signed", "agree", "consensus", "magnitude", "gradient", "joint", "snip", "taylor", "fisher")
+CRITERIA += ("path",)
+AGGREGATED = ("movement", "taylor", "fisher", "path")  # criteria of each domain by itself; the others compare domains
+SCOPES = ("global", "layer", "row")
+ADDED_LATER = {"IMPORTANCE_CRITERION": "movement", "MASK_SCOPE": "global"}  # what held before there was the setting
 
 
 class InputError(ValueError):
@@ -230,7 +237,9 @@ RULES = (  # other settings, what they must do, and whether a value does
     (("PH1_DATA", "BLOCK_PH1_DATA"), "be 'all' or 'in'", lambda part: part in ("all", "in")),
     (("PH2_INIT",), "be 'fresh' or 'phase1'", lambda start: start in ("fresh", "phase1")),
     (("HEAD_START",), "be 'probe' or 'random'", lambda start: start in ("probe", "random")),
+    (("IMPORTANCE_CRITERION",), f"be one of {', '.join(CRITERIA)}", lambda criterion: criterion in CRITERIA),
     (("IMPORTANCE_AGGREGATION",), f"be one of {', '.join(AGGREGATIONS)}", lambda method: method in AGGREGATIONS),
+    (("MASK_SCOPE",), f"be one of {', '.join(SCOPES)}", lambda scope: scope in SCOPES),
     (("RESULTS_DIR",), "name a directory", str.strip),
 )
 
@@ -271,6 +280,8 @@ class Settings:
     ph2_lr_decay_rate: float
     ph2_freeze_epoch: int
     ph2_init: str
+    importance_criterion: str
+    mask_scope: str
 
     @classmethod
     def current(cls, **overrides) -> "Settings":
@@ -287,7 +298,8 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "Settings":
-        """The settings that `as_dict` has written; what it does not say is as the constants say."""
+        """The settings that `as_dict` has written; what else it does not say is as the constants say."""
+        values = ADDED_LATER | values
         kind = BlockSettings if values.get("TRAINED_BLOCKS") else Settings
         constants = {field.name: kind.constant(field.name) for field in fields(kind)}  # one may be of several fields
         known = {field: values[constant] for field, constant in constants.items() if constant in values}
@@ -303,10 +315,20 @@ class Settings:
             name = self.constant(field.name)
             object.__setattr__(self, field.name, _coerce(name, getattr(self, field.name), _declared(name)))
             check(name, getattr(self, field.name))
+        if self.importance_criterion not in AGGREGATED and self.importance_aggregation != "sum":
+            raise InputError(
+                f"IMPORTANCE_AGGREGATION has no effect with IMPORTANCE_CRITERION = '{self.importance_criterion}', "
+                "which compares the domains itself: leave it at 'sum'."
+            )
 
     def as_dict(self) -> dict[str, object]:
-        """Settings by the constants' names, ready for JSON."""
+        """Settings by the constants' names, ready for JSON.
+
+        A setting of `ADDED_LATER` is left out where nothing differs from what was done before, so that results of that
+        time are found again.
+        """
         values = {self.constant(name): value for name, value in asdict(self).items()}
+        values = {name: value for name, value in values.items() if (name, value) not in ADDED_LATER.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property

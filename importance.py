@@ -2,14 +2,15 @@
 
 In the order of use: `weight_importance` of each domain, `aggregate` over domains, `normalize`, `top_k_mask`; then, in
 Phase 2, `unimportant_rate` of the epoch, `weight_rates`, and `step_with_rates`, which scales each weight's update.
-All work on one network or on a stack of networks.
+All work on one network or on a stack of networks. `score_weights` takes the place of the first two for any criterion
+of `CRITERIA`.
 
 *Layers* are the tracked weight matrices of a network: a sequence of L tensors, each ``[out, in]`` for a single
 network or ``[*stack, out, in]`` for a stack (``[S, out, in]`` for S seeds, for instance). Shapes may differ from
 layer to layer, the leading axes may not. Every function treats all matrices of a network *together*, as n numbers.
 
-The criterion is the distance moved, ``|w_final − w_start|`` (this project's own; "movement pruning", Sanh et al. 2020,
-scores weights by Σ −g·w instead). An importance that is all equal or not finite does not rank the weights: for a
+The criterion of the project is the distance moved, ``|w_final − w_start|`` (its own; "movement pruning", Sanh et al.
+2020, scores weights by Σ −g·w instead). An importance that is all equal or not finite does not rank the weights: for a
 single network it raises `DegenerateImportanceError`; in a stack the result of that network is NaN (numbers) or all
 False (masks), and `degenerate` marks such networks.
 
@@ -17,12 +18,16 @@ This module needs torch alone.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Layers = Sequence[Tensor]
+Evidence = Mapping[str, Tensor]  # name -> [domains, *stack, n], see `Criterion`
+PATH_DAMPING = 0.1  # ξ of Synaptic Intelligence (Zenke et al., ICML 2017, eq. 5)
+SCOPES = ("global", "layer", "row")  # where a mask's weights compete, see `top_k_mask`
 
 
 class DegenerateImportanceError(ValueError):
@@ -111,13 +116,135 @@ def aggregate(importances: Mapping[str, Layers] | Sequence[Layers], method: str 
         ValueError: no domain, an unknown method, or domains of different shapes.
     """
     domains = list(importances.values()) if isinstance(importances, Mapping) else list(importances)
+    return unflatten(_known_aggregation(method)(_stacked(domains)), domains[0])
+
+
+def _stacked(domains: Sequence[Layers]) -> Tensor:
+    """Layers of several domains as numbers: ``[domains, *stack, n]``."""
     if not domains:
         raise ValueError("There is no domain to aggregate over.")
-    if method not in AGGREGATIONS:
-        raise ValueError(f"There is no aggregation '{method}'; known are {', '.join(AGGREGATIONS)}.")
     if any([w.shape for w in layers] != [w.shape for w in domains[0]] for layers in domains):
         raise ValueError("All domains must have layers of the same shapes.")
-    return unflatten(AGGREGATIONS[method](torch.stack([flatten(layers) for layers in domains])), domains[0])
+    return torch.stack([flatten(layers) for layers in domains])
+
+
+def _known_aggregation(method: str) -> Callable[[Tensor], Tensor]:
+    if method not in AGGREGATIONS:
+        raise ValueError(f"There is no aggregation '{method}'; known are {', '.join(AGGREGATIONS)}.")
+    return AGGREGATIONS[method]
+
+
+class Criterion(NamedTuple):
+    """What makes a weight important. Everything it needs is measured per source domain in Phase 1.
+
+    Evidence, by name, per domain and weight:
+        start: w₀, where Phase 1 begins. change: w_final − w₀. distance: its absolute value.
+        gradient: of the domain's mean loss at w₀. end_gradient: the same at w_final.
+        squared_gradient: mean over the domain's images of the *squared* gradient of a single image's loss at w₀. (The
+        square of the mean gradient is something else, and much smaller.)
+        path: Σ −g·Δw over the steps of Phase 1, g being the gradient of the batch.
+
+    Attributes:
+        needs: names of its evidence.
+        score: (evidence, share marked in [0, 1]) -> scores ``[*stack, n]`` where it `compares`, else importances of the
+            single domains, ``[domains, *stack, n]``.
+        meaning: one line.
+        compares: it compares the domains itself; False: `aggregate` is what combines them.
+    """
+
+    needs: tuple[str, ...]
+    score: Callable[[Evidence, float], Tensor]
+    meaning: str
+    compares: bool = True
+
+
+def _agreement(domains: Tensor) -> Tensor:
+    """``min_d |x_d|`` where all signs agree; where they do not, minus the most that the weaker side goes against it.
+
+    In one formula ``max(min_d x_d, −max_d x_d)``: above 0 exactly where all domains have one (strict) sign, and lower
+    the more they are at odds, so that a mask larger than the agreement goes on with the least conflict.
+    """
+    return torch.maximum(domains.amin(0), -domains.amax(0))
+
+
+def _consensus(evidence: Evidence, share: float) -> Tensor:
+    """Number of domains in whose own top share a weight lies; equal numbers are ordered by the summed distance."""
+    distance = evidence["distance"]
+    k = mask_size(distance.shape[-1], 100 * share)
+    best = distance.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    chosen = torch.zeros_like(distance, dtype=_wide(distance)).scatter_(-1, best, 1.0).sum(0)
+    return chosen + _rank(distance.sum(0)) / 2
+
+
+CRITERIA: Mapping[str, Criterion] = {
+    "movement": Criterion(
+        ("distance",), lambda e, _: e["distance"], "|Δ_d|, the distance moved: the project's own", False
+    ),
+    "signed": Criterion(("change",), lambda e, _: e["change"].sum(0).abs(), "|Σ_d Δ_d|: opposite moves cancel"),
+    "agree": Criterion(("change",), lambda e, _: _agreement(e["change"]), "min_d |Δ_d| where all moves have one sign"),
+    "consensus": Criterion(
+        ("distance",), _consensus, "in how many domains' own top share it lies (TALL masks, Wang et al., ICML 2024)"
+    ),
+    "magnitude": Criterion(("start",), lambda e, _: e["start"][0].abs(), "|w₀| (Han et al., NeurIPS 2015)"),
+    "gradient": Criterion(
+        ("gradient",),
+        lambda e, _: e["gradient"].mean(0).abs(),
+        "|mean_d ḡ_d| at w₀, every domain counting the same (SAFT, arXiv 2407.03036)",
+    ),
+    "joint": Criterion(
+        ("gradient",),
+        lambda e, _: _agreement(e["gradient"]),
+        "min_d |ḡ_d| at w₀ where all gradients have one sign (JPS, arXiv 2508.16976)",
+    ),
+    "snip": Criterion(
+        ("gradient", "start"),
+        lambda e, _: (e["gradient"].mean(0) * e["start"][0]).abs(),
+        "|ḡ·w₀|, what leaving the weight out would do to the loss at the start (SNIP, Lee et al., ICLR 2019)",
+    ),
+    "taylor": Criterion(
+        ("end_gradient", "start", "change"),
+        lambda e, _: (e["end_gradient"] * (e["start"] + e["change"])).abs(),
+        "|ḡ_d·w|, the same at the end of Phase 1 (Molchanov et al., CVPR 2019)",
+        compares=False,
+    ),
+    "fisher": Criterion(
+        ("squared_gradient",),
+        lambda e, _: e["squared_gradient"],
+        "mean squared gradient of single images at w₀ (FISH mask, Sung et al., NeurIPS 2021)",
+        compares=False,
+    ),
+    "path": Criterion(
+        ("path", "distance"),
+        lambda e, _: e["path"].clamp(min=0) / (e["distance"] ** 2 + PATH_DAMPING),
+        "Σ −g·Δw along Phase 1 / (Δ² + 0.1) (Synaptic Intelligence, Zenke et al., ICML 2017, eq. 3 to 5)",
+        compares=False,
+    ),
+}
+
+
+def score_weights(
+    criterion: str, evidence: Mapping[str, Mapping[str, Layers]], aggregation: str = "sum", percent: float = 60.0
+) -> list[Tensor]:
+    """One score per weight by any criterion, for `top_k_mask`.
+
+    Args:
+        criterion: a name of `CRITERIA`.
+        evidence: source domain -> name -> layers, see `Criterion`.
+        aggregation: of a criterion that scores each domain by itself, see `aggregate`; of no effect on the others.
+        percent: that is going to be marked.
+
+    Raises:
+        ValueError: an unknown criterion or aggregation, no domain, or evidence that is missing or of other shapes.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"There is no criterion '{criterion}'; known are {', '.join(CRITERIA)}.")
+    needs, score, _, compares = CRITERIA[criterion]
+    for domain, own in evidence.items():
+        if missing := [name for name in needs if name not in own]:
+            raise ValueError(f"The criterion '{criterion}' needs '{missing[0]}' of the domain '{domain}'.")
+    scores = score({name: _stacked([own[name] for own in evidence.values()]) for name in needs}, percent / 100)
+    like = next(iter(evidence.values()))[needs[0]]
+    return unflatten(scores if compares else _known_aggregation(aggregation)(scores), like)
 
 
 def normalize(scores: Layers) -> list[Tensor]:
@@ -143,24 +270,39 @@ def mask_size(n: int, percent: float) -> int:
     return math.floor(percent * n / 100 + 0.5)
 
 
-def top_k_mask(scores: Layers, percent: float = 60.0) -> list[Tensor]:
-    """Mark exactly the k highest scores over all layers together (``k = mask_size(n, percent)``).
+def top_k_mask(scores: Layers, percent: float = 60.0, scope: str = "global") -> list[Tensor]:
+    """Mark exactly the k highest scores among the n weights that compete (``k = mask_size(n, percent)``).
 
     Equal scores are taken in order of position (earlier layer, row, column first), the same on every machine.
+
+    Args:
+        percent: of the weights that are marked.
+        scope: which weights compete: "global", all of a network; "layer", those of each matrix; "row", the incoming
+            weights of each unit, so that no unit goes without (GPS, Zhang et al., CVPR 2024).
 
     Returns:
         Bool layers of the same shapes, True = important.
 
     Raises:
         DegenerateImportanceError: one network, all equal or not finite. (In a stack: all False for that network.)
-        ValueError: `percent` is not in 0 … 100.
+        ValueError: `percent` is not in 0 … 100, or an unknown scope.
     """
+    if scope not in SCOPES:
+        raise ValueError(f"There is no scope '{scope}'; known are {', '.join(SCOPES)}.")
     bad = _require_informative(scores)
-    flat = flatten(scores)
-    k = mask_size(flat.shape[-1], percent)
-    best = flat.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True)
-    return unflatten(mask & ~bad.unsqueeze(-1), scores)
+    if scope == "global":
+        marked = unflatten(_top(flatten(scores), percent), scores)
+    elif scope == "layer":
+        marked = [_top(layer.flatten(-2), percent).view(layer.shape) for layer in scores]
+    else:
+        marked = [_top(layer, percent) for layer in scores]
+    return [layer & ~bad[..., None, None] for layer in marked]
+
+
+def _top(values: Tensor, percent: float) -> Tensor:
+    """The highest so many per cent of the last axis: bool, of the same shape."""
+    best = values.argsort(dim=-1, descending=True, stable=True)[..., : mask_size(values.shape[-1], percent)]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def unimportant_rate(epoch: int, start: float, decay: float, freeze_epoch: int) -> float:

@@ -6,15 +6,26 @@ matrix means the same unit in each of them, and their importances can be added.
 `train_network` trains one network with a plain loop. `train_domain` is Phase 1 for all seeds.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import Settings
-from engine import BatchOrder, Params, SplitFeatures, accuracies, make_engine, network_start, raise_failure, train
+from engine import (
+    BatchOrder,
+    Params,
+    PathRecorder,
+    SplitFeatures,
+    accuracies,
+    loss_gradients,
+    make_engine,
+    network_start,
+    raise_failure,
+    train,
+)
 from importance import degenerate, step_with_rates, weight_importance
 
 
@@ -56,6 +67,12 @@ class DomainNetworks:
     validation_accuracy: Tensor  # on the domain's `out` split, [S, E]
     importance: list[Tensor]  # distance that each tracked weight moved, L × [S, out, in]
     failed: Tensor  # [S], epoch (from 1) whose loss was not finite; 0 = none; -1 = importance all equal or not finite
+    measured: dict[str, list[Tensor]] = field(default_factory=dict)  # what else was asked for, see `evidence`
+
+    @property
+    def evidence(self) -> dict[str, list[Tensor]]:
+        """What a criterion may judge weights by, name -> L × ``[S, out, in]``: "distance", and what was asked for."""
+        return {"distance": self.importance} | self.measured
 
 
 def train_domain(
@@ -64,6 +81,7 @@ def train_domain(
     seeds: Sequence[int],
     settings: Settings,
     *,
+    evidence: Collection[str] = (),
     strict: bool | None = None,
     every_epoch: bool = True,
     threads: int = 1,
@@ -73,6 +91,7 @@ def train_domain(
 
     Args:
         settings: epochs, learning rate, and `PH1_DATA`: all images of the domain, or its `in` split only.
+        evidence: names of what the criterion needs, see `importance.Criterion`; measured on the same images.
         strict: raise for the first failed network; None = only if there is a single seed.
         every_epoch, threads, on_epoch: see `engine.train`.
 
@@ -82,7 +101,10 @@ def train_domain(
     network, rate = data.network(settings.hidden_sizes), settings.ph1_learning_rate
     start = network_start(data, seeds, "start", settings, [domain], settings.ph1_data)
     engine = make_engine(data, settings, {name: value[:, None] for name, value in start.items()}, rate, [rate])
-    order = BatchOrder(seeds, f"phase1/{domain}", data.rows([domain], settings.ph1_data, seeds), settings.batch_size)
+    if "path" in evidence:
+        engine = PathRecorder(engine, network.tracked_names)
+    rows = data.rows([domain], settings.ph1_data, seeds)
+    order = BatchOrder(seeds, f"phase1/{domain}", rows, settings.batch_size)
     options = {"every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
     trained = train(data, engine, seeds, order, settings.ph1_num_epochs, **options)
     final = {name: value[:, 0].cpu() for name, value in trained.params.items()}
@@ -93,4 +115,28 @@ def train_domain(
         raise_failure(failed, seeds, f"Phase 1, domain {domain}")
     validation = accuracies(trained.correct, data.totals)["out"][..., data.domain_names.index(domain)]
     curves = (curve[:, 0].cpu() for curve in (trained.loss, trained.train_accuracy, validation))
-    return DomainNetworks(domain, tuple(seeds), start, final, *curves, importance, failed)
+    measured = _measured(data, settings, start, final, rows, {*evidence} - {"distance", "path"})
+    if "path" in evidence:
+        measured["path"] = [value[:, 0].cpu() for value in engine.path.values()]
+    return DomainNetworks(domain, tuple(seeds), start, final, *curves, importance, failed, measured)
+
+
+def _measured(
+    data: SplitFeatures, settings: Settings, start: Params, final: Params, rows: Tensor, names: Collection[str]
+) -> dict[str, list[Tensor]]:
+    """Evidence of trained networks, by name, see `importance.Criterion`.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    tracked, sizes = data.network(settings.hidden_sizes).tracked, settings.hidden_sizes
+    measures = {
+        "start": lambda: tracked(start),
+        "change": lambda: [after - before for before, after in zip(tracked(start), tracked(final), strict=True)],
+        "gradient": lambda: loss_gradients(data, sizes, start, rows),
+        "end_gradient": lambda: loss_gradients(data, sizes, final, rows),
+        "squared_gradient": lambda: loss_gradients(data, sizes, start, rows, squared=True),
+    }
+    if unknown := {*names} - measures.keys():
+        raise ValueError(f"There is no evidence '{min(unknown)}'; there are distance, path, {', '.join(measures)}.")
+    return {name: measures[name]() for name in sorted(names)}

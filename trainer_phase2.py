@@ -26,14 +26,14 @@ from engine import (
     raise_failure,
     train,
 )
-from importance import Layers, aggregate, degenerate, normalize, top_k_mask, unimportant_rate, weight_rates
+from importance import Layers, degenerate, normalize, score_weights, top_k_mask, unimportant_rate, weight_rates
 
 
 @dataclass
 class HoldoutMasks:
     """The masks for one holdout, made from Phase 1 of its source domains, never of the held-out one."""
 
-    scores: list[Tensor]  # aggregated importance, L × [S, out, in]
+    scores: list[Tensor]  # of `IMPORTANCE_CRITERION`, over all source domains, L × [S, out, in]
     normalized: list[Tensor]  # min–max over all layers, in [0, 1]
     mask: list[Tensor]  # bool, True = important
     failed: Tensor  # [S], code of the first source network that failed (see `trainer_phase1.DomainNetworks`), 0 = none
@@ -54,18 +54,21 @@ class HoldoutNetworks:
     failed: Tensor  # [S, V], codes as in `trainer_phase1.DomainNetworks`
 
 
-def masks_for(importances: Mapping[str, Layers], failed: Mapping[str, Tensor], settings: Settings) -> HoldoutMasks:
-    """Aggregate the importances of a holdout's source domains and mark the top per cent.
+def masks_for(
+    evidence: Mapping[str, Mapping[str, Layers]], failed: Mapping[str, Tensor], settings: Settings
+) -> HoldoutMasks:
+    """Score the weights by what Phase 1 of a holdout's source domains has measured, and mark the top per cent.
 
     Args:
-        importances: source domain -> L × ``[S, out, in]``.
+        evidence: source domain -> name -> L × ``[S, out, in]``, see `trainer_phase1.DomainNetworks.evidence`.
         failed: source domain -> ``[S]``, codes as in `trainer_phase1.DomainNetworks`.
     """
-    scores = aggregate(importances, settings.importance_aggregation)
-    codes = torch.stack([failed[domain] for domain in importances])
+    percent = settings.importance_threshold_percentile
+    scores = score_weights(settings.importance_criterion, evidence, settings.importance_aggregation, percent)
+    codes = torch.stack([failed[domain] for domain in evidence])
     first = codes.gather(0, (codes != 0).int().argmax(0, keepdim=True)).squeeze(0)
     first = torch.where((first == 0) & degenerate(scores), -1, first)
-    mask = top_k_mask(scores, settings.importance_threshold_percentile)
+    mask = top_k_mask(scores, percent, settings.mask_scope)
     return HoldoutMasks(scores, normalize(scores), mask, first)
 
 
@@ -92,6 +95,7 @@ class Masking:
     settings: Settings  # the start, and the schedule of the unmarked weights; all else must be the same in all arms
     prune: bool = False  # unmarked weights are zero from the start and never trained
     failed: Tensor | None = None  # [S], codes of seeds whose mask cannot be used: their networks count as failed
+    learning_rate: float | None = None  # of the run, whatever the arm's own is; None = the same
 
     def low_rates(self) -> tuple[float, ...]:
         """Factor on the learning rate of the unmarked weights, for each epoch."""
@@ -103,9 +107,16 @@ class Masking:
         """Learning rate of the blocks; 0 where there are none."""
         return getattr(self.settings, "backbone_learning_rate", 0.0)
 
+    @property
+    def speed(self) -> float:
+        """Factor on the learning rate of the run."""
+        own = self.settings.ph2_lr_important
+        return own / (self.learning_rate or own)
+
     def same_training(self, other: "Masking") -> bool:
         """Whether two arms are the same networks by construction, so that they need training only once."""
-        if self.settings.ph2_init != other.settings.ph2_init or self.backbone_rate != other.backbone_rate:
+        own, others = ((m.settings.ph2_init, m.settings.ph2_lr_important, m.backbone_rate) for m in (self, other))
+        if own != others:
             return False
         if not all(torch.equal(a, b) for a, b in zip(self.mask, other.mask, strict=True)):
             return False
@@ -145,8 +156,10 @@ def train_holdout(
     distinct, source_of = _distinct(arms)
     settings, sources = distinct[0].settings, data.sources(holdout)
     start = _starts(data, holdout, seeds, distinct)
+    learning_rate = distinct[0].learning_rate or settings.ph2_lr_important
     rates = [arm.backbone_rate for arm in distinct]
-    engine = make_engine(data, settings, start, settings.ph2_lr_important, rates)
+    heads = [arm.settings.ph2_lr_important for arm in distinct]
+    engine = make_engine(data, settings, start, learning_rate, rates, heads)
     order = BatchOrder(seeds, f"phase2/{holdout}", data.rows(sources, "in", seeds), settings.batch_size)
     options = {"rates": _rates(data, distinct), "every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
     trained = train(data, engine, seeds, order, settings.ph2_num_epochs, **options)
@@ -188,15 +201,25 @@ def _starts(data: SplitFeatures, holdout: str, seeds: Sequence[int], arms: Seque
 
 
 def _rates(data: SplitFeatures, arms: Sequence[Masking]) -> Callable[[int], Rates]:
-    """The factors of every epoch, for `engine.train`: name -> ``[S, V, out, in]``."""
-    names = data.network(arms[0].settings.hidden_sizes).tracked_names
+    """The factors of every epoch, for `engine.train`: name -> ``[S, V, out, in]``.
+
+    Where classifiers learn at rates of their own, all their parameters have factors.
+    """
+    network = data.network(arms[0].settings.hidden_sizes)
+    names = network.tracked_names
     device = data.features.device
     masks = [torch.stack(layers, dim=1).to(device) for layers in zip(*(arm.mask for arm in arms), strict=True)]
     low_rates = [arm.low_rates() for arm in arms]
+    speeds = data.features.new_tensor([arm.speed for arm in arms])
+    others = {name: p.ndim for name, p in network.named_parameters() if name not in names}
+    every = {name: speeds.view(1, -1, *[1] * axes) for name, axes in others.items()}
 
     def rates(epoch: int) -> Rates:
         low = data.features.new_tensor([of_arm[epoch] for of_arm in low_rates]).view(-1, 1, 1)
-        return {name: weight_rates(mask, low) for name, mask in zip(names, masks, strict=True)}
+        tracked = {name: weight_rates(mask, low) for name, mask in zip(names, masks, strict=True)}
+        if data.tail is not None or bool((speeds == 1).all()):  # the engine of blocks has rates for every arm
+            return tracked
+        return every | {name: rate * speeds.view(-1, 1, 1) for name, rate in tracked.items()}
 
     return rates
 

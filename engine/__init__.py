@@ -2,6 +2,7 @@
 
 from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator
 from engine.functional import Batch, FunctionalEngine, Validation
+from engine.gradients import PathRecorder, loss_gradients
 from engine.loop import Engine, Trained, TrainingFailedError, classify, failure_reason, raise_failure, train
 from engine.machine import (
     check_memory,
@@ -29,6 +30,7 @@ __all__ = [
     "MatmulEngine",
     "Network",
     "Params",
+    "PathRecorder",
     "Rates",
     "SplitFeatures",
     "TailEngine",
@@ -45,6 +47,7 @@ __all__ = [
     "free_memory",
     "generator",
     "logistic_regression",
+    "loss_gradients",
     "make_engine",
     "network_start",
     "prepare_machine",

@@ -26,6 +26,7 @@ class Engine(Protocol):
 
     params: Params  # as they are now, name -> [*stack, *shape]
     shape: torch.Size  # [*stack]; its first axis is S
+    gradients: Params  # of the last step's loss; only of engines that `PathRecorder` can follow
 
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
         """One step on batches ``[S, B, …]``, ``[S, B]``, ``[S, B]``: loss and right answers before it, ``[*stack]``."""

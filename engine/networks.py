@@ -39,7 +39,12 @@ def random_start(seeds: Sequence[int], purpose: str, network: FeedforwardClassif
 
 
 def make_engine(
-    data: SplitFeatures, settings: Settings, start: Params, learning_rate: float, backbone_rates: Sequence[float]
+    data: SplitFeatures,
+    settings: Settings,
+    start: Params,
+    learning_rate: float,
+    backbone_rates: Sequence[float],
+    head_rates: Sequence[float] | None = None,
 ) -> Engine:
     """The engine that trains networks of these inputs and settings.
 
@@ -47,14 +52,15 @@ def make_engine(
         start: initial parameters, name -> ``[S, V, *shape]``.
         learning_rate: of the classifier.
         backbone_rates: learning rate of the blocks of each arm, V; not used where there are none.
+        head_rates: with blocks, that of the classifier of each arm; default `learning_rate`.
     """
     start = {name: value.to(data.features) for name, value in start.items()}
     if data.tail is None:
         return MatmulEngine(start, learning_rate)
     seeds = len(next(iter(start.values())))
     blocks = torch.tensor(backbone_rates, dtype=torch.float64)
-    head = torch.full((seeds, len(blocks)), learning_rate, dtype=torch.float64)
-    rates = {name: head if name.startswith("head.") else blocks.expand(seeds, -1) for name in start}
+    heads = torch.tensor(head_rates or [learning_rate] * len(blocks), dtype=torch.float64)
+    rates = {name: (heads if name.startswith("head.") else blocks).expand(seeds, -1) for name in start}
     return TailEngine(data.network(settings.hidden_sizes), data.shortcut, start, rates)
 
 

@@ -48,7 +48,7 @@ class MatmulEngine:
         learning_rate: of Adam, for every weight whose rate is 1.
 
     Attributes:
-        params, shape: see `engine.Engine`; parameters are in the order of `start`.
+        params, shape, gradients: see `engine.Engine`; parameters are in the order of `start`.
     """
 
     def __init__(self, start: Params, learning_rate: float = 1e-3):
@@ -61,7 +61,7 @@ class MatmulEngine:
         self.flat.grad = torch.zeros_like(self.flat)
         self.optimizer = FlatAdam(self.flat, learning_rate)
         views = self._views(self.flat, start, (*weights, *biases))
-        gradients = self._views(self.flat.grad, start, (*weights, *biases))
+        gradients = self.gradients = self._views(self.flat.grad, start, (*weights, *biases))
         self.params = {name: views[name] for name in start}
         # Per layer, with the leading axes as one: weights [K, out, in], biases [K, out, 1], and their gradients.
         axes = len(self.shape) - 1

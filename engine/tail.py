@@ -215,7 +215,7 @@ class TailEngine:
         learning_rates: parameter name -> learning rate of Adam of each network, ``[S, V]``.
 
     Attributes:
-        params, shape: see `engine.Engine`.
+        params, shape, gradients: see `engine.Engine`.
     """
 
     def __init__(
@@ -225,6 +225,7 @@ class TailEngine:
         self.params = {name: value.clone(memory_format=torch.contiguous_format) for name, value in start.items()}
         self.shape = next(iter(self.params.values())).shape[:2]
         self.optimizer = StackedAdam(self.params, learning_rates)
+        self.gradients: dict[str, Tensor | None] = {}
         self._rates: Rates = {}
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (1 or 0, weights where it is 0, 0 elsewhere)
 
@@ -240,7 +241,8 @@ class TailEngine:
         loss = F.cross_entropy(logits.movedim(-1, 1), spread, reduction="none").mean(-1)
         gradients = torch.autograd.grad(loss.sum(), [*leaves.values()], allow_unused=True)
         with torch.no_grad():
-            self._update(dict(zip(leaves, gradients, strict=True)))
+            self.gradients = dict(zip(leaves, gradients, strict=True))
+            self._update(self.gradients)
             return loss.detach(), (logits.argmax(-1) == spread).sum(-1)
 
     def _set_rates(self, rates: Rates) -> None:

@@ -1,9 +1,9 @@
 """Results on disk: one directory, one set of settings.
 
 `records.jsonl` holds one JSON line per result and is only ever appended to, all records of a unit of work at once; a
-line torn by a crash is cut off by the next run. `weights/`, `histories/` and `importance/` hold one file per domain or
-holdout with a leading seed axis, written whole. `settings.json` says what made them. Nothing here holds a clock time or
-a path: equal runs, equal bytes.
+line torn by a crash is cut off by the next run. `weights/`, `histories/`, `importance/` and `evidence/` hold one file
+per domain or holdout with a leading seed axis, written whole. `settings.json` says what made them. Nothing here holds a
+clock time or a path: equal runs, equal bytes.
 """
 
 import hashlib
@@ -25,14 +25,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import InputError, Settings
+from config import ADDED_LATER, InputError, Settings
 from storage.atomic import atomic_write, remove_leftovers, write_errors
 from storage.schema import check_json, damaged
 
 log = logging.getLogger(__name__)
 
 RULES = ("training-domain", "leave-one-domain-out", "oracle", "last")  # of selection; each has a table
-OUTPUTS = ("weights", "histories", "importance", "plots", "records.jsonl", "summary_report.txt", "comparison.txt")
+OUTPUTS = ("weights", "histories", "importance", "evidence", "plots", "records.jsonl", "summary_report.txt")
+OUTPUTS += ("comparison.txt",)
 OUTPUTS += (*(f"comparison_{rule}.csv" for rule in RULES), "comparison_seeds.csv", "linear_probe.csv")
 OUTPUTS += ("settings.json",)
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn")
@@ -140,7 +141,7 @@ class Results:
         stored = self._own_settings()
         if stored is None:
             return None
-        expected, found = settings.as_dict(), dict(stored["settings"])
+        expected, found = (ADDED_LATER | values for values in (settings.as_dict(), stored["settings"]))
         if features is not None:
             expected["features"], found["features"] = features["fingerprint"], stored["features"]["fingerprint"]
         differ = [f"{n} = {found.get(n)!r}, not {value!r}" for n, value in expected.items() if found.get(n) != value]

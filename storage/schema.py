@@ -80,6 +80,7 @@ ARRAYS = {
     "importance/phase1_* of blocks": {"importance_*": "f Soi"},
     "importance/holdout_* of blocks": {"bits_*": "i So*"},
     "importance/*": {"importance_*": "f Soi", "normalized_*": "f Soi", "mask_*": "b Soi"},
+    "evidence/*": {"layer_*": "f Soi"},
 }
 
 

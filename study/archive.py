@@ -11,6 +11,7 @@ file                                           arrays, each with a leading seed 
                                                ``normalized_<l>``, ``mask_<l>`` of tracked layer l, from 1
 ``importance/holdout_<holdout>``               ``importance_<l>``, ``normalized_<l>``, ``mask_<l>``; with the arm
                                                `importance` also ``initial_<l>`` and ``final_<l>`` of Phase 2
+``evidence/<name>_<domain>``                   ``layer_<l>``: what a criterion needs beside the importance, by name
 ``histories/compare_<method>_<trial>_<held>``  ``loss``, ``validation_accuracy``, ``correct``, ``failed``, and what
                                                the method records; <held> joins two holdouts by "+"
 ``weights/compare_<method>_<trial>_<held>``    ``final.<parameter>``, ``failed``
@@ -94,9 +95,9 @@ class SavedNetworks:
         """Loss and accuracies per epoch, float64 ``[E, S]``; NaN for failed networks."""
         return {k: self.history[k].double().masked_fill(~self.ok[:, None], torch.nan).T for k in CURVES}
 
-    def layers(self, kind: str) -> list[Tensor]:
+    def layers(self, kind: str, file: str = "importance") -> list[Tensor]:
         """Tracked layers, L × ``[S, out, in]``: "initial", "final", "importance", "normalized" or "mask"."""
-        arrays = self._arrays("importance")
+        arrays = self._arrays(file)
         if kind == "mask" and "bits_1" in arrays:
             widths = [layer.shape[-1] for layer in self._archive.network.tracked(self._archive.parameters)]
             return [_unpacked(arrays[f"bits_{i}"], width) for i, width in enumerate(widths, start=1)]
@@ -149,6 +150,30 @@ class Archive:
         kinds = ("importance", "histories") if self.pretrained else KINDS
         return set.intersection(*(self._stored_seeds(kind, f"phase1_{domain}") for kind in kinds))
 
+    def evidence_seeds(self, domain: str, names: Iterable[str]) -> set[int]:
+        """Seeds of which all that a criterion needs of a domain is there, see `importance.Criterion`."""
+        files = (self._stored_seeds("evidence", f"{name}_{domain}") for name in self._measured(names))
+        return self.phase1_seeds(domain).intersection(*files)
+
+    def _measured(self, names: Iterable[str]) -> list[str]:
+        """Of the evidence of these names, what has a file of its own; the rest follows from what is kept anyway."""
+        known = {"distance", "start"} if self.pretrained else {"distance", "start", "change"}
+        return sorted({*names} - known)
+
+    def evidence(self, domain: str, name: str, seeds: Sequence[int]) -> list[Tensor]:
+        """One kind of evidence of a domain, in the order of the seeds on disk: L × ``[S, out, in]``."""
+        networks = self.phase1(domain, seeds)
+        if name == "distance":
+            return networks.layers("importance")
+        if name == "start" and self.pretrained:
+            layers = self.network.tracked(self.parameters)
+            return [layer.detach().cpu().expand(len(networks.seeds), -1, -1) for layer in layers]
+        if name == "start":
+            return networks.layers("initial")
+        if name == "change" and not self.pretrained:
+            return [b - a for a, b in zip(networks.layers("initial"), networks.layers("final"), strict=True)]
+        return SavedNetworks(self, f"{name}_{domain}", seeds).layers("layer", "evidence")
+
     def phase2_seeds(self, holdout: str, arms: Iterable[str], weights: bool) -> set[int]:
         """Seeds whose Phase 2 of a holdout is complete for all arms, with their weights where asked for."""
         stored = [self._trained_seeds(f"phase2_{holdout}_{arm}", weights) for arm in arms]
@@ -197,6 +222,13 @@ class Archive:
         if not self.pretrained:
             weights = _weights(networks.final, networks.start) | {"failed": networks.failed}
             self._write("weights", name, networks.seeds, weights, header)
+
+    def save_evidence(self, networks: DomainNetworks) -> None:
+        """Write what was measured of a domain for criteria, a file for each kind."""
+        for name in self._measured(networks.measured):
+            header = self.header | {"phase": 1, "domain": networks.domain}
+            layers = _numbered({"layer": networks.measured[name]})
+            self._write("evidence", f"{name}_{networks.domain}", networks.seeds, layers, header)
 
     def save_holdout(self, networks: HoldoutNetworks, arms: Sequence[str], masks: HoldoutMasks, weights: bool) -> None:
         """Write Phase 2 of a holdout: a file per arm (names in the order of `networks`), and the holdout's masks."""

@@ -25,8 +25,11 @@ from trainer_phase2 import HoldoutMasks, Masking
 
 STARTS = ("fresh", "phase1")
 SWEPT = (
+    "IMPORTANCE_CRITERION",
     "IMPORTANCE_THRESHOLD_PERCENTILE",
     "IMPORTANCE_AGGREGATION",
+    "MASK_SCOPE",
+    "PH2_LR_IMPORTANT",
     "PH2_FREEZE_EPOCH",
     "BLOCK_FREEZE_EPOCH",
     "BACKBONE_LEARNING_RATE",
@@ -86,37 +89,40 @@ def permuted_matrices(seed: int, holdout: str, mask: Layers) -> list[Tensor]:
     ]
 
 
-def _importance(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _importance(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
     return masks.mask
 
 
-def _every(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _every(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
     return [torch.ones_like(layer) for layer in masks.mask]
 
 
-def _inverted(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
-    return top_k_mask([-layer for layer in masks.scores], percent)
+def _inverted(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
+    percent, scope = settings.importance_threshold_percentile, settings.mask_scope
+    return top_k_mask([-layer for layer in masks.scores], percent, scope)
 
 
-def _random(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _random(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
+    percent = settings.importance_threshold_percentile
     return source.per_seed(lambda seed, holdout, mask: random_mask(seed, holdout, mask, percent), masks)
 
 
-def _random_layer(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _random_layer(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
     return source.per_seed(random_layer_mask, masks)
 
 
-def _permuted(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _permuted(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
     return source.per_seed(permuted_mask if source.network.chained else permuted_matrices, masks)
 
 
-def _none(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _none(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
     return [torch.zeros_like(layer) for layer in masks.mask]
 
 
-def _magnitude(masks: HoldoutMasks, source: MaskSource, percent: float) -> Layers:
+def _magnitude(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
     pretrained = source.network.tracked(dict(source.network.named_parameters()))
-    largest = top_k_mask([weights.detach().cpu().abs() for weights in pretrained], percent)
+    percent, scope = settings.importance_threshold_percentile, settings.mask_scope
+    largest = top_k_mask([weights.detach().cpu().abs() for weights in pretrained], percent, scope)
     return [layer.expand(len(source.seeds), -1, -1) for layer in largest]
 
 
@@ -125,7 +131,7 @@ class Control:
     """One way to choose the weights that learn at the full rate, and what happens to the others.
 
     Attributes:
-        mask: (masks by importance, their source, per cent kept) -> mask, L × bool ``[S, out, in]``.
+        mask: (masks by importance, their source, the arm's settings) -> mask, L × bool ``[S, out, in]``.
         meaning: one line on what it keeps and what it breaks.
         frozen: the unmarked weights keep their start.
         prune: the unmarked weights are zero from the start and stay so.
@@ -135,7 +141,7 @@ class Control:
         pretrained: it is of pretrained weights only, with `TRAINED_BLOCKS`.
     """
 
-    mask: Callable[[HoldoutMasks, MaskSource, float], Layers]
+    mask: Callable[[HoldoutMasks, MaskSource, Settings], Layers]
     meaning: str
     frozen: bool = False
     prune: bool = False
@@ -203,11 +209,17 @@ class Arm:
         return cls(control, start or None, [config.parse(change) for change in changes.split(",") if change])
 
     def settings(self, settings: Settings) -> Settings:
-        """The settings that this arm is trained with."""
+        """The settings that this arm is trained with.
+
+        With another `PH2_LR_IMPORTANT` the rate of the unmarked weights keeps its ratio to it.
+        """
         known = {settings.constant(field.name): field.name for field in fields(settings)}
         if unknown := [name for name, _ in self.changes if name not in known]:
             raise InputError(f"{unknown[0]} is no setting of this training: the arm '{self.name}' cannot change it.")
         own = {known[name]: value for name, value in self.changes}
+        if "ph2_lr_important" in own:
+            ratio = settings.ph2_lr_unimportant_start / settings.ph2_lr_important
+            own["ph2_lr_unimportant_start"] = ratio * own["ph2_lr_important"]
         if self.start:
             own["ph2_init"] = self.start
         if CONTROLS[self.control].frozen:
@@ -218,8 +230,8 @@ class Arm:
         """Mask and schedule of this arm for the seeds of one holdout."""
         control, own = CONTROLS[self.control], self.settings(settings)
         masks = source.next_seed(own) if control.next_seed else source.own(own)
-        mask = control.mask(masks, source, own.importance_threshold_percentile)
-        return Masking(mask, own, control.prune, masks.failed if control.learned else None)
+        mask, failed = control.mask(masks, source, own), masks.failed if control.learned else None
+        return Masking(mask, own, control.prune, failed, settings.ph2_lr_important)
 
     @property
     def chooses(self) -> bool:

@@ -6,19 +6,23 @@ chunk of seeds), and each unit is on disk before the next begins.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from config import Settings
+from importance import CRITERIA
 from study.archive import SavedNetworks
-from study.controls import ERM, IMPORTANCE, Arm, MaskSource, check_arms
+from study.controls import CONTROLS, ERM, IMPORTANCE, Arm, MaskSource, check_arms
 from study.records import SELECTIONS, Counted, make_records
 from study.report import report, unlearned
 from study.run import Run, check_density
 from trainer_phase1 import DomainNetworks, train_domain
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, train_holdout
+
+OF_MASKS = ("importance_criterion", "importance_aggregation", "importance_threshold_percentile", "mask_scope")
 
 
 class Study:
@@ -58,18 +62,30 @@ class Study:
         missing = self._missing()  # what is damaged of Phase 2 is found now, not after Phase 1
         seeds = {seed for _, seed in missing} if self.records_only else {*run.seeds}
         wanted = {*seeds, *(seed + 1 for seed in seeds if any(arm.needs_next_seed for arm in self.arms))}
-        units = [(d, chunk) for d in run.domains for chunk in run.chunks(wanted - run.archive.phase1_seeds(d))]
+        evidence, archive, units = self.evidence, run.archive, []
+        for domain in run.domains:
+            new = wanted - archive.phase1_seeds(domain)
+            known = wanted - archive.evidence_seeds(domain, evidence) - new  # trained again, for what to measure
+            units += [(domain, chunk) for part in (new, known) for chunk in run.chunks(part)]
 
         def train(unit: tuple[str, tuple[int, ...]], tick: Callable[[], None]) -> DomainNetworks:
             options = {"strict": run.strict, "threads": run.execution.threads, "on_epoch": tick}
-            options["every_epoch"] = not self.records_only
+            options |= {"evidence": evidence, "every_epoch": not self.records_only}
             return train_domain(run.data, *unit, run.settings, **options)
 
         run.check_memory(units, len(self.arms))  # Phase 2 needs the most
         with run.writing(units):
             floats, epochs = run.network.size, run.settings.ph1_num_epochs
             for networks in run.side_by_side("Phase 1", units, train, epochs, floats):
-                run.archive.save_domain(networks, run.settings.importance_threshold_percentile)
+                archive.save_evidence(networks)
+                if not {*networks.seeds} <= archive.phase1_seeds(networks.domain):
+                    archive.save_domain(networks, run.settings.importance_threshold_percentile)
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """What the arms' criteria need of Phase 1, see `importance.Criterion`."""
+        settings = [arm.settings(self.run.settings) for arm in self.arms if CONTROLS[arm.control].learned]
+        return tuple(sorted({name for own in settings for name in CRITERIA[own.importance_criterion].needs}))
 
     def phase2(self) -> None:
         """Train what is missing of Phase 2: all arms per holdout and seed, with masks from Phase 1."""
@@ -171,15 +187,27 @@ class Study:
 
 def mask_source(run: Run, holdouts: Sequence[str], seeds: Sequence[int]) -> MaskSource:
     """Where the masks of held-out domains (one or two) come from: Phase 1 of the others, read when first asked for."""
+    sources = run.data.sources(holdouts)
 
     def masks_of(numbers: Sequence[int]) -> Callable[[Settings], HoldoutMasks]:
         @cache
-        def importances() -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-            saved = {domain: run.archive.phase1(domain, numbers) for domain in run.data.sources(holdouts)}
-            moved = {domain: networks.layers("importance") for domain, networks in saved.items()}
-            return moved, {domain: networks.failed for domain, networks in saved.items()}
+        def failed() -> dict[str, Tensor]:
+            return {domain: run.archive.phase1(domain, numbers).failed for domain in sources}
 
-        return cache(lambda settings: masks_for(*importances(), settings))
+        @cache
+        def evidence(name: str) -> dict[str, list[Tensor]]:
+            return {domain: run.archive.evidence(domain, name, numbers) for domain in sources}
+
+        @cache
+        def masks(mask_settings: Settings) -> HoldoutMasks:
+            needs = CRITERIA[mask_settings.importance_criterion].needs
+            found = {domain: {name: evidence(name)[domain] for name in needs} for domain in sources}
+            return masks_for(found, failed(), mask_settings)
+
+        def own(settings: Settings) -> HoldoutMasks:  # arms that differ in rates and schedules alone share their masks
+            return masks(replace(run.settings, **{name: getattr(settings, name) for name in OF_MASKS}))
+
+        return own
 
     own, following = masks_of(seeds), masks_of([seed + 1 for seed in seeds])
     return MaskSource("+".join(holdouts), tuple(seeds), own, following, run.network)

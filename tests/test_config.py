@@ -41,6 +41,8 @@ OTHERS = {
     "ph2_lr_decay_rate": 1.0,
     "ph2_freeze_epoch": 0,
     "ph2_init": "phase1",
+    "importance_criterion": "path",
+    "mask_scope": "row",
 }
 
 
@@ -67,7 +69,8 @@ def constant_assignments() -> list[ast.stmt]:
 
 def test_every_constant_is_annotated():
     bare = [node.targets[0].id for node in constant_assignments() if isinstance(node, ast.Assign)]
-    assert bare == ["AGGREGATIONS", "LIMITS", "MOST_LAYERS", "RULES"]  # what is known and allowed, not settings
+    known = ["AGGREGATIONS", "CRITERIA", "AGGREGATED", "SCOPES", "ADDED_LATER", "LIMITS", "MOST_LAYERS", "RULES"]
+    assert bare == known  # what is known and allowed, not settings
     annotated = {node.target.id for node in constant_assignments() if isinstance(node, ast.AnnAssign)}
     assert set(config.names()) == annotated
     assert annotated >= DOCUMENTED
@@ -87,8 +90,11 @@ def test_defaults_are_of_their_declared_types_and_those_of_the_method():
     assert (config.OUT_FRACTION, config.NUM_SEEDS) == (0.2, 10)
 
 
-def test_aggregations_are_those_of_the_importance_module():
+def test_choices_are_those_of_the_importance_module():
     assert tuple(importance.AGGREGATIONS) == config.AGGREGATIONS
+    assert sorted(importance.CRITERIA) == sorted(config.CRITERIA)
+    assert {name for name, criterion in importance.CRITERIA.items() if not criterion.compares} == {*config.AGGREGATED}
+    assert importance.SCOPES == config.SCOPES
 
 
 @pytest.mark.parametrize("name", sorted(config.names()))
@@ -242,6 +248,8 @@ BAD = {
     "ph2_init": ["random"],
     "importance_threshold_percentile": [-0.1, 100.1, NAN],
     "importance_aggregation": ["median"],
+    "importance_criterion": ["moved"],
+    "mask_scope": ["column"],
     "split_seed": [0.5, None, "seeds", 10**18, -(10**18)],
 }
 GOOD = {
@@ -253,6 +261,8 @@ GOOD = {
     "ph2_freeze_epoch": [10**6],
     "importance_threshold_percentile": [0, 100],
     "importance_aggregation": config.AGGREGATIONS,
+    "importance_criterion": config.CRITERIA,
+    "mask_scope": config.SCOPES,
 }
 
 
@@ -293,6 +303,20 @@ def test_hash_is_of_the_settings_as_sorted_json():
     text = json.dumps(dict(sorted(by_hand.items())))
     assert settings.hash == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert Settings(**dict(reversed(OTHERS.items()))).hash == settings.hash
+
+
+def test_settings_that_were_added_later_leave_the_hash_of_what_was_done_before():
+    assert {field.upper() for field in OTHERS} >= config.ADDED_LATER.keys()
+    assert not config.ADDED_LATER.keys() & Settings.current().as_dict().keys()
+    before = Settings.current().as_dict()
+    config.apply({"IMPORTANCE_CRITERION": "agree", "MASK_SCOPE": "layer"})
+    assert Settings.from_dict(before).importance_criterion == "movement"  # whatever the constants say today
+    assert Settings.from_dict(Settings.current().as_dict()) == Settings.current()
+
+
+def test_an_aggregation_is_refused_where_the_criterion_compares_the_domains():
+    with pytest.raises(InputError, match="IMPORTANCE_AGGREGATION has no effect"):
+        Settings.current(importance_criterion="agree", importance_aggregation="max")
 
 
 # Import

@@ -257,3 +257,101 @@ def test_scaling_gradients_is_no_learning_rate_under_adam():
         torch.optim.Adam([weight], lr=0.1).step()
         weights.append(weight.detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-7)
+
+
+# Criteria
+
+
+def evidence_of(**values):
+    """Two domains with evidence of one 1 × n layer each: name -> [values of the first, values of the second]."""
+    return {
+        d: {name: [torch.tensor([own[i]], dtype=torch.float64)] for name, own in values.items()}
+        for i, d in enumerate("ab")
+    }
+
+
+MOVES = [[0.5, -0.2, 0.3, -0.4], [0.1, 0.6, 0.2, -0.3]]  # of two domains
+AWAY = [[0.5, 0.2, 0.3, 0.4], [0.1, 0.6, 0.2, 0.3]]
+START = [[1.0, -2.0, 0.5, 0.0]] * 2
+SCORES = {
+    "movement": [0.6, 0.8, 0.5, 0.7],
+    "signed": [0.6, 0.4, 0.5, 0.7],
+    "agree": [0.1, -0.2, 0.2, 0.3],  # the second: the smaller of the two that go apart, below 0
+    "consensus": [1 + 1 / 6, 1 + 3 / 6, 0 + 0 / 6, 2 + 2 / 6],  # top half of each: {0, 3} and {1, 3}
+    "magnitude": [1.0, 2.0, 0.5, 0.0],
+    "gradient": [0.3, 0.2, 0.25, 0.35],
+    "joint": [0.1, -0.2, 0.2, 0.3],
+    "snip": [0.3, 0.4, 0.125, 0.0],
+    "taylor": [0.5 * 1.5 + 0.1 * 1.1, 0.2 * 2.2 + 0.6 * 1.4, 0.3 * 0.8 + 0.2 * 0.7, 0.4 * 0.4 + 0.3 * 0.3],
+    "fisher": [0.6, 0.8, 0.5, 0.7],
+    "path": [0.5 / 0.35 + 0.1 / 0.11, 0 + 0.6 / 0.46, 0.3 / 0.19 + 0.2 / 0.14, 0.0],
+}
+
+
+@pytest.mark.parametrize("criterion", importance.CRITERIA)
+def test_criteria_by_hand(criterion):
+    """The moves stand for gradients too; a weight whose path raised the loss has no importance by it."""
+    evidence = evidence_of(
+        distance=AWAY,
+        change=MOVES,
+        start=START,
+        gradient=MOVES,
+        end_gradient=MOVES,
+        squared_gradient=AWAY,
+        path=MOVES,
+    )
+    (scores,) = importance.score_weights(criterion, evidence, percent=50)
+    np.testing.assert_allclose(scores[0], SCORES[criterion], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("criterion", importance.CRITERIA)
+def test_a_stack_is_scored_as_its_networks_one_by_one(criterion):
+    draw = torch.Generator().manual_seed(1)
+    names = ("distance", "change", "start", "gradient", "end_gradient", "squared_gradient", "path")
+
+    def stack():
+        return [torch.randn(3, *shape, generator=draw, dtype=torch.float64) for shape in SHAPES]
+
+    stacked = {d: {name: stack() for name in names} for d in "abc"}
+    together = importance.score_weights(criterion, stacked, percent=20)
+    for s in range(3):
+        single = {d: {name: [layer[s] for layer in own[name]] for name in names} for d, own in stacked.items()}
+        alone = importance.score_weights(criterion, single, percent=20)
+        assert all(torch.equal(a[s], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_weights_agree_only_where_every_sign_is_strictly_the_same():
+    evidence = evidence_of(change=[[0.2, 0.0, -0.3], [0.1, 0.4, -0.1]])
+    (scores,) = importance.score_weights("agree", evidence)
+    assert (scores[0] > 0).tolist() == [True, False, True]  # 0 is no direction
+    assert flatten(top_k_mask([scores], 67))[:2].tolist() == [True, False]
+
+
+def test_unusable_evidence_is_refused():
+    evidence = evidence_of(distance=AWAY)
+    with pytest.raises(ValueError, match="no criterion 'moved'"):
+        importance.score_weights("moved", evidence)
+    with pytest.raises(ValueError, match="needs 'change' of the domain 'a'"):
+        importance.score_weights("agree", evidence)
+    with pytest.raises(ValueError, match="no aggregation 'median'"):
+        importance.score_weights("movement", evidence, "median")
+    with pytest.raises(ValueError, match="no domain"):
+        importance.score_weights("movement", {})
+
+
+# Scopes
+
+
+@given(scores=stacks(), percent=st.sampled_from([10, 25, 60, 90]))
+@settings(deadline=None, max_examples=30)
+def test_scopes_mark_the_same_share_of_all_of_each_layer_or_of_each_row(scores, percent):
+    scores = np.asarray(scores) + np.arange(26) * 1e-6  # never all equal
+    for scope, counted in (("layer", (-2, -1)), ("row", -1)):
+        for layer, score in zip(top_k_mask(layers(scores), percent, scope), layers(scores), strict=True):
+            weights = math.prod(layer.shape[-2:]) if scope == "layer" else layer.shape[-1]
+            assert (layer.sum(counted) == mask_size(weights, percent)).all()
+            worst = torch.where(layer, score, math.inf).amin(counted)
+            best = torch.where(layer, -math.inf, score).amax(counted)
+            assert (worst >= best).all()  # what is marked is at least as important as what competes with it
+    with pytest.raises(ValueError, match="no scope 'column'"):
+        top_k_mask(layers(scores), percent, "column")

@@ -35,8 +35,8 @@ def mask(domains):
 
 def masks_of(domains, holdout, settings=SETTINGS):
     sources = {name: networks for name, networks in domains.items() if name != holdout}
-    importances = {name: networks.importance for name, networks in sources.items()}
-    return masks_for(importances, {name: networks.failed for name, networks in sources.items()}, settings)
+    evidence = {name: networks.evidence for name, networks in sources.items()}
+    return masks_for(evidence, {name: networks.failed for name, networks in sources.items()}, settings)
 
 
 def tracked(params):
@@ -111,9 +111,9 @@ def test_masks_come_from_the_sources_alone(domains):
 
 
 def test_a_failed_source_fails_the_mask(domains):
-    importances = {name: domains[name].importance for name in ("art", "photo")}
+    evidence = {name: domains[name].evidence for name in ("art", "photo")}
     codes = {"art": torch.tensor([0, 0, -1]), "photo": torch.tensor([0, 4, 2])}
-    assert masks_for(importances, codes, SETTINGS).failed.tolist() == [0, 4, -1]
+    assert masks_for(evidence, codes, SETTINGS).failed.tolist() == [0, 4, -1]
 
 
 # The schedule

@@ -25,7 +25,7 @@ K = int(0.6 * N + 0.5)
 
 def masks(seed, settings=SETTINGS, failed=(0, 0)):
     draw = torch.Generator().manual_seed(seed)
-    moved = {d: [torch.rand(2, *shape, generator=draw) for shape in SHAPES] for d in "ab"}
+    moved = {d: {"distance": [torch.rand(2, *shape, generator=draw) for shape in SHAPES]} for d in "ab"}
     return masks_for(moved, {"a": torch.tensor(failed), "b": torch.zeros(2, dtype=torch.long)}, settings)
 
 

@@ -38,8 +38,8 @@ def source(data):
 
     def masks_of(seeds):
         networks = [train_domain(data, domain, seeds, SETTINGS) for domain in data.sources("art")]
-        importances = {n.domain: n.importance for n in networks}
-        masks = masks_for(importances, {n.domain: n.failed for n in networks}, SETTINGS)
+        evidence = {n.domain: n.evidence for n in networks}
+        masks = masks_for(evidence, {n.domain: n.failed for n in networks}, SETTINGS)
         return lambda settings: masks
 
     masks = masks_of(SEEDS), masks_of([seed + 1 for seed in SEEDS])
