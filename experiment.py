@@ -25,7 +25,7 @@ from pathlib import Path
 import config
 from config import InputError
 
-TRAINING = ("run", "study", "compare")
+TRAINING = ("run", "study", "forms", "compare")
 IMAGES = ("VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
 MACHINE = ("DEVICE", "THREADS")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
@@ -51,7 +51,7 @@ CONSTANTS = {  # option -> the setting that it gives
     "updates": "TRANSFER_UPDATES",
     "channels": "TRANSFER_CHANNELS",
 }
-FOLDERS = {"study": "study", "compare": "compare", "export-domainbed": "compare"}  # below RESULTS_DIR
+FOLDERS = {"study": "study", "forms": "forms", "compare": "compare", "export-domainbed": "compare"}  # of RESULTS_DIR
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,6 +101,17 @@ def study_of_blocks(options: argparse.Namespace) -> None:
     choice = {"controls": not options.no_controls, "sweep_seeds": options.sweep_seeds, "weights": options.keep_weights}
     protocol = BlockProtocol.from_config(**choice, **_training(options))
     print(protocol.run.features.describe(), flush=True)
+    protocol.train()
+    print(f"\n{protocol.write()}", flush=True)
+    protocol.save_figures()
+    print(f"Everything is in {_directory(options)}: start with report.txt.")
+
+
+def forms(options: argparse.Namespace) -> None:
+    from evidence import FormsProtocol
+
+    protocol = FormsProtocol.from_config(widths=options.widths, **_training(options))
+    print(next(iter(protocol.runs.values())).features.describe(), flush=True)
     protocol.train()
     print(f"\n{protocol.write()}", flush=True)
     protocol.save_figures()
@@ -227,7 +238,9 @@ def figures(options: argparse.Namespace) -> None:
         raise InputError(f"--algorithms is for comparisons, and '{results.directory}' holds none.")
     device = prepare_machine(config.DEVICE, config.THREADS)
     source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
-    if (results.directory / "densities.csv").is_file() and (results.directory / "grid").is_dir():
+    if (results.directory / "forms.csv").is_file():
+        paths = evidence.figures.save_forms(results.directory, **choice)
+    elif (results.directory / "densities.csv").is_file() and (results.directory / "grid").is_dir():
         paths = evidence.figures.save_blocks(results.directory, **choice)
     elif (results.directory / "letters.csv").is_file():
         paths = transfer.figures.save_all(results.directory, **choice)
@@ -245,6 +258,7 @@ def figures(options: argparse.Namespace) -> None:
 COMMANDS = {
     "run": (run, "study", "train both phases, write table, report and figures"),
     "study": (study, "evidence.figures", "arms and controls, sweeps and diagnostics: the whole answer"),
+    "forms": (forms, "evidence.figures", "which form of importance wins: criteria, densities and widths"),
     "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
     "transfer": (transfer, "transfer", "how many layers of a small network carry over to new classes"),
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
@@ -284,6 +298,14 @@ def cuts(text: str) -> list[int]:
     return seeds(f"{text}-{text}" if text.strip().isdigit() else text)
 
 
+def widths(text: str) -> list[int]:
+    """Widths as they are typed: "10,32"; each as `HIDDEN_SIZES` allows."""
+    found = cuts(text)
+    for width in found:
+        config.check("HIDDEN_SIZES", (width, width))
+    return found
+
+
 def amounts(text: str) -> list[float]:
     """Amounts of data as they are typed, "0.1%,50%" or "0.001,0.5", as shares."""
     try:
@@ -310,6 +332,8 @@ def build_parser() -> Parser:
     add("--sweep-seeds", type=seeds, metavar="N", help="of what is exploratory (default: 50 at most, of blocks 10)")
     add("--no-controls", action="store_true", help="of blocks: the arms of the confirmatory family alone")
     add("--keep-weights", action="store_true", help="of blocks: keep those of each arm at its chosen learning rate")
+    add = added["forms"].add_argument
+    add("--widths", type=widths, metavar="10,32", help="units of each hidden layer (default 10,32,64,128)")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
@@ -373,7 +397,7 @@ def _shared_options(command: str, add: Callable) -> None:
     if command in TRAINING:
         add("--seeds", type=seeds, metavar="N", help=f"0 … N-1, or 100-199, or 0,3,7-9 (default {config.NUM_SEEDS})")
         add("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
-        where = f"default {config.RESULTS_DIR}; for study and compare a folder below it"
+        where = f"default {config.RESULTS_DIR}; for study, forms and compare a folder below it"
         add("--results-dir", metavar="DIR", help=where)
         add("--overwrite", action="store_true", help="delete the results that are there first")
         add("--strict", action="store_true", help="stop at the first network that fails")

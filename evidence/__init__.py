@@ -8,6 +8,7 @@ from evidence.blocks import BlockProtocol, block_findings
 from evidence.contrasts import FAMILY, OTHERS, Contrast, family_table, others_table, seed_averages, sweep_table
 from evidence.diagnostics import domain_overlap, mask_density, seed_stability, zero_importance
 from evidence.docs import benchmark_tables, markdown_table, paragraph, results_tables, write_pages
+from evidence.forms import FormsProtocol
 from evidence.linear_probe import kept_probe, linear_probe, probe_words
 from evidence.protocol import Protocol
 from evidence.report import family_shown, interval, with_interval
@@ -18,6 +19,7 @@ __all__ = [
     "OTHERS",
     "BlockProtocol",
     "Contrast",
+    "FormsProtocol",
     "Protocol",
     "benchmark_tables",
     "block_findings",

@@ -22,6 +22,7 @@ import pandas as pd
 
 import config
 from config import BlockSettings, InputError, Settings
+from evidence import own_rates
 from evidence.contrasts import Contrast, seed_averages
 from evidence.report import failures_shown, family_shown, in_points, interval, section, write_report
 from evidence.statistics import LEVEL, family
@@ -92,7 +93,7 @@ def freeze_epoch(epochs: int) -> int:
 
 def at_rate(arm: Arm, rate: float) -> Arm:
     """The arm with a learning rate of the blocks."""
-    return replace(arm, changes=(*arm.changes, ("BACKBONE_LEARNING_RATE", rate)))
+    return own_rates.at_rate(arm, rate, own_rates.BLOCKS)
 
 
 class BlockProtocol:
@@ -260,29 +261,13 @@ def _check(settings: Settings, seeds: Sequence[int], sweep_seeds: Sequence[int])
 
 
 def chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], holdouts: Sequence[str]) -> pd.DataFrame:
-    """The rate of each arm and holdout with the best mean validation accuracy; the smaller of equals.
-
-    Returns:
-        arm, holdout, rate, validation (mean over seeds and source domains, a fraction; networks that failed count as
-        0), and edge: whether the rate is the smallest or the largest of the grid.
-    """
-    table = pd.DataFrame([(r["algorithm"], r["holdout"], r["validation"]) for r in records]).fillna(0.0)
-    means, rows = table.groupby([0, 1])[2].mean(), []
-    for arm in arms:
-        for holdout in holdouts:
-            found = {rate: means[at_rate(arm, rate).name, holdout] for rate in RATES}
-            best = max(RATES, key=lambda rate: (found[rate], -rate))
-            rows.append((label(arm), holdout, best, found[best], best in (RATES[0], RATES[-1])))
-    return pd.DataFrame(rows, columns=["arm", "holdout", "rate", "validation", "edge"])
+    """The rate of each arm and holdout, see `own_rates.chosen_rates`."""
+    return own_rates.chosen_rates(records, arms, holdouts, own_rates.BLOCKS, RATES, label)
 
 
 def at_chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], rates: pd.DataFrame) -> list[dict]:
     """The records of each arm at its rate on each holdout, under the arm's label."""
-    wanted, named = {}, {label(arm): arm for arm in arms}
-    for row in rates.itertuples():
-        wanted[at_rate(named[row.arm], row.rate).name, row.holdout] = row.arm
-    keys = ((record, wanted.get((record["algorithm"], record["holdout"]))) for record in records)
-    return [record | {"algorithm": arm} for record, arm in keys if arm is not None]
+    return own_rates.at_chosen_rates(records, arms, rates, own_rates.BLOCKS, label)
 
 
 def answers(

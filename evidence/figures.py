@@ -60,6 +60,36 @@ def save_blocks(directory: str | Path, only: Sequence[str] | None = None, format
     return save_each(block_figures(directory), directory, only, format)
 
 
+def form_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of the figures of a study of forms: form minus random twin, one for each part.
+
+    Raises:
+        InputError: the directory holds no such study.
+    """
+    directory = Path(directory)
+    if not (directory / "forms.csv").is_file():
+        raise InputError(f"'{directory}' holds no study of forms: run forms first, or give --results-dir.")
+    table = pd.read_csv(directory / "forms.csv")
+    for part, own in table.groupby("part", sort=False):
+        about = Results(directory / str(part)).read_settings()
+        yield f"forms_{part}", partial(_forms, own, str(part), about)
+
+
+def save_forms(directory: str | Path, only: Sequence[str] | None = None, format: str = "png") -> list[Path]:
+    """Draw every figure into the directory itself, see `visualization.save_each`."""
+    return save_each(form_figures(directory), directory, only, format)
+
+
+def _forms(table: pd.DataFrame, part: str, about: Mapping) -> Figure:
+    """Form minus twin, a row per criterion, a colour per density."""
+    rows = table[table["criterion"] != "erm"].sort_values("density", kind="stable", ascending=False)
+    rows = rows.assign(label=rows["criterion"], group=[f"{value:g} % marked" for value in rows["density"]])
+    rows = rows.assign(**{name: rows[f"twin_{name}"] for name in ("mean", "low", "high")})
+    seeds = table["n"].max()
+    title = f"Exploratory: importance mask minus random mask of the same counts, {part} ({_title(about, seeds)})"
+    return difference_plot(rows, title, margin=MARGIN)
+
+
 def _density(directory: Path, about: Mapping) -> Figure:
     """Accuracy against the share of weights that are trained; ERM and head alone as lines."""
     table = pd.read_csv(directory / "densities.csv")

@@ -1,0 +1,272 @@
+"""Which form of importance wins: every criterion at three densities, each beside a random mask of the same counts.
+
+EXPLORATORY throughout: what looks best here has to be confirmed on other data. A *form* is a criterion of
+`importance.CRITERIA` at a density; its twin is `random_layer`, random positions with the form's own count in each
+matrix. A gain over plain training that the twin shares is no finding about importance, so the question is *form minus
+twin*, paired by seed, mean over the holdouts, last epoch, all images of the held-out domain. Each arm chooses its own
+learning rate on the first seeds (`own_rates`), by the sources' `out` part, and masks are therefore made from the `in`
+part. A form whose interval of form minus twin ends below `WORTH` after `FIRST_SEEDS` seeds is not trained on more.
+
+A *part* is one network: a classifier of one width on frozen features, or the last blocks of the ViT.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+import config
+from config import BlockSettings, InputError, Settings
+from evidence.contrasts import seed_averages
+from evidence.own_rates import BLOCKS, CLASSIFIER, OwnRates
+from evidence.report import failures_shown, in_points, section, write_report
+from importance import CRITERIA, mask_size
+from storage import Results
+from study import ERM, Arm, Run, check_seeds, t_interval, unlearned
+
+DENSITIES = (60.0, 30.0, 10.0)  # per cent of the tracked weights that are marked
+WIDTHS = (10, 32, 64, 128)  # units of each hidden layer
+RATES = {CLASSIFIER: (1e-3, 3e-3, 1e-2), BLOCKS: (3e-4, 1e-3, 3e-3)}
+RATE_SEEDS = 3  # the first, by which rates are chosen
+FIRST_SEEDS, WORTH = 20, 0.005  # when a form is given up, and the difference that it must still be able to have
+TWIN = "random_layer"
+OWN = ("IMPORTANCE_CRITERION", "IMPORTANCE_THRESHOLD_PERCENTILE", "PH1_DATA", "PH2_LR_IMPORTANT")  # not to be set
+EXPLANATION = f"""\
+EXPLORATORY. Intervals are 95 % t intervals over seeds. Of forms that do nothing, one in forty has an interval above 0
+and one in forty one below. A form was not trained on more than {FIRST_SEEDS} seeds where its interval over its twin
+ended below +{100 * WORTH:g} points there."""
+
+
+def form(control: str, criterion: str, density: float) -> Arm:
+    """The arm of a criterion at a density, per cent: `importance` itself or a control."""
+    return Arm(control, None, {"IMPORTANCE_CRITERION": criterion, "IMPORTANCE_THRESHOLD_PERCENTILE": density})
+
+
+def label(arm: Arm) -> str:
+    """How tables call an arm: "importance fisher 10 %"."""
+    return " ".join([arm.control, *(f"{value} %" if isinstance(value, float) else value for _, value in arm.changes)])
+
+
+FORMS = tuple((criterion, density) for criterion in CRITERIA for density in DENSITIES)
+
+
+class FormsProtocol:
+    """Trains every form and its twin in every part, and says what they show; resumable as a `Study` is.
+
+    Args:
+        runs: part -> its run, in a directory of its own, of all seeds.
+        directory: gets the report's files.
+    """
+
+    def __init__(self, runs: Mapping[str, Run], directory: str | Path):
+        self.runs, self.results = dict(runs), Results(directory)
+
+    @classmethod
+    def from_config(
+        cls,
+        seeds: Sequence[int] | None = None,
+        directory: str | Path | None = None,
+        widths: Sequence[int] | None = None,
+        *,
+        overwrite: bool = False,
+        verify: bool = False,
+        strict: bool = False,
+    ) -> "FormsProtocol":
+        """The protocol at the constants of `config`; with `TRAINED_BLOCKS`, of those blocks.
+
+        Args:
+            seeds: default 0 … `NUM_SEEDS` − 1.
+            directory: default ``forms`` below `RESULTS_DIR`.
+            widths: units of each hidden layer, a part for each; default `WIDTHS`. There are as many layers as
+                `HIDDEN_SIZES` has.
+            overwrite, verify, strict: see `study.Run.from_config`.
+
+        Raises:
+            InputError: a setting that the protocol has values of its own for, fewer than `RATE_SEEDS` seeds, widths
+                with `TRAINED_BLOCKS`, or an unfit directory.
+        """
+        seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
+        directory = Path(config.RESULTS_DIR) / "forms" if directory is None else Path(directory)
+        places = {Results(directory / part): own for part, own in _settings(widths, seeds).items()}
+        options = {"overwrite": overwrite, "verify": verify, "strict": strict}
+        first = Run.in_places(places, seeds, **options)
+        return cls({place.directory.name: first.beside(place, own) for place, own in places.items()}, directory)
+
+    @cached_property
+    def first(self) -> dict[str, OwnRates]:
+        """Part -> all forms, their twins and plain training, on the first seeds."""
+        arms = [ERM, *(form(control, *own) for own in FORMS for control in ("importance", TWIN))]
+        seeds = {part: run.seeds[:FIRST_SEEDS] for part, run in self.runs.items()}
+        return {part: _own_rates(run.beside(run.results, seeds=seeds[part]), arms) for part, run in self.runs.items()}
+
+    def last(self, part: str) -> OwnRates:
+        """Those of the first that are trained on all seeds: plain training, and the forms that may be worth it."""
+        table = differences(self.first[part].records())
+        alive = {row.Index for row in table.itertuples() if not row.high < WORTH}
+        forms = [own for own in FORMS if own in alive]
+        arms = [ERM, *(form(control, *own) for own in forms for control in ("importance", TWIN))]
+        return _own_rates(self.runs[part], arms)
+
+    def train(self) -> None:
+        """Train what is missing."""
+        for part, run in self.runs.items():
+            self.first[part].train()
+            if len(run.seeds) > FIRST_SEEDS:
+                self.last(part).train()
+
+    def records(self, part: str) -> list[dict]:
+        """The records of a part's arms at their own rates, under their labels."""
+        found = self.first[part].records()
+        if len(self.runs[part].seeds) > FIRST_SEEDS:
+            found += self.last(part).records()
+        return list({(record["key"], record["algorithm"]): record for record in found}.values())
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Everything the report says in numbers, by file name."""
+        records = {part: self.records(part) for part in self.runs}
+        rates = {part: own.chosen() for part, own in self.first.items()}
+        averages = [seed_averages(own).assign(part=part) for part, own in records.items()]
+        return {
+            "forms": pd.concat([forms_table(own, self.runs[part]).assign(part=part) for part, own in records.items()]),
+            "rates": pd.concat([table.assign(part=part) for part, table in rates.items()]),
+            "seeds": pd.concat(averages).reset_index().set_index("seed"),
+        }
+
+    def write(self) -> str:
+        """Write tables (CSV) and ``report.txt``; returns the report."""
+        tables = self.tables()
+        text = report(tables, self)
+        write_report(self.results, tables, text)
+        return text
+
+    def save_figures(self) -> None:
+        """Draw form minus twin from the tables that `write` has written, into the same directory."""
+        from evidence.figures import save_forms  # imports matplotlib
+
+        with self.results:
+            save_forms(self.results.directory)
+
+
+def _settings(widths: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, Settings]:
+    """Part -> settings, or an `InputError` for what the protocol cannot do."""
+    own = (*OWN, "BACKBONE_LEARNING_RATE") if config.TRAINED_BLOCKS else OWN
+    for name in own:
+        if config.changed(name):
+            raise InputError(f"The forms of importance have values of {name} of their own: leave it out.")
+    if len(seeds) < RATE_SEEDS:
+        raise InputError(f"Learning rates are chosen on {RATE_SEEDS} seeds: --seeds must be at least that.")
+    if config.TRAINED_BLOCKS:
+        if widths is not None:
+            raise InputError("--widths is for classifiers on features, not for TRAINED_BLOCKS: leave it out.")
+        return {"blocks": Settings.current()}
+    layers = len(config.HIDDEN_SIZES)
+    return {
+        f"width_{width}": Settings.current(hidden_sizes=(width,) * layers, ph1_data="in")
+        for width in dict.fromkeys(WIDTHS if widths is None else widths)
+    }
+
+
+def _own_rates(run: Run, arms: Sequence[Arm]) -> OwnRates:
+    setting = BLOCKS if isinstance(run.settings, BlockSettings) else CLASSIFIER
+    return OwnRates(run, arms, setting, RATES[setting], RATE_SEEDS, label)
+
+
+def differences(records: Sequence[Mapping]) -> pd.DataFrame:
+    """Each form minus its twin, from labelled records: mean, low, high (fractions) by (criterion, density)."""
+    averages, rows = seed_averages(records), {}
+    for own in FORMS:
+        arm, twin = (label(form(control, *own)) for control in ("importance", TWIN))
+        if arm in averages:
+            rows[own] = t_interval((averages[arm] - averages[twin]).dropna())
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
+
+
+def forms_table(records: Sequence[Mapping], run: Run) -> pd.DataFrame:
+    """Accuracy of plain training and of every form, and form minus twin and minus plain training.
+
+    Returns:
+        criterion, density (per cent; 100 for plain training), trained (number of parameters that learn), n (seeds), and
+        mean, low, high of accuracy, of "minus twin" and of "minus erm" with the prefixes ``twin_`` and ``erm_``;
+        fractions, with 95 % t intervals over seeds.
+    """
+    averages = seed_averages(records)
+    tracked = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
+    rows = [("erm", 100.0, run.network.size, len(averages), *t_interval(averages["erm"].dropna()), *[float("nan")] * 6)]
+    for criterion, density in FORMS:
+        own, twin = (averages[label(form(control, criterion, density))] for control in ("importance", TWIN))
+        against = [t_interval((own - other).dropna()) for other in (twin, averages["erm"])]
+        learns = run.network.size - tracked + mask_size(tracked, density)
+        rows.append((criterion, density, learns, own.count(), *t_interval(own.dropna()), *against[0], *against[1]))
+    names = [f"{prefix}{name}" for prefix in ("", "twin_", "erm_") for name in ("mean", "low", "high")]
+    return pd.DataFrame(rows, columns=["criterion", "density", "trained", "n", *names])
+
+
+def report(tables: Mapping[str, pd.DataFrame], protocol: FormsProtocol) -> str:
+    """The finding in plain sentences, then the tables of `FormsProtocol.tables`, and what failed."""
+    run = next(iter(protocol.runs.values()))
+    lines = [
+        "Which form of importance wins?",
+        "",
+        f"{run.features.describe()}; {len(run.holdouts)} held-out domains.",
+        "",
+    ]
+    for part, own in tables["forms"].groupby("part", sort=False):
+        for text in [*sentences(own, part), *_cautions(tables["rates"], part, protocol.runs[part])]:
+            lines += textwrap.wrap(text, 118)
+    lines += ["", *EXPLANATION.splitlines()]
+    for part, own in tables["forms"].groupby("part", sort=False):
+        lines += section(f"{part}: accuracy (%), and differences (points)", forms_shown(own))
+    lines += failures_shown([own.tried for own in protocol.first.values()])
+    return "\n".join(lines) + "\n"
+
+
+def sentences(table: pd.DataFrame, part: str) -> list[str]:
+    """What a part's `forms_table` says, in plain sentences."""
+    erm, forms = table[table["criterion"] == "erm"].iloc[0], table[table["criterion"] != "erm"]
+    above, below = forms[forms["twin_low"] > 0], forms[forms["twin_high"] < 0]
+    best = forms.loc[forms["mean"].idxmax()]
+    over = forms[forms["erm_low"] > 0]
+    return [
+        f"{part}: of {len(forms)} forms {len(above)} are above their random twins ({_named(above)}) and {len(below)} "
+        f"below ({_named(below)}); {len(over)} are above plain training ({_named(over)}), which has "
+        f"{100 * erm['mean']:.1f} %.",
+        f"{part}: the best mean is that of {best['criterion']} at {best['density']:g} % ({100 * best['mean']:.1f} %): "
+        f"{_points(best, 'twin')} points over its twin, {_points(best, 'erm')} over plain training.",
+    ]
+
+
+def _named(forms: pd.DataFrame) -> str:
+    return ", ".join(f"{row.criterion} {row.density:g} %" for row in forms.itertuples()) or "none"
+
+
+def _points(row: pd.Series, prefix: str) -> str:
+    return in_points(*(row[f"{prefix}_{name}"] for name in ("mean", "low", "high")))
+
+
+def _cautions(rates: pd.DataFrame, part: str, run: Run) -> list[str]:
+    """Sentences on arms that did not learn, and on rates at the edge of the grid."""
+    own = rates[rates["part"] == part]
+    validation = own.groupby("arm")["validation"].mean().to_dict()
+    about = validation, run.facts["counts"], run.settings, "PH2_NUM_EPOCHS"
+    edge = f"{part}: {own['edge'].sum()} of {len(own)} chosen learning rates lie at an edge of the grid."
+    return [edge, *unlearned(*about, images="the sources' validation images")]
+
+
+def forms_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `forms_table` for reading."""
+    rows = [
+        (
+            row["criterion"],
+            f"{row['density']:g}",
+            f"{row['trained']:,}",
+            row["n"],
+            f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
+            _points(row, "twin"),
+            _points(row, "erm"),
+        )
+        for _, row in table.iterrows()
+    ]
+    columns = ["criterion", "marked (%)", "parameters that learn", "seeds", "accuracy (%)", "minus twin", "minus ERM"]
+    return pd.DataFrame(rows, columns=columns).set_index("criterion")
