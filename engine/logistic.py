@@ -69,7 +69,7 @@ def _minimize(design: Tensor, wanted: Tensor, penalties: Tensor, tolerance: floa
     for step in range(1, steps + 1):
         gradient = _gradient(design, wanted, logits, now, penalties[active])
         past = [*past[:-1], (past[-1][0], gradient - past[-1][1])] if past else past  # it held the gradient before
-        unfinished = gradient.abs().amax((1, 2)) > tolerance
+        unfinished = ~(gradient.abs().amax((1, 2)) <= tolerance)  # also what is no number
         if not unfinished.all():
             params[active] = now
             active, now, logits, gradient = (t[unfinished] for t in (active, now, logits, gradient))
@@ -81,6 +81,8 @@ def _minimize(design: Tensor, wanted: Tensor, penalties: Tensor, tolerance: floa
         size = _line_search(wanted, logits, along, now, direction, penalties[active])
         now = now + size * direction
         logits = logits + size * along if step % REFRESH else _products(now, design)
+        if not size.all():  # rounding has spoilt the direction: begin again with that of the gradient
+            past = [(moved * (size > 0), changed) for moved, changed in past]
         past = [*past[-MEMORY + 1 :], (size * direction, gradient)]
     raise RuntimeError(f"Logistic regression did not converge in {steps} steps.")
 
@@ -97,16 +99,20 @@ def _gradient(design: Tensor, wanted: Tensor, logits: Tensor, params: Tensor, pe
 
 
 def _two_loops(gradient: Tensor, past: Sequence[Pair]) -> Tensor:
-    """The gradient times L-BFGS's estimate of the inverse of the second derivatives, for each of P problems."""
+    """The gradient times L-BFGS's estimate of the inverse of the second derivatives, for each of P problems.
+
+    A step of length 0 says nothing.
+    """
+    bends = [_dot(moved, changed) for moved, changed in past]
+    inverses = [torch.where(bend > 0, 1 / bend, 0) for bend in bends]
     result, shares = gradient, []
-    for moved, changed in reversed(past):
-        shares.append(_dot(moved, result) / _dot(moved, changed))
+    for (moved, changed), inverse in zip(reversed(past), reversed(inverses), strict=True):
+        shares.append(_dot(moved, result) * inverse)
         result = result - shares[-1] * changed
     if past:
-        moved, changed = past[-1]
-        result = result * (_dot(moved, changed) / _dot(changed, changed))
-    for (moved, changed), share in zip(past, reversed(shares), strict=True):
-        result = result + moved * (share - _dot(changed, result) / _dot(moved, changed))
+        result = result * torch.where(bends[-1] > 0, bends[-1] / _dot(past[-1][1], past[-1][1]), 1)
+    for (moved, changed), inverse, share in zip(past, inverses, reversed(shares), strict=True):
+        result = result + moved * (share - _dot(changed, result) * inverse)
     return result
 
 
@@ -120,12 +126,12 @@ def _line_search(
     """How far to go for the least loss, ``[P, 1, 1]``: Newton's method, kept between the bounds of the zero."""
     n = logits.shape[2]
     curved = _dot(penalties * direction, direction)
-    constant = _dot(penalties * params, direction) - _dot(along, wanted) / n
+    straight = _dot(penalties * params, direction)
     size, low, high = (torch.full_like(curved, start) for start in (0, 0, torch.inf))
     for _ in range(SEARCHES):
         chances = (logits + size * along).softmax(1)
         mean = (chances * along).sum(1, keepdim=True)
-        slope = mean.sum((1, 2), keepdim=True) / n + constant + size * curved
+        slope = _dot(chances - wanted, along) / n + straight + size * curved
         bend = ((chances * along.square()).sum(1, keepdim=True) - mean.square()).sum((1, 2), keepdim=True) / n + curved
         low, high = torch.where(slope < 0, size, low), torch.where(slope > 0, size, high)
         newton, middle = size - slope / bend, torch.where(high.isinf(), 2 * size + 1, (low + high) / 2)
