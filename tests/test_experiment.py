@@ -194,6 +194,11 @@ BAD = {
     ("run", "--features", "a", "--set", "FEATURE_LAYERS=all"): "FEATURE_LAYERS=all needs --data-root",
     ("features", "--data-root", "x", "--set", "FEATURE_LAYERS=all", "--set", "TRAINED_BLOCKS=1"): "TRAINED_BLOCKS",
     ("run", "--data-root", "x", "--set", "FEATURE_LAYERS=first"): "FEATURE_LAYERS",
+    ("columns",): "FEATURE_LAYERS=all",
+    ("columns", "--seeds", "1"): "--seeds",
+    ("columns", "--strict"): "--strict",
+    ("columns", "--set", "PH1_NUM_EPOCHS=3"): "PH1_NUM_EPOCHS",
+    ("columns", "--set", "SPLIT_SEED=3"): "SPLIT_SEED",
     ("run", "--verify"): "--verify",
     ("run", "--set", "BATCH_SIZE=7", "--set", "PH2_FREEZE_EPOC=3"): "PH2_FREEZE_EPOCH",  # then none is set
     ("run", "--set", "PH2_FREEZE_EPOCH=three"): "PH2_FREEZE_EPOCH",
@@ -253,6 +258,7 @@ def test_bad_input_in_a_process_of_the_shell_is_one_line_and_exit_code_2(tmp_pat
 IMAGES = {"DATA_ROOT", "VIT_MODEL", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS"}
 USED = {  # by commands that do not train
     ("features",): {*IMAGES, "TRAINED_BLOCKS", "DEVICE", "THREADS"},
+    ("columns",): {*IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", "DEVICE", "THREADS"},
     ("figures",): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
     ("predict", "x.png", "--weights", "no.safetensors"): {"VIT_MODEL", "EXTRACTION_BATCH_SIZE", "DEVICE", "THREADS"},
     ("export-domainbed", "out"): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
@@ -359,6 +365,11 @@ def test_features_of_all_layers_from_images_to_prediction(command, tiny_vit, tmp
     code, printed, error = command("features", *images, "--output", "all.safetensors")
     assert (code, error) == (0, [])
     assert "72 × 96-d of all layers" in printed
+    assert command("columns", *images, "--seeds", 2)[0] == 0
+    assert "Importance of features" in (tmp_path / "results" / "columns" / "report.txt").read_text("utf-8")
+    code, printed, _ = command("figures", "--results-dir", tmp_path / "results" / "columns", "--format", "svg")
+    assert (code, printed.split("/")[-1]) == (0, "density.svg\n")
+    config.reset()
     one = ["--seeds", 2, "--holdouts", "photo", "--results-dir", "out", "--no-figures", *SMALL]
     assert command("run", *images, *one[:-2])[0] == 0
     before = everything(tmp_path / "out")
