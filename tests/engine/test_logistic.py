@@ -36,6 +36,19 @@ def test_it_is_the_minimum_that_scikit_learn_finds(seed):
             assert (fitted.predict(images)[number].numpy() == expected.predict(images.double().numpy())).all()
 
 
+def test_the_inverse_of_the_second_derivatives_changes_the_way_alone(monkeypatch):
+    x, y = noisy()
+    scales = torch.logspace(0, -2, x.shape[1])
+    x = x * scales
+    short = fit_linear(x, y, 4, STRENGTHS, steps=40)
+    monkeypatch.setattr("engine.logistic.LARGEST_INVERSE", 0)
+    with pytest.raises(RuntimeError, match="in 40 steps"):
+        fit_linear(x, y, 4, STRENGTHS, steps=40)
+    long = fit_linear(x, y, 4, STRENGTHS)
+    torch.testing.assert_close(long.weights * scales, short.weights * scales, rtol=1e-3, atol=1e-3)
+    assert torch.equal(long.predict(x), short.predict(x))
+
+
 def test_a_penalty_does_not_depend_on_those_beside_it():
     x, y = noisy()
     together = fit_linear(x, y, 4, STRENGTHS)
