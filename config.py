@@ -22,6 +22,7 @@ from typing import ClassVar
 DATA_ROOT: str | None = None  # folder of domain folders of class folders; None = the bundled features
 FEATURES_FILE: str | None = None  # features made elsewhere, in the format of data/README.md
 VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # hub name or local directory; used with DATA_ROOT
+FEATURE_LAYERS: str = "last"  # "last" = final [CLS]; "all" = [CLS] and mean patch of every block; with DATA_ROOT
 CACHE_DIR: str | None = None  # extracted features and content hashes; None = cache/ beside this file
 EXTRACTION_BATCH_SIZE: int | None = None  # images per forward pass; None = 8 on CPU, 256 on CUDA
 EXTRACTION_WORKERS: int | None = None  # decoding processes; 0 = threads; None = 0 on CPU, one per core on CUDA
@@ -214,6 +215,7 @@ RULES = (  # other settings, what they must do, and whether a value does
         "be 'seed' or a whole number of at most 18 digits",
         lambda seed: seed == "seed" or (type(seed) is int and abs(seed) < 10**18),
     ),
+    (("FEATURE_LAYERS",), "be 'last' or 'all'", lambda layers: layers in ("last", "all")),
     (("OUT_FRACTION",), "lie between 0 and 1", lambda part: 0 < part < 1),
     (("HIDDEN_SIZES",), "have two layers or more, to have a tracked matrix", lambda sizes: len(sizes) >= 2),
     (

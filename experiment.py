@@ -25,11 +25,12 @@ from pathlib import Path
 import config
 from config import InputError
 
-TRAINING = ("run", "study", "forms", "compare")
-IMAGES = ("VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
+TRAINING = ("run", "study", "forms", "compare", "columns")
+IMAGES = ("VIT_MODEL", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
 MACHINE = ("DEVICE", "THREADS")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
+    "columns": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", *MACHINE),
     "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "features": ("DATA_ROOT", *IMAGES, "TRAINED_BLOCKS", *MACHINE),
     "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
@@ -51,7 +52,13 @@ CONSTANTS = {  # option -> the setting that it gives
     "updates": "TRANSFER_UPDATES",
     "channels": "TRANSFER_CHANNELS",
 }
-FOLDERS = {"study": "study", "forms": "forms", "compare": "compare", "export-domainbed": "compare"}  # of RESULTS_DIR
+FOLDERS = {  # below RESULTS_DIR
+    "study": "study",
+    "forms": "forms",
+    "compare": "compare",
+    "columns": "columns",
+    "export-domainbed": "compare",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,6 +139,18 @@ def compare(options: argparse.Namespace) -> None:
         save_all(comparison)
     print(f"Everything is in {_directory(options)}: start with comparison.txt.")
     _warn(failed(comparison))
+
+
+def columns(options: argparse.Namespace) -> None:
+    from evidence import ColumnProtocol
+
+    choice = {"overwrite": options.overwrite, "verify": options.verify}
+    protocol = ColumnProtocol.from_config(options.seeds, _directory(options), **choice)
+    print(protocol.run.features.describe(), flush=True)
+    protocol.train()
+    print(f"\n{protocol.write()}", flush=True)
+    protocol.save_figures()
+    print(f"Everything is in {_directory(options)}: start with report.txt.")
 
 
 def transfer(options: argparse.Namespace) -> None:
@@ -242,6 +261,8 @@ def figures(options: argparse.Namespace) -> None:
         paths = evidence.figures.save_forms(results.directory, **choice)
     elif (results.directory / "densities.csv").is_file() and (results.directory / "grid").is_dir():
         paths = evidence.figures.save_blocks(results.directory, **choice)
+    elif (results.directory / "layers.csv").is_file():
+        paths = evidence.figures.save_columns(results.directory, **choice)
     elif (results.directory / "letters.csv").is_file():
         paths = transfer.figures.save_all(results.directory, **choice)
     elif (results.directory / "contrasts.csv").is_file():
@@ -260,6 +281,7 @@ COMMANDS = {
     "study": (study, "evidence.figures", "arms and controls, sweeps and diagnostics: the whole answer"),
     "forms": (forms, "evidence.figures", "which form of importance wins: criteria, densities and widths"),
     "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
+    "columns": (columns, "evidence.figures", "importance of features: which columns of all layers carry over"),
     "transfer": (transfer, "transfer", "how many layers of a small network carry over to new classes"),
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
     "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
@@ -397,10 +419,11 @@ def _shared_options(command: str, add: Callable) -> None:
     if command in TRAINING:
         add("--seeds", type=seeds, metavar="N", help=f"0 … N-1, or 100-199, or 0,3,7-9 (default {config.NUM_SEEDS})")
         add("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
-        where = f"default {config.RESULTS_DIR}; for study, forms and compare a folder below it"
+        where = f"default {config.RESULTS_DIR}; for the others than run a folder below it"
         add("--results-dir", metavar="DIR", help=where)
         add("--overwrite", action="store_true", help="delete the results that are there first")
-        add("--strict", action="store_true", help="stop at the first network that fails")
+        if command != "columns":
+            add("--strict", action="store_true", help="stop at the first network that fails")
     if command in (*TRAINING, "features"):
         add("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
         add("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")

@@ -181,19 +181,26 @@ class Preprocessing:
         return {key: value for key, value in values.items() if value is not None}
 
 
-class ViTFeatureExtractor(nn.Module):
-    """A frozen vision transformer in eval mode: pixels in, ``[CLS]`` of the last hidden state out.
+LAYER_KINDS = ("cls", "mean")  # of each block, in this order: its [CLS], and the mean of its patch tokens
 
-    `model` is one of `transformers` whose output has `last_hidden_state` with the CLS token first; its `name` is used
-    in headers and messages.
+
+class ViTFeatureExtractor(nn.Module):
+    """A frozen vision transformer in eval mode: pixels in, features out.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, float32 ``[B, D]`` out.
+
+    Args:
+        model: one of `transformers` whose output has `last_hidden_state` with the CLS token first.
+        name: used in headers and messages.
+        layers: which features. "last" (the default): ``[CLS]`` of the last hidden state, after the final norm; D is the
+            width of the model. "all": of every block, first to last, the ``[CLS]`` and the mean of the patch tokens
+            (`LAYER_KINDS`) as they leave the block, which is before the final norm; D is blocks · 2 · width.
     """
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing, name: str):
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, name: str, layers: str = "last"):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.preprocessing, self.name = preprocessing, name
+        self.preprocessing, self.name, self.layers = preprocessing, name, layers
         for statistic in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, statistic)).view(1, 3, 1, 1)
             self.register_buffer(statistic, values, persistent=False)
@@ -201,7 +208,15 @@ class ViTFeatureExtractor(nn.Module):
     @property
     def feature_size(self) -> int:
         """D, read from the model."""
-        return self.model.config.hidden_size
+        width = self.model.config.hidden_size
+        return width if self.layers == "last" else len(transformer_blocks(self.model)) * len(LAYER_KINDS) * width
+
+    def describe_layers(self) -> dict[str, object] | None:
+        """Which column is what, ready for JSON: rows are ``[blocks, kinds, width]``; None for the last layer alone."""
+        if self.layers == "last":
+            return None
+        blocks, width = len(transformer_blocks(self.model)), self.model.config.hidden_size
+        return {"blocks": blocks, "kinds": list(LAYER_KINDS), "width": width}
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +237,38 @@ class ViTFeatureExtractor(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        return self._hidden(pixels)[:, 0].float()
+        return self._hidden(pixels)[:, 0].float() if self.layers == "last" else self._all_layers(pixels)
+
+    def _all_layers(self, pixels: Tensor) -> Tensor:
+        """``[CLS]`` and mean patch of every block, in one pass: ``[B, blocks · 2 · width]``."""
+        found, prefix = [], None
+
+        def note(_block, _inputs, tokens: Tensor | tuple) -> None:
+            nonlocal prefix
+            tokens = (tokens[0] if isinstance(tokens, tuple) else tokens).float()
+            prefix = self._prefix(pixels, tokens) if prefix is None else prefix
+            found.extend((tokens[:, 0], tokens[:, prefix:].mean(1)))
+
+        hooks = [block.register_forward_hook(note) for block in transformer_blocks(self.model)]
+        try:
+            self._hidden(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(found, dim=1)
+
+    def _prefix(self, pixels: Tensor, tokens: Tensor) -> int:
+        """How many tokens stand before those of the patches: CLS, distillation token, registers."""
+        size = getattr(self.model.config, "patch_size", None)
+        height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+        patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width) if height and width else 0
+        after = getattr(self.model.config, "num_detection_tokens", 0)
+        if after or not 0 < patches < tokens.shape[1]:
+            raise InputError(
+                f"The patch tokens of '{self.name}' cannot be told from its other tokens: leave out FEATURE_LAYERS, or "
+                "use a ViT, DeiT, DINOv2 or CLIP."
+            )
+        return tokens.shape[1] - patches
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor, blocks: int) -> tuple[Tensor, Tensor]:

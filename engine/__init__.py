@@ -3,6 +3,7 @@
 from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.gradients import PathRecorder, loss_gradients
+from engine.logistic import Linear, fit_linear
 from engine.loop import Engine, Trained, TrainingFailedError, classify, failure_reason, raise_failure, train
 from engine.machine import (
     check_memory,
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "FlatAdam",
     "FunctionalEngine",
+    "Linear",
     "MatmulEngine",
     "Network",
     "Params",
@@ -44,6 +46,7 @@ __all__ = [
     "classify",
     "default_workers",
     "failure_reason",
+    "fit_linear",
     "free_memory",
     "generator",
     "logistic_regression",

@@ -18,6 +18,14 @@ SWEPT_NUMBERS = {  # those with a figure, and its words
     "PH2_FREEZE_EPOCH": "epochs after which the other weights are frozen",
 }
 
+COLUMN_LINES = {"all": "all columns", "last cls": "last [CLS]", "best layer": "best single layer"}
+COLUMN_WORDS = {  # criterion and control -> what the figure calls it; without the inverted ones, which lie far below
+    "min": "minimum over domains",
+    "min random_layer": "at random, layers as of the minimum",
+    "sum": "sum over domains",
+    "sum random_layer": "at random, layers as of the sum",
+}
+
 
 def all_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Name and maker of every figure: forest plot of the family, overlap of the masks, and the swept numbers.
@@ -88,6 +96,36 @@ def _forms(table: pd.DataFrame, part: str, about: Mapping) -> Figure:
     seeds = table["n"].max()
     title = f"Exploratory: importance mask minus random mask of the same counts, {part} ({_title(about, seeds)})"
     return difference_plot(rows, title, margin=MARGIN)
+
+
+def column_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of the figure of the importance of features: accuracy against the share of columns.
+
+    Raises:
+        InputError: the directory holds no such study.
+    """
+    directory = Path(directory)
+    about = Results(directory).read_settings()
+    if about is None or not (directory / "layers.csv").is_file():
+        raise InputError(f"'{directory}' holds no study of columns: run columns first, or give --results-dir.")
+    yield "density", lambda: _column_density(directory, about)
+
+
+def save_columns(directory: str | Path, only: Sequence[str] | None = None, format: str = "png") -> list[Path]:
+    """Draw every figure into the directory itself, see `visualization.save_each`."""
+    return save_each(column_figures(directory), directory, only, format)
+
+
+def _column_density(directory: Path, about: Mapping) -> Figure:
+    """Accuracy against the share of columns that are kept; all columns, the last [CLS] and the best layer as lines."""
+    table = pd.read_csv(directory / "densities.csv")
+    single = table["criterion"].isin(COLUMN_LINES)
+    points = table.assign(algorithm=table["criterion"].map(COLUMN_WORDS)).dropna(subset="algorithm")
+    points = points.sort_values("density", kind="stable")
+    points = points.assign(density=[f"{value:g} %" for value in points["density"]])
+    lines = {COLUMN_LINES[row["criterion"]]: tuple(row[["mean", "low", "high"]]) for _, row in table[single].iterrows()}
+    title = f"Accuracy by the share of columns that are kept ({_title(about, table['n'].max())})"
+    return accuracy_curves_by_setting(points, "density", title, "columns of all layers that are kept", lines)
 
 
 def _density(directory: Path, about: Mapping) -> Figure:

@@ -75,6 +75,7 @@ def get_features(
     verify: bool = False,
     progress: bool = True,
     blocks: int | None = None,
+    layers: str | None = None,
     check_tail: Callable[[BackboneTail], object] = lambda tail: None,
 ) -> FeatureSet:
     """The features to work with: of the images in `data_root`, else of `features_file`, else the bundled ones.
@@ -89,25 +90,31 @@ def get_features(
         verify, progress: see `extract`.
         device: where the ViT runs.
         blocks: see `extract`; default `config.TRAINED_BLOCKS`.
+        layers: "last" or "all", see `models.ViTFeatureExtractor`; default `config.FEATURE_LAYERS`.
         check_tail: see `extract`.
 
     Raises:
-        InputError: both are given, or the folder, the file or the model cannot be used, or there are blocks but no
-            images. The bundled features never take the place of others.
+        InputError: both are given, or the folder, the file or the model cannot be used, or there are blocks or all
+            layers but no images, or both of these. The bundled features never take the place of others.
     """
     blocks = config.TRAINED_BLOCKS if blocks is None else blocks
+    layers = config.FEATURE_LAYERS if layers is None else layers
     config.check("TRAINED_BLOCKS", blocks)
+    config.check("FEATURE_LAYERS", layers)
     if data_root is not None and features_file is not None:
         raise InputError("DATA_ROOT and FEATURES_FILE exclude each other: set one of them to None.")
     if blocks and data_root is None:
         raise InputError("TRAINED_BLOCKS needs DATA_ROOT: features have no tokens.")
+    _check_layers(layers, blocks)
+    if layers == "all" and data_root is None:
+        raise InputError("FEATURE_LAYERS = 'all' needs DATA_ROOT: a file of features has the layers that it has.")
     if features_file is not None:
         return load_features(os.path.expanduser(features_file))
     if data_root is None:
         return bundled_features()
     dataset = find_dataset(data_root)
     device = choose_device(config.DEVICE) if device is None else device
-    extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model).to(device)
+    extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model, layers).to(device)
     cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
     options = {"verify": verify, "progress": progress, "blocks": blocks, "check_tail": check_tail}
@@ -132,14 +139,14 @@ def extract(
 
     Args:
         dataset: from `dataset.find_dataset`.
-        extractor: the model, on the device to use.
+        extractor: the model, on the device to use; its `layers` say which features.
         cache_dir: created if missing.
         batch_size: images per forward pass, at most 512; default 256 on CUDA, 8 on a CPU.
         workers: decoding processes, 0 = threads of this process; default one per core (at most 16) on CUDA, 0 on a
             CPU.
         verify: read every image file again, even if its size and time have not changed.
         blocks: with 1 or more, the same pass also caches the tokens before so many last blocks, in float16 where it
-            can hold them, and the result has `tokens` and `tail`.
+            can hold them, and the result has `tokens` and `tail`; not together with all layers.
         check_tail: raises an InputError for blocks that are of no use; called before the pass.
 
     Raises:
@@ -150,6 +157,7 @@ def extract(
     config.check("EXTRACTION_BATCH_SIZE", batch_size)
     config.check("EXTRACTION_WORKERS", workers)
     config.check("TRAINED_BLOCKS", blocks)
+    _check_layers(extractor.layers, blocks)
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +170,8 @@ def extract(
     contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
     header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
     header["preprocessing"] = extractor.preprocessing.describe()
+    if (layers := extractor.describe_layers()) is not None:
+        header["layers"] = layers
     header["pixels_sha256"] = hashlib.sha256("".join(pixels).encode()).hexdigest()
     name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
     path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
@@ -171,6 +181,11 @@ def extract(
     _cache(path, tokens, run, dataset, header)
     features = load_features(path, f"images in {dataset.name}")
     return features if tokens is None else _with_tokens(features, tokens, tail)
+
+
+def _check_layers(layers: str, blocks: int) -> None:
+    if layers == "all" and blocks:
+        raise InputError("FEATURE_LAYERS = 'all' and TRAINED_BLOCKS exclude each other: blocks are trained on tokens.")
 
 
 def _token_shape(dataset: ImageDataset, extractor: ViTFeatureExtractor, blocks: int) -> tuple[int, int, int]:
@@ -252,6 +267,8 @@ def _key(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtrac
         "preprocessing": header["preprocessing"],
         "files": list(zip(dataset.files, contents, strict=True)),
     }
+    if "layers" in header:
+        parts["layers"] = header["layers"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

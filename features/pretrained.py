@@ -16,18 +16,22 @@ from models import Preprocessing, ViTFeatureExtractor
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # older and newer name
 
 
-def load_extractor(name: str | Path) -> ViTFeatureExtractor:
+def load_extractor(name: str | Path, layers: str = "last") -> ViTFeatureExtractor:
     """Load a frozen ViT by its name on the hub, or from a local directory. No code that comes with a model is run.
+
+    Args:
+        layers: "last" or "all", see `models.ViTFeatureExtractor`.
 
     Raises:
         InputError: the model cannot be loaded or fails on an image, has no CLS token, lacks weights of its
-            architecture, or needs code of its own.
+            architecture, or needs code of its own; with "all", its blocks or its patch tokens cannot be told apart.
     """
     name = str(name)
     try:
         _check_available(name)
         with _quiet():
-            extractor = ViTFeatureExtractor(_load_backbone(name), Preprocessing(_load_processor(name)), _short(name))
+            parts = _load_backbone(name), Preprocessing(_load_processor(name)), _short(name)
+            extractor = ViTFeatureExtractor(*parts, layers)
             size = getattr(extractor.model.config, "image_size", 224)  # of one side, or height and width
             image = Image.new("RGB", (size, size) if isinstance(size, int) else (size[1], size[0]))
             extractor(extractor.preprocessing(image)[None])  # what loads may still not run

@@ -12,9 +12,10 @@ tensor         type     shape   meaning
 
 Its metadata has one key, ``header``: JSON with ``format_version`` (1), ``class_names``, ``domain_names``, and
 optionally ``files`` (N unique names), ``dataset``, ``counts`` (domain -> class -> number of images), ``model``,
-``preprocessing``, ``pixels_sha256`` and ``versions``. There is one key only because safetensors writes several in
-random order, and there are neither times nor paths, so that the same features are the same bytes. ``data/README.md``
-describes the format for users' own features.
+``preprocessing``, ``pixels_sha256``, ``versions``, and ``layers`` where a row is ``[blocks, kinds, width]`` of every
+block of a ViT: ``{"blocks": 12, "kinds": ["cls", "mean"], "width": 192}``. There is one key only because safetensors
+writes several in random order, and there are neither times nor paths, so that the same features are the same bytes.
+``data/README.md`` describes the format for users' own features.
 """
 
 import hashlib
@@ -105,6 +106,8 @@ class FeatureSet:
     def describe(self) -> str:
         """One line: what these features are and where they came from."""
         size = f"{len(self)} × {self.feature_size}-d"
+        if "layers" in self.header:
+            size += " of all layers"
         if self.tokens is not None:
             blocks = self.header["tokens"]["blocks"]
             last = "last block" if blocks == 1 else f"last {blocks} blocks"

@@ -79,6 +79,7 @@ ARRAYS = {
     "histories/compare_*": CURVES | {"correct": "i SEDPC"},  # and what the method records
     "importance/phase1_* of blocks": {"importance_*": "f Soi"},
     "importance/holdout_* of blocks": {"bits_*": "i So*"},
+    "importance/columns_*": {"scores": "f Sd"},
     "importance/*": {"importance_*": "f Soi", "normalized_*": "f Soi", "mask_*": "b Soi"},
     "evidence/*": {"layer_*": "f Soi"},
 }

@@ -117,7 +117,8 @@ def predict_images(
     files = [file for image in images for file in _files(image)]
     log.info("%s", describe_networks(tuple(networks), header))
     with _table(output, header["class_names"]) as write:
-        model = join(weights, list(networks.values()), header, load_extractor(place).to(device)).to(device)
+        extractor = load_extractor(place, "all" if header["features"].get("layers") else "last")
+        model = join(weights, list(networks.values()), header, extractor.to(device)).to(device)
         for start in range(0, len(files), batch_size):
             paths = files[start : start + batch_size]
             for path, chances in zip(paths, _probabilities(model, paths).tolist(), strict=True):

@@ -89,6 +89,7 @@ class Run:
         self.data = SplitFeatures.from_features(features, settings, self.execution.device)
         self.facts = {key: getattr(features, key) for key in ("dataset", "fingerprint", "feature_size")}
         self.facts |= {key: features.header.get(key) for key in ("model", "preprocessing", "counts")}
+        self.facts |= {"layers": features.header["layers"]} if "layers" in features.header else {}
         header = {  # of every file of networks, so that they can be used later
             "class_names": list(features.class_names),
             "domain_names": list(features.domain_names),

@@ -190,6 +190,15 @@ BAD = {
     ("run", "--seeds", "3", "--set", "NUM_SEEDS=4"): "--seeds",
     ("run", "--device", "cpu", "--set", "DEVICE=cuda"): "--device",
     ("run", "--set", "VIT_MODEL=x"): "VIT_MODEL=x",
+    ("run", "--set", "FEATURE_LAYERS=all"): "--data-root",
+    ("run", "--features", "a", "--set", "FEATURE_LAYERS=all"): "FEATURE_LAYERS=all needs --data-root",
+    ("features", "--data-root", "x", "--set", "FEATURE_LAYERS=all", "--set", "TRAINED_BLOCKS=1"): "TRAINED_BLOCKS",
+    ("run", "--data-root", "x", "--set", "FEATURE_LAYERS=first"): "FEATURE_LAYERS",
+    ("columns",): "FEATURE_LAYERS=all",
+    ("columns", "--seeds", "1"): "--seeds",
+    ("columns", "--strict"): "--strict",
+    ("columns", "--set", "PH1_NUM_EPOCHS=3"): "PH1_NUM_EPOCHS",
+    ("columns", "--set", "SPLIT_SEED=3"): "SPLIT_SEED",
     ("run", "--verify"): "--verify",
     ("run", "--set", "BATCH_SIZE=7", "--set", "PH2_FREEZE_EPOC=3"): "PH2_FREEZE_EPOCH",  # then none is set
     ("run", "--set", "PH2_FREEZE_EPOCH=three"): "PH2_FREEZE_EPOCH",
@@ -246,9 +255,10 @@ def test_bad_input_in_a_process_of_the_shell_is_one_line_and_exit_code_2(tmp_pat
     assert re.fullmatch(".*BATCH_SIZE.*\n", done.stderr)
 
 
-IMAGES = {"DATA_ROOT", "VIT_MODEL", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS"}
+IMAGES = {"DATA_ROOT", "VIT_MODEL", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS"}
 USED = {  # by commands that do not train
     ("features",): {*IMAGES, "TRAINED_BLOCKS", "DEVICE", "THREADS"},
+    ("columns",): {*IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", "DEVICE", "THREADS"},
     ("figures",): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
     ("predict", "x.png", "--weights", "no.safetensors"): {"VIT_MODEL", "EXTRACTION_BATCH_SIZE", "DEVICE", "THREADS"},
     ("export-domainbed", "out"): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
@@ -347,6 +357,29 @@ def test_images_to_prediction_with_a_tiny_vit(command, tiny_vit, tmp_path, monke
         code, _, (sentence,) = command("predict", *wrong, *network)
         assert code == 2
         assert named in sentence
+
+
+def test_features_of_all_layers_from_images_to_prediction(command, tiny_vit, tmp_path):
+    tree = make_images(tmp_path / "tree", domains=("art", "photo", "sketch"), per_class=12)
+    images = ["--data-root", tree, "--vit-model", tiny_vit, "--set", "FEATURE_LAYERS=all", "--threads", 1]
+    code, printed, error = command("features", *images, "--output", "all.safetensors")
+    assert (code, error) == (0, [])
+    assert "72 × 96-d of all layers" in printed
+    assert command("columns", *images, "--seeds", 2)[0] == 0
+    assert "Importance of features" in (tmp_path / "results" / "columns" / "report.txt").read_text("utf-8")
+    code, printed, _ = command("figures", "--results-dir", tmp_path / "results" / "columns", "--format", "svg")
+    assert (code, printed.split("/")[-1]) == (0, "density.svg\n")
+    config.reset()
+    one = ["--seeds", 2, "--holdouts", "photo", "--results-dir", "out", "--no-figures", *SMALL]
+    assert command("run", *images, *one[:-2])[0] == 0
+    before = everything(tmp_path / "out")
+    config.reset()
+    assert command("run", "--features", "all.safetensors", *one)[0] == 0  # the same features: nothing is trained
+    assert everything(tmp_path / "out") == before
+    weights, picture = tmp_path / "out/weights/phase2_photo_importance.safetensors", tree / "art" / "dog" / "000.png"
+    code, printed, error = command("predict", picture, "--weights", weights, "--vit-model", tiny_vit)
+    assert (code, error) == (0, [])
+    assert printed.startswith(f"{picture}: ")
 
 
 LIVELY = ["PROBE_C=10000", "BLOCK_EPOCHS=3", "BLOCK_BATCH_SIZE=16", "BACKBONE_LEARNING_RATE=0.01", "SPLIT_SEED=0"]
