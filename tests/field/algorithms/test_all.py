@@ -85,13 +85,12 @@ def drawn(method: type[Algorithm], number: int) -> Callable[[Setup], Algorithm]:
 def test_trials_in_one_stack_equal_trials_trained_apart(methods, name):
     settings = Settings.current(ph2_num_epochs=9, hidden_sizes=(6, 5, 4), batch_size=16)
     data, seeds, made = split_blobs(torch.float64, settings), (0, 1), [drawn(ALGORITHMS[name], n) for n in range(3)]
-    masks = [methods.random_masks(seeds, part=part) for part in (0.3, 0.6, 0.9)]
-    with_mask = ALGORITHMS[name].control is not None
-    together = train_trials(data, ["art"], seeds, made, settings, masks=masks if with_mask else None)
+    given = [methods.given(name, methods.setup(), seeds, part) for part in (0.3, 0.6, 0.9)]
+    together = train_trials(data, ["art"], seeds, made, settings, given=given)
     assert (together[0].state["step"] >= 50).all()
     assert len({*(trial.method.learning_rate for trial in together)}) == 3
-    for trial, method, mask in zip(together, made, masks, strict=True):
-        alone = train_method(data, ["art"], seeds, method, settings, mask=mask if with_mask else None)
+    for trial, method, own in zip(together, made, given, strict=True):
+        alone = train_method(data, ["art"], seeds, method, settings, given=own)
         assert trial.method.values == alone.method.values
         for kind, rtol in (("params", 0), ("state", 1e-9), ("loss", 1e-9)):
             ours, theirs = tree_leaves(getattr(trial, kind)), tree_leaves(getattr(alone, kind))
