@@ -69,9 +69,13 @@ def given(name: str, of: Setup, seeds=SEEDS, part=0.6) -> State:
     """Entries of the state that a method is given: a random mask, ranks, and a network for each domain."""
     masks = random_masks(seeds, of.hidden_sizes, part)
     experts = [start([100 * seed + domain for domain in range(of.domains)], of) for seed in seeds]
+
+    def ranks(key: str, shape: torch.Size) -> torch.Tensor:
+        return torch.stack([torch.rand(shape, generator=generator(seed, "test", key)) for seed in seeds])
+
     every = {
         "mask": masks,
-        "ranks": {key: torch.rand(mask.shape, generator=generator(0, "test", key)) for key, mask in masks.items()},
+        "ranks": {key: ranks(key, mask.shape[1:]) for key, mask in masks.items()},
         "experts": {key: torch.stack([networks[key] for networks in experts]) for key in experts[0]},
     }
     return {entry: every[entry] for entry in ALGORITHMS[name].given()}
