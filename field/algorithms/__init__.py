@@ -7,6 +7,7 @@ from engine import Batch
 from field.algorithms import (  # noqa: F401
     adversarial,
     alignment,
+    anchors,
     averaging,
     dmg,
     experts,

@@ -234,13 +234,13 @@ def test_a_drawn_part_of_the_weights_is_marked(whole):
 
 
 def test_no_method_sees_a_held_out_domain(data, tmp_path):
-    """Other images of the domain change nothing in training, nor in the masks."""
+    """Other images of the domain change nothing in training, nor in masks, ranks and experts."""
     d = blobs(domains=DOMAINS, per_cell=10)
     changed = torch.where((d.domains == DOMAINS.index("art")).unsqueeze(1), -d.features, d.features).half()
     rows = d.labels, d.domains, d.class_names, d.domain_names, d.files
     save_features(tmp_path / "other.safetensors", changed, *rows, dataset="blobs")
     other = load_features(tmp_path / "other.safetensors")
-    options = {"methods": ["ImportanceMask", "OtherSeedMask"], "leave_one_out": True}
+    options = {"methods": ["ImportanceMask", "OtherSeedMask", "ImportanceMixout", "LFME"], "leave_one_out": True}
     a, b = (make(features, tmp_path / name, **options) for name, features in (("a", data), ("b", other)))
     for comparison in (a, b):
         comparison.train()
