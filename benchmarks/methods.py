@@ -20,19 +20,24 @@ import torch
 from measuring import Measured, in_turn, new_parser, positive, ratio, run, seconds, shown, spread
 
 from config import Settings
-from engine import SplitFeatures
+from engine import SplitFeatures, random_start
 from features import bundled_features
 from field import ALGORITHMS, PARTNERS, Algorithm, find, train_method
 
 
 def train_epoch(data: SplitFeatures, holdout: str, seeds: range, settings: Settings, method: type[Algorithm]) -> None:
-    """One epoch of a stack of networks; a method with a mask gets a random one."""
-    mask = None
-    if method.control is not None:
-        network = data.network(settings.hidden_sizes)
-        shapes = {name: network.get_parameter(name).shape for name in network.tracked_names}
-        mask = {name: torch.rand(len(seeds), *shape) < 0.6 for name, shape in shapes.items()}
-    train_method(data, [holdout], seeds, method, settings, mask=mask)
+    """One epoch of a stack of networks; what a method is given of Phase 1 is random."""
+    network, domains = data.network(settings.hidden_sizes), len(data.sources([holdout]))
+    shapes = {name: network.get_parameter(name).shape for name in network.tracked_names}
+    ranks = {name: torch.rand(len(seeds), *shape) for name, shape in shapes.items()}
+    start = random_start(seeds, "start", network)
+    every = {
+        "mask": {name: rank < 0.6 for name, rank in ranks.items()},
+        "ranks": ranks,
+        "experts": {name: torch.stack([value] * domains, dim=1) for name, value in start.items()},
+    }
+    given = {entry: every[entry] for entry in method.given()}
+    train_method(data, [holdout], seeds, method, settings, given=given)
 
 
 def measure(args: argparse.Namespace) -> Measured:

@@ -1,6 +1,7 @@
 """The engine of the methods of `field`: pure functions of one network, run for a whole stack by `torch.func.vmap`."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -62,7 +63,8 @@ class FunctionalEngine:
         draws: the `noise` stream of each network, S CPU generators.
         sources: numbers of the source domains among all domains, in order.
         validation: the sources' `out` split; needed if the method sets `validate_every`.
-        given: entries of the state that are known before training, such as masks: tensors ``[S, …]``, nested as there.
+        given: entries of the state that are known before training, such as masks: tensors ``[S, …]``, nested as there;
+            they are moved to the device, and floats to the type, of `start`.
         values: hyperparameters in which the networks differ, name -> ``[S]``; under `vmap` the method has the network's
             own in their place, floats in the type to train in.
 
@@ -92,7 +94,7 @@ class FunctionalEngine:
         with torch.device(like.device):
             each = [{name: value[s] for name, value in params.items()} for s in range(len(draws))]
             states = [method.initial_state(own) for method, own in zip(methods, each, strict=True)]
-            self.state = stacked(states, like) | (given or {})
+            self.state = stacked(states, like) | tree_map(partial(_like, like=like), given or {})
         self.params = self._every("begin", params, self.state)
         every = methods[0].validate_every
         self.interval = None if every is None else max(1, round(every * methods[0].setup.steps_per_epoch))

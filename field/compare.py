@@ -23,6 +23,7 @@ from config import BlockSettings, InputError, Settings
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
 from field.curves import read_curves
 from field.load import load_method
+from field.phase1 import PHASE1
 from field.selection import tables_by_rule
 from field.unit import Trained, Unit, train_unit
 from storage import FeatureSet, Results, damaged
@@ -131,17 +132,19 @@ class Comparison:
         return values | {name: known[name].search(rng) for name in sorted(known) if known[name].search is not None}
 
     def saw_validation(self, method: type[Algorithm]) -> bool:
-        """Whether a method's masks depend on images that its networks are validated on."""
+        """Whether what a method is given depends on images that its networks are validated on."""
+        if method.phase1:
+            return self.run.settings.ph1_data == "all"
         return method.control is not None and Arm(method.control).saw_validation(self.run.settings)
 
     def train(self) -> None:
-        """Train what is missing, with Phase 1 for methods with masks."""
+        """Train what is missing, with Phase 1 for methods that are given something of it."""
         run, units = self.run, self.missing()
         if not units:
             return
         run.check_memory([(unit.seeds * len(unit.trials),) for unit in units], CLASSIFIERS)
         self._curves = self._tables = None
-        if controls := dict.fromkeys(unit.method.control for unit in units if unit.method.control is not None):
+        if controls := dict.fromkeys(unit.method.control or "importance" for unit in units if unit.method.given()):
             Study(run, [Arm(control) for control in controls]).phase1()
 
         def train(unit: Unit, tick: Callable[[], None]) -> list[Trained]:
@@ -302,6 +305,8 @@ def _checked(method: object) -> type[Algorithm]:
             raise InputError(f"{name}.hyperparameters['{key}'] must be Hyperparameter(default, meaning), not {value}.")
     if method.control is not None and "kept" not in method.known_hyperparameters():
         raise InputError(f"{name}.hyperparameters needs 'kept', the per cent of the weights that its mask marks.")
+    if unknown := [kind for kind in method.phase1.values() if kind not in PHASE1]:
+        raise InputError(f"{name}.phase1 has no '{unknown[0]}' to take; there are {', '.join(PHASE1)}.")
     return method
 
 

@@ -85,9 +85,13 @@ def _introduction(comparison: Comparison) -> list[str]:
         f"hyperparameters of every method: its defaults{draws}.",
         INTRODUCTION.format(units=UNITS, covered=covered(run.settings.split_seed)),
     ]
-    if peeking := [method.__name__ for method in comparison.methods if comparison.saw_validation(method)]:
-        text = f"The masks of {', '.join(peeking)} saw the validation images: Phase 1 trained on all images."
-        lines += textwrap.wrap(text, 110)
+    peeking = [method for method in comparison.methods if comparison.saw_validation(method)]
+    masked = [method.__name__ for method in peeking if method.control is not None]
+    others = [method.__name__ for method in peeking if method.control is None]
+    for what, names in (("The masks of", masked), ("What Phase 1 gives to", others)):
+        if names:
+            text = f"{what} {', '.join(names)} saw the validation images: Phase 1 trained on all images."
+            lines += textwrap.wrap(text, 110)
     if others := left_out(comparison):
         lines += [f"Not in this report, though in the same directory: {others}."]
     return lines

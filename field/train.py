@@ -63,7 +63,7 @@ def train_method(
     method: Callable[[Setup], Algorithm],
     settings: Settings,
     *,
-    mask: Params | None = None,
+    given: State | None = None,
     threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> MethodNetworks:
@@ -75,14 +75,15 @@ def train_method(
         seeds: S seeds.
         method: makes the method for its `Setup`: a class, or a `functools.partial` of one with hyperparameters.
         settings: `BATCH_SIZE`, `HIDDEN_SIZES` and `PH2_NUM_EPOCHS` are used.
-        mask: the mask of a method with a `control`, name of the tracked matrix -> bool ``[S, out, in]``.
+        given: the entries of the state that the method does not make itself (`Algorithm.given`): tensors ``[S, …]``,
+            nested as there; a mask is name of the tracked matrix -> bool ``[S, out, in]``.
         threads, on_epoch: see `engine.train`.
 
     Raises:
         InputError: an unknown hyperparameter.
-        ValueError: the method needs a mask and got none.
+        ValueError: the method needs an entry and did not get it.
     """
-    options = {"masks": None if mask is None else [mask], "threads": threads, "on_epoch": on_epoch}
+    options = {"given": None if given is None else [given], "threads": threads, "on_epoch": on_epoch}
     return train_trials(data, holdouts, seeds, [method], settings, **options)[0]
 
 
@@ -93,7 +94,7 @@ def train_trials(
     methods: Sequence[Callable[[Setup], Algorithm]],
     settings: Settings,
     *,
-    masks: Sequence[Params] | None = None,
+    given: Sequence[State] | None = None,
     threads: int = 1,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> list[MethodNetworks]:
@@ -101,16 +102,16 @@ def train_trials(
 
     Args:
         methods: make one class with T sets of hyperparameters, which differ in nothing but `Algorithm.tensors`.
-        masks: a mask for each of them.
+        given: the entries for each of them.
 
     Returns:
         The networks of each set, in order.
 
     Raises:
         InputError: see `train_method`; or the method needs a number where it has a tensor.
-        ValueError: no masks, or methods that cannot be trained in one stack.
+        ValueError: an entry is missing, or methods that cannot be trained in one stack.
     """
-    engine = _stack(data, holdouts, seeds, methods, settings, masks)
+    engine = _stack(data, holdouts, seeds, methods, settings, given)
     first, every = engine.methods[0], [*seeds] * len(methods)
     order, epochs = _order(data, holdouts, every, first), settings.ph2_num_epochs
     try:
@@ -143,7 +144,7 @@ def _stack(
     seeds: Sequence[int],
     methods: Sequence[Callable[[Setup], Algorithm]],
     settings: Settings,
-    masks: Sequence[Params] | None,
+    given: Sequence[State] | None,
 ) -> FunctionalEngine:
     """The networks before the first step: those of all seeds with the first set of hyperparameters, then the second, …
 
@@ -154,11 +155,10 @@ def _stack(
     sizes = data.features.shape[1], len(data.class_names), len(sources)
     setup = Setup(*sizes, settings.hidden_sizes, settings.batch_size, steps, settings.ph2_num_epochs)
     trials = [method(setup) for method in methods]
-    values, given = _differing(trials), None
-    if trials[0].control is not None:
-        if masks is None:
-            raise ValueError(f"{type(trials[0]).__name__} needs a mask.")
-        given = {"mask": {n: torch.cat([mask[n] for mask in masks]).to(data.features.device) for n in masks[0]}}
+    values, entries = _differing(trials), trials[0].given()
+    if missing := [entry for entry in entries if given is None or any(entry not in own for own in given)]:
+        raise ValueError(f"{type(trials[0]).__name__} must be given '{missing[0]}'.")
+    known = [{entry: own[entry] for entry in entries} for own in given or ()]
     start = random_start(every, "fresh_start", data.network(settings.hidden_sizes))
     return FunctionalEngine(
         [trial for trial in trials for _ in seeds],
@@ -166,7 +166,7 @@ def _stack(
         [generator(seed, "noise", "+".join(sorted(holdouts))) for seed in every],
         [data.domain_names.index(name) for name in sources],
         Validation(data.features, data.labels, data.rows(sources, "out", every)),
-        given,
+        tree_map(lambda *parts: torch.cat(parts), *known) if known else None,
         {name: value.repeat_interleave(len(seeds)) for name, value in values.items()},
     )
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from engine import Params, raise_failure
 from field.algorithms import Algorithm, expert_use
+from field.phase1 import given_to
 from field.train import MethodNetworks, train_trials
-from study import Arm, Run, mask_source
-from trainer_phase2 import Masking
+from study import Run
 
 
 class Unit(NamedTuple):
@@ -47,27 +47,24 @@ class Trained(NamedTuple):
 def train_unit(run: Run, unit: Unit, values: Sequence[Mapping], tick: Callable[[], None]) -> list[Trained]:
     """Train the networks of a unit, with the hyperparameters of each trial; `tick` is called after each epoch.
 
-    A method with masks needs Phase 1 on disk.
+    A method that is given something of Phase 1 needs that on disk.
 
     Raises:
-        TrainingFailedError: the run is strict, and a network failed or its mask cannot be used.
+        TrainingFailedError: the run is strict, and a network failed or cannot use what it is given.
     """
     method, _, holdouts, seeds = unit
-    maskings = [masking_of(run, method, holdouts, seeds, own) for own in values]
-    names, masks = run.network.tracked_names, None
-    if method.control is not None:
-        masks = [dict(zip(names, masking.mask, strict=True)) for masking in maskings]
+    given = [given_to(run, method, holdouts, seeds, own) for own in values]
     methods = [partial(method, **own) for own in values]
-    options = {"masks": masks, "threads": run.execution.threads, "on_epoch": tick}
+    options = {"given": [own.state for own in given], "threads": run.execution.threads, "on_epoch": tick}
     trials = train_trials(run.data, holdouts, seeds, methods, run.settings, **options)
-    return [_kept(run, *each) for each in zip(unit.runs, trials, maskings, strict=True)]
+    return [_kept(run, *each) for each in zip(unit.runs, trials, [own.failed for own in given], strict=True)]
 
 
-def _kept(run: Run, name: str, networks: MethodNetworks, masking: Masking | None) -> Trained:
-    """What is kept of the networks of a run, `name` in words."""
+def _kept(run: Run, name: str, networks: MethodNetworks, unusable: Tensor | None) -> Trained:
+    """What is kept of the networks of a run, `name` in words; `unusable` is `Given.failed`."""
     failed, method = networks.failed, networks.method
-    if masking is not None and masking.failed is not None:
-        failed = torch.where(failed == 0, masking.failed, failed)
+    if unusable is not None:
+        failed = torch.where(failed == 0, unusable, failed)
     if run.strict:
         raise_failure(failed, networks.seeds, name)
     history = {key: getattr(networks, key) for key in ("loss", "validation_accuracy", "correct")} | {"failed": failed}
@@ -75,16 +72,6 @@ def _kept(run: Run, name: str, networks: MethodNetworks, masking: Masking | None
     if method.routed:
         history["expert_use"] = _expert_use(run, networks)
     return Trained(method.setup.steps_per_epoch, history, networks.params)
-
-
-def masking_of(
-    run: Run, method: type[Algorithm], holdouts: Sequence[str], seeds: Sequence[int], values: Mapping
-) -> Masking | None:
-    """The masks that a method trains with, as the study makes them from the source domains; None without a mask."""
-    if method.control is None:
-        return None
-    arm = Arm(method.control, changes={"IMPORTANCE_THRESHOLD_PERCENTILE": values["kept"]})
-    return arm.masking(mask_source(run, holdouts, seeds), run.settings)
 
 
 def _expert_use(run: Run, networks: MethodNetworks) -> Tensor:

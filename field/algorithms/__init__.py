@@ -4,7 +4,20 @@
 """
 
 from engine import Batch
-from field.algorithms import adversarial, alignment, averaging, dmg, experts, gradients, heads, masks, meta, penalties  # noqa: F401
+from field.algorithms import (  # noqa: F401
+    adversarial,
+    alignment,
+    anchors,
+    averaging,
+    dmg,
+    experts,
+    gradients,
+    heads,
+    masks,
+    meta,
+    penalties,
+    teachers,
+)
 from field.algorithms.base import ALGORITHMS, Algorithm, Hyperparameter, Noise, Setup, State, find, register
 from field.algorithms.experts import expert_use
 

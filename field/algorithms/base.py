@@ -12,6 +12,7 @@ object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that all s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -122,6 +123,8 @@ class Algorithm:
         batches: "pooled" (source domains mixed, as in Phase 2) or "balanced" (equally many rows of each domain).
         control: name in `study.CONTROLS` of how the method's mask is made; None = the method has no mask. The mask is
             in the state: "mask", name of the tracked matrix -> bool, True = marked.
+        phase1: other entries of the state that are made from Phase 1 of the source domains before training: name of the
+            entry -> what it is, a name of `field.phase1.PHASE1`.
         routed: whether the method has experts and a `routing`.
         record_names: entries of the state that are kept with the results.
         validate_every: fraction of an epoch after which `validated` is called with the loss on the sources' `out`
@@ -139,6 +142,7 @@ class Algorithm:
     version: ClassVar[int] = 1
     batches: ClassVar[str] = "pooled"
     control: ClassVar[str | None] = None
+    phase1: ClassVar[Mapping[str, str]] = {}
     routed: ClassVar[bool] = False
     record_names: ClassVar[tuple[str, ...]] = ()
     validate_every: ClassVar[float | None] = None
@@ -160,6 +164,11 @@ class Algorithm:
         for base in reversed(cls.__mro__):
             found |= vars(base).get("hyperparameters", {})
         return found
+
+    @classmethod
+    def given(cls) -> tuple[str, ...]:
+        """Entries of the state that are known before training and not made by `initial_state`."""
+        return (*(() if cls.control is None else ("mask",)), *cls.phase1)
 
     @classmethod
     def tensors(cls) -> tuple[str, ...]:
@@ -287,6 +296,14 @@ class Algorithm:
         """Names of the classifier's parameters, without those of `extra_parameters`."""
         depth = len(self.setup.hidden_sizes) + 1
         return tuple(f"layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias"))
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter of the classifier, by name."""
+        widths, shapes = (self.setup.features, *self.setup.hidden_sizes, self.setup.classes), {}
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            shapes |= {f"layers.{i}.weight": torch.Size((outputs, inputs)), f"layers.{i}.bias": torch.Size((outputs,))}
+        return shapes
 
     def parts(self, params: Params) -> tuple[Params, Params]:
         """The classifier's parameters, and those of `extra_parameters`."""

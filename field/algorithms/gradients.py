@@ -1,7 +1,5 @@
 """Directions computed from the gradients of the domains' losses."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.func import vmap
@@ -16,14 +14,6 @@ class DomainGradients(Algorithm):
     """Base class: the direction is a function of the gradients of the domains' losses; the loss is their mean."""
 
     batches = "balanced"
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each parameter of the classifier, by name."""
-        widths, shapes = (self.setup.features, *self.setup.hidden_sizes, self.setup.classes), {}
-        for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            shapes |= {f"layers.{i}.weight": torch.Size((outputs, inputs)), f"layers.{i}.bias": torch.Size((outputs,))}
-        return shapes
 
     def combined(self, each: Params, state: State, noise: Noise) -> tuple[Params, State]:
         """Direction of the step from the domains' gradients.

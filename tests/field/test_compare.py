@@ -15,9 +15,9 @@ from config import InputError
 from engine import SplitFeatures, TrainingFailedError
 from field import ALGORITHMS, PARTNERS, RULES, Algorithm, Comparison, Hyperparameter, ensemble, failed, write
 from field.figures import difference_figure, save_all
+from field.phase1 import given_to
 from field.report import finding, report, seed_averages
 from field.train import train_method
-from field.unit import masking_of
 from storage import Results, load_features, save_features
 from study import Archive, Arm, Execution, Study, mask_source, t_interval
 from tests.factories import SMALL, blobs, dated, everything, make_run, save_blobs
@@ -216,10 +216,9 @@ def test_a_masked_method_is_the_arm_of_the_study(name, masked):
     run, method, seeds = masked.run, ALGORITHMS[name], (0, 1, 2)
     settings, arm, values = run.settings, Arm(method.control), masked.values(method, 0)
     exact = SplitFeatures.from_features(run.features, settings, dtype=torch.float64)
-    masking = masking_of(run, method, ("art",), seeds, values)
-    assert masking.failed is None or not masking.failed.any()
-    mask = dict(zip(run.network.tracked_names, masking.mask, strict=True))
-    ours = train_method(exact, ("art",), seeds, partial(method, **values), settings, mask=mask)
+    given = given_to(run, method, ("art",), seeds, values)
+    assert given.failed is None or not given.failed.any()
+    ours = train_method(exact, ("art",), seeds, partial(method, **values), settings, given=given.state)
     theirs = train_holdout(exact, "art", seeds, [arm.masking(mask_source(run, ["art"], seeds), settings)])
     for key, value in ours.params.items():
         assert torch.allclose(value, theirs.final[key][:, 0], rtol=0, atol=1e-9), key
@@ -229,19 +228,19 @@ def test_a_masked_method_is_the_arm_of_the_study(name, masked):
 def test_a_drawn_part_of_the_weights_is_marked(whole):
     for trial in (0, 1):
         values = whole.values(ALGORITHMS["ImportanceMask"], trial) | {"kept": 20.0 + 60 * trial}
-        masking = masking_of(whole.run, ALGORITHMS["ImportanceMask"], ("art", "photo"), (0, 1, 2), values)
-        marked = sum(layer.sum((1, 2)) for layer in masking.mask)
+        given = given_to(whole.run, ALGORITHMS["ImportanceMask"], ("art", "photo"), (0, 1, 2), values)
+        marked = sum(layer.sum((1, 2)) for layer in given.state["mask"].values())
         assert marked.tolist() == [(10, 40)[trial]] * 3  # of 5·6 + 4·5 weights
 
 
 def test_no_method_sees_a_held_out_domain(data, tmp_path):
-    """Other images of the domain change nothing in training, nor in the masks."""
+    """Other images of the domain change nothing in training, nor in masks, ranks and experts."""
     d = blobs(domains=DOMAINS, per_cell=10)
     changed = torch.where((d.domains == DOMAINS.index("art")).unsqueeze(1), -d.features, d.features).half()
     rows = d.labels, d.domains, d.class_names, d.domain_names, d.files
     save_features(tmp_path / "other.safetensors", changed, *rows, dataset="blobs")
     other = load_features(tmp_path / "other.safetensors")
-    options = {"methods": ["ImportanceMask", "OtherSeedMask"], "leave_one_out": True}
+    options = {"methods": ["ImportanceMask", "OtherSeedMask", "ImportanceMixout", "LFME"], "leave_one_out": True}
     a, b = (make(features, tmp_path / name, **options) for name, features in (("a", data), ("b", other)))
     for comparison in (a, b):
         comparison.train()

@@ -65,6 +65,22 @@ def random_masks(seeds=SEEDS, hidden_sizes=(6, 5, 4), part=0.6):
     return masks
 
 
+def given(name: str, of: Setup, seeds=SEEDS, part=0.6) -> State:
+    """Entries of the state that a method is given: a random mask, ranks, and a network for each domain."""
+    masks = random_masks(seeds, of.hidden_sizes, part)
+    experts = [start([100 * seed + domain for domain in range(of.domains)], of) for seed in seeds]
+
+    def ranks(key: str, shape: torch.Size) -> torch.Tensor:
+        return torch.stack([torch.rand(shape, generator=generator(seed, "test", key)) for seed in seeds])
+
+    every = {
+        "mask": masks,
+        "ranks": {key: ranks(key, mask.shape[1:]) for key, mask in masks.items()},
+        "experts": {key: torch.stack([networks[key] for networks in experts]) for key in experts[0]},
+    }
+    return {entry: every[entry] for entry in ALGORITHMS[name].given()}
+
+
 def validation(seeds=SEEDS, of: Setup | None = None) -> Validation:
     """Nine rows; each seed is validated on a different six of them."""
     rows = [torch.randperm(9, generator=generator(seed, "test_split"))[:6] for seed in seeds]
@@ -75,8 +91,8 @@ def validation(seeds=SEEDS, of: Setup | None = None) -> Validation:
 def engine(method: Algorithm, seeds=SEEDS, first=None) -> FunctionalEngine:
     """A stack before its first step, from `start` or other parameters."""
     of, draws = method.setup, [generator(seed, "noise", "test") for seed in seeds]
-    given = {"mask": random_masks(seeds, of.hidden_sizes)} if method.control else None
-    known = first or start(seeds, of), draws, range(of.domains), validation(seeds, of), given
+    entries = given(type(method).__name__, of, seeds)
+    known = first or start(seeds, of), draws, range(of.domains), validation(seeds, of), entries
     return FunctionalEngine([method] * len(seeds), *known)
 
 
@@ -153,9 +169,10 @@ def plain_logits(params: Params, x: torch.Tensor) -> torch.Tensor:
 
 
 def trained(name: str, seeds=(0, 1), epochs=2, dtype=torch.float64, **values) -> MethodNetworks:
-    """A method without a mask through the one training loop, on `split_blobs` without "sketch"."""
+    """A method through the one training loop, on `split_blobs` without "sketch"."""
     settings = Settings.current(ph2_num_epochs=epochs, hidden_sizes=(6, 5, 4), batch_size=16)
-    return train_method(split_blobs(dtype, settings), ("sketch",), seeds, partial(ALGORITHMS[name], **values), settings)
+    method, entries = partial(ALGORITHMS[name], **values), given(name, setup(), seeds)
+    return train_method(split_blobs(dtype, settings), ("sketch",), seeds, method, settings, given=entries)
 
 
 @cache
@@ -172,6 +189,7 @@ def methods() -> SimpleNamespace:
         make,
         start,
         batches,
+        given,
         engine,
         alone,
         run,

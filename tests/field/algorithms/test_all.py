@@ -27,29 +27,43 @@ LIMITS = [  # (method, its hyperparameters, source domains): where it is ERM on 
     ("DMG", {"initial": "scalar", "initial_logit": 1e3, "mask_learning_rate": 0.0}, 3),  # masks that stay open
     ("EQRM", {"quantile": 0.5, "burn_in": 0.0, "learning_rate_after": 1e-3}, 2),  # the median of two is their mean
     ("Fishr", {"anneal": 1.0}, 2),  # the penalty never begins
+    ("DSPReg", {"pull": 0.0}, 2),
+    ("FreeLunch", {"penalty_weight": 0.0}, 2),
+    ("GMixout", {"keep": 1.0}, 2),
     ("GroupDRO", {"eta": 0.0}, 2),
+    ("HGP", {"alpha": 0.0, "beta": 0.0}, 2),
     ("IB_ERM", {"ib_weight": 0.0, "ib_anneal": 0.0}, 2),
     ("IB_IRM", {"irm_weight": 0.0, "ib_weight": 0.0, **AT_ONCE}, 2),
     ("IGA", {"penalty_weight": 0.0}, 2),
     ("IRM", {"irm_weight": 0.0, "irm_anneal": 0.0}, 2),
+    ("ImportanceMixout", {"keep": 1.0}, 2),
+    ("L2SP", {"pull": 0.0}, 2),
+    ("L2SPBalanced", {"pull": 0.0}, 2),
+    ("LFME", {"penalty_weight": 0.0}, 2),
     ("MLDG", {"beta": 0.0}, 3),
     ("MMD", {"penalty_weight": 0.0}, 2),
+    ("Mixout", {"keep": 1.0}, 2),
     ("SD", {"penalty_weight": 0.0}, 2),
+    ("SPD", {"pull": 0.0}, 2),
     ("VREx", {"penalty_weight": 0.0, "anneal": 0.0}, 2),
     ("AgrRand", {}, 1),
     ("AgrSum", {}, 1),
     ("CORAL", {}, 1),
     ("CorGrad", {}, 1),
+    ("DSPReg", {}, 1),
     ("EQRM", {"burn_in": 0.0, "learning_rate_after": 1e-3}, 1),
     ("Fish", {"meta_lr": 1.0}, 1),
     ("GroupDRO", {}, 1),
+    ("HGP", {}, 1),
     ("IGA", {}, 1),
     ("MMD", {}, 1),
     ("Mixup", {}, 1),
     ("PCGrad", {}, 1),
     ("VREx", {"anneal": 2.0}, 1),
 ]
-DIFFERENT = sorted({name for name, *_ in LIMITS} - {"EQRM", "GroupDRO", "SD"} | {"DANN"})  # in ten steps, by default
+DIFFERENT = sorted(
+    {name for name, *_ in LIMITS} - {"DSPReg", "EQRM", "GroupDRO", "HGP", "SD"} | {"DANN"}
+)  # in ten steps, by default
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -85,13 +99,12 @@ def drawn(method: type[Algorithm], number: int) -> Callable[[Setup], Algorithm]:
 def test_trials_in_one_stack_equal_trials_trained_apart(methods, name):
     settings = Settings.current(ph2_num_epochs=9, hidden_sizes=(6, 5, 4), batch_size=16)
     data, seeds, made = split_blobs(torch.float64, settings), (0, 1), [drawn(ALGORITHMS[name], n) for n in range(3)]
-    masks = [methods.random_masks(seeds, part=part) for part in (0.3, 0.6, 0.9)]
-    with_mask = ALGORITHMS[name].control is not None
-    together = train_trials(data, ["art"], seeds, made, settings, masks=masks if with_mask else None)
+    given = [methods.given(name, methods.setup(), seeds, part) for part in (0.3, 0.6, 0.9)]
+    together = train_trials(data, ["art"], seeds, made, settings, given=given)
     assert (together[0].state["step"] >= 50).all()
     assert len({*(trial.method.learning_rate for trial in together)}) == 3
-    for trial, method, mask in zip(together, made, masks, strict=True):
-        alone = train_method(data, ["art"], seeds, method, settings, mask=mask if with_mask else None)
+    for trial, method, own in zip(together, made, given, strict=True):
+        alone = train_method(data, ["art"], seeds, method, settings, given=own)
         assert trial.method.values == alone.method.values
         for kind, rtol in (("params", 0), ("state", 1e-9), ("loss", 1e-9)):
             ours, theirs = tree_leaves(getattr(trial, kind)), tree_leaves(getattr(alone, kind))
@@ -110,7 +123,8 @@ def test_a_method_trains_through_the_one_loop_in_single_precision(methods, name)
     assert networks.validation_accuracy[:, -1].mean() > start.validation_accuracy[:, -1].mean() + 0.1
     assert {value.dtype for value in (networks.loss, *networks.params.values())} == {torch.float32}
     before, structure = tree_flatten(networks.method.initial_state({n: v[0] for n, v in networks.params.items()}))
-    after, now = tree_flatten(networks.state)
+    own = {entry: value for entry, value in networks.state.items() if entry not in ALGORITHMS[name].given()}
+    after, now = tree_flatten(own)
     assert now == structure
     assert [(v.dtype, v.shape) for v in before] == [(v.dtype, v.shape[1:]) for v in after]
 

@@ -60,7 +60,7 @@ def test_a_masked_method_is_the_arm_of_the_study(name, data, source):
     theirs = train_holdout(data, "art", SEEDS, [masking])
     mask = dict(zip(data.network(SETTINGS.hidden_sizes).tracked_names, masking.mask, strict=True))
     method = partial(cls, **cls.from_settings(SETTINGS))
-    ours = train_method(data, ["art"], SEEDS, method, SETTINGS, mask=mask)
+    ours = train_method(data, ["art"], SEEDS, method, SETTINGS, given={"mask": mask})
     for key, value in ours.params.items():
         assert torch.allclose(value, theirs.final[key][:, 0], rtol=0, atol=1e-9), key
     assert torch.equal(ours.correct, theirs.correct[:, 0])

@@ -93,6 +93,21 @@ def iga(run, step):
     return mean(run.risks) + 5.0 * mean((g - mean(each)).pow(2).sum() for g in each)
 
 
+def hgp(run, step):
+    """Hessian-gradient products of the last layer as gradients of half the squared gradient."""
+    head = [run.weights["layers.3.weight"], run.weights["layers.3.bias"]]
+
+    def flat(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, head, create_graph=True)])
+
+    each = [flat(risk) for risk in run.risks]
+    average = flat(mean(run.risks))
+    products = [flat(g @ g / 2) for g in each]
+    of_average = flat(average @ average / 2).detach()
+    penalty = mean(4.0 * (p - of_average).pow(2).sum() for p in products)
+    return mean(run.risks) + penalty + mean(2.0 * (g - average.detach()).pow(2).sum() for g in each)
+
+
 def spectral(run, step):
     logits = torch.cat(run.logits)
     return F.cross_entropy(logits, torch.cat(run.labels)) + 0.3 * (logits**2).sum() / logits.numel()
@@ -159,6 +174,7 @@ CASES = {
     "VREx": (vrex, {"penalty_weight": 7.0, "anneal": 0.4}, AT),
     "GroupDRO": (group_dro, {"eta": 0.5}, {}),
     "IGA": (iga, {"penalty_weight": 5.0}, {}),
+    "HGP": (hgp, {"alpha": 4.0, "beta": 2.0}, {}),
     "SD": (spectral, {"penalty_weight": 0.3}, {}),
     "MTL": (mtl, {"ema": 0.6}, {}),
     "Fishr": (fishr, {"penalty_weight": 100.0, "ema": 0.8, "anneal": 0.4}, AT),
