@@ -6,7 +6,7 @@ from evidence import markdown_table, paragraph
 from transfer.claims import claims, studies
 from transfer.report import accuracy_shown, read
 
-TASKS = ("digits",)  # folders of results/reference/transfer
+TASKS = ("digits", "mnist", "features")  # folders of results/reference/transfer
 
 
 def transfer_tables(root: str | Path) -> dict[str, str]:
