@@ -12,18 +12,17 @@ TASKS = ("digits", "mnist", "features")  # folders of results/reference/transfer
 def transfer_tables(root: str | Path) -> dict[str, str]:
     """What ``results/reference/transfer`` says: name -> Markdown.
 
-    "NAME-claims" is the list of claims of a folder, and "NAME-accuracy" the table of arms and amounts of data of each
-    of its tasks after the last update.
+    "NAME-claims" is the list of claims of a folder, and "NAME-accuracy" the table of arms and amounts of data after the
+    last update, where it is of a single task.
     """
     found = {}
     for name in TASKS:
         tables = read(Path(root) / "results" / "reference" / "transfer" / name)
         found[f"transfer-{name}-claims"] = "\n".join(paragraph(sentence, "- ") for sentence in claims(tables))
-        parts = []
-        for title, own in studies(tables):
+        (title, own), *others = studies(tables)
+        if not others:
             accuracy = own["accuracy"]
             shown = accuracy_shown(accuracy[accuracy["updates"] == accuracy["updates"].max()])
             rows = [[row, *cells] for row, cells in zip(shown.index, shown.to_numpy(), strict=True)]
-            parts.append(markdown_table("l" + "r" * shown.shape[1], [title, *shown], rows))
-        found[f"transfer-{name}-accuracy"] = "\n\n".join(parts)
+            found[f"transfer-{name}-accuracy"] = markdown_table("l" + "r" * shown.shape[1], [title, *shown], rows)
     return found

@@ -37,7 +37,7 @@ def test_ranks_by_hand():
 def test_the_ranks_are_those_of_the_summed_importance_of_the_sources(run):
     found = given(run, "ImportanceMixout")
     saved = {domain: run.archive.phase1(domain, SEEDS) for domain in ("photo", "sketch")}
-    moved = {domain: networks.layers("importance") for domain, networks in saved.items()}
+    moved = {domain: {"distance": networks.layers("importance")} for domain, networks in saved.items()}
     scores = masks_for(moved, {domain: networks.failed for domain, networks in saved.items()}, SMALL).scores
     for s in range(len(SEEDS)):
         flat = torch.cat([layer[s].flatten() for layer in scores]).tolist()
