@@ -19,7 +19,7 @@ class Mixout(Algorithm):
     `ERM` with the weights resampled in each step around their anchor a, the start. With q = `keep` each weight w of a
     matrix is replaced by
         a + m (w − a) / q,    m = 1 with probability q, else 0
-    whose mean is w; the gradient is that at the resampled weights, times m / q. As in the authors' code biases are not
+    whose mean is w; the gradient is that at the resampled weights, times m / q. Here biases are not
     resampled. Prediction uses w itself.
 
     Deviations. The start is random here, where the papers' is pretrained: this is closer to dropping connections than
