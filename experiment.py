@@ -117,7 +117,8 @@ def study_of_blocks(options: argparse.Namespace) -> None:
 def forms(options: argparse.Namespace) -> None:
     from evidence import FormsProtocol
 
-    protocol = FormsProtocol.from_config(widths=options.widths, **_training(options))
+    choice = {"widths": options.widths, "densities": options.densities}
+    protocol = FormsProtocol.from_config(**choice, **_training(options))
     print(next(iter(protocol.runs.values())).features.describe(), flush=True)
     protocol.train()
     print(f"\n{protocol.write()}", flush=True)
@@ -328,6 +329,17 @@ def widths(text: str) -> list[int]:
     return found
 
 
+def densities(text: str) -> list[float]:
+    """Densities of masks as they are typed, "60,10" or "60%,10%", in per cent."""
+    try:
+        found = [float(part.strip().removesuffix("%")) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of densities such as 60,10") from None
+    for density in found:
+        config.check("IMPORTANCE_THRESHOLD_PERCENTILE", density)
+    return found
+
+
 def amounts(text: str) -> list[float]:
     """Amounts of data as they are typed, "0.1%,50%" or "0.001,0.5", as shares."""
     try:
@@ -356,6 +368,7 @@ def build_parser() -> Parser:
     add("--keep-weights", action="store_true", help="of blocks: keep those of each arm at its chosen learning rate")
     add = added["forms"].add_argument
     add("--widths", type=widths, metavar="10,32", help="units of each hidden layer (default 10,32,64,128)")
+    add("--densities", type=densities, metavar="60,10", help="per cent of the weights marked (default 60,30,10)")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")

@@ -1,4 +1,4 @@
-"""Which form of importance wins: every criterion at three densities, each beside a random mask of the same counts.
+"""Which form of importance wins: every criterion at several densities, each beside a random mask of the same counts.
 
 EXPLORATORY throughout: what looks best here has to be confirmed on other data. A *form* is a criterion of
 `importance.CRITERIA` at a density; its twin is `random_layer`, random positions with the form's own count in each
@@ -28,8 +28,8 @@ from study import ERM, Arm, Run, check_seeds, t_interval, unlearned
 
 DENSITIES = (60.0, 30.0, 10.0)  # per cent of the tracked weights that are marked
 WIDTHS = (10, 32, 64, 128)  # units of each hidden layer
-RATES = {CLASSIFIER: (1e-3, 3e-3, 1e-2), BLOCKS: (3e-4, 1e-3, 3e-3)}
-RATE_SEEDS = 3  # the first, by which rates are chosen
+RATES = {CLASSIFIER: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), BLOCKS: (3e-4, 1e-3, 3e-3, 1e-2)}
+RATE_SEEDS = {CLASSIFIER: 3, BLOCKS: 2}  # the first, by which rates are chosen
 FIRST_SEEDS, WORTH = 20, 0.005  # when a form is given up, and the difference that it must still be able to have
 TWIN = "random_layer"
 OWN = ("IMPORTANCE_CRITERION", "IMPORTANCE_THRESHOLD_PERCENTILE", "PH1_DATA", "PH2_LR_IMPORTANT")  # not to be set
@@ -49,7 +49,9 @@ def label(arm: Arm) -> str:
     return " ".join([arm.control, *(f"{value} %" if isinstance(value, float) else value for _, value in arm.changes)])
 
 
-FORMS = tuple((criterion, density) for criterion in CRITERIA for density in DENSITIES)
+def forms_at(densities: Sequence[float]) -> tuple[tuple[str, float], ...]:
+    """Every criterion at the densities, per cent."""
+    return tuple((criterion, float(density)) for criterion in CRITERIA for density in dict.fromkeys(densities))
 
 
 class FormsProtocol:
@@ -58,10 +60,11 @@ class FormsProtocol:
     Args:
         runs: part -> its run, in a directory of its own, of all seeds.
         directory: gets the report's files.
+        densities: of the masks, per cent.
     """
 
-    def __init__(self, runs: Mapping[str, Run], directory: str | Path):
-        self.runs, self.results = dict(runs), Results(directory)
+    def __init__(self, runs: Mapping[str, Run], directory: str | Path, densities: Sequence[float] = DENSITIES):
+        self.runs, self.results, self.forms = dict(runs), Results(directory), forms_at(densities)
 
     @classmethod
     def from_config(
@@ -69,6 +72,7 @@ class FormsProtocol:
         seeds: Sequence[int] | None = None,
         directory: str | Path | None = None,
         widths: Sequence[int] | None = None,
+        densities: Sequence[float] | None = None,
         *,
         overwrite: bool = False,
         verify: bool = False,
@@ -81,31 +85,33 @@ class FormsProtocol:
             directory: default ``forms`` below `RESULTS_DIR`.
             widths: units of each hidden layer, a part for each; default `WIDTHS`. There are as many layers as
                 `HIDDEN_SIZES` has.
+            densities: of the masks, per cent; default `DENSITIES`.
             overwrite, verify, strict: see `study.Run.from_config`.
 
         Raises:
-            InputError: a setting that the protocol has values of its own for, fewer than `RATE_SEEDS` seeds, widths
-                with `TRAINED_BLOCKS`, or an unfit directory.
+            InputError: a setting that the protocol has values of its own for, fewer seeds than rates are chosen on,
+                widths with `TRAINED_BLOCKS`, or an unfit directory.
         """
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
         directory = Path(config.RESULTS_DIR) / "forms" if directory is None else Path(directory)
         places = {Results(directory / part): own for part, own in _settings(widths, seeds).items()}
         options = {"overwrite": overwrite, "verify": verify, "strict": strict}
         first = Run.in_places(places, seeds, **options)
-        return cls({place.directory.name: first.beside(place, own) for place, own in places.items()}, directory)
+        runs = {place.directory.name: first.beside(place, own) for place, own in places.items()}
+        return cls(runs, directory, DENSITIES if densities is None else densities)
 
     @cached_property
     def first(self) -> dict[str, OwnRates]:
         """Part -> all forms, their twins and plain training, on the first seeds."""
-        arms = [ERM, *(form(control, *own) for own in FORMS for control in ("importance", TWIN))]
+        arms = [ERM, *(form(control, *own) for own in self.forms for control in ("importance", TWIN))]
         seeds = {part: run.seeds[:FIRST_SEEDS] for part, run in self.runs.items()}
         return {part: _own_rates(run.beside(run.results, seeds=seeds[part]), arms) for part, run in self.runs.items()}
 
     def last(self, part: str) -> OwnRates:
         """Those of the first that are trained on all seeds: plain training, and the forms that may be worth it."""
-        table = differences(self.first[part].records())
+        table = differences(self.first[part].records(), self.forms)
         alive = {row.Index for row in table.itertuples() if not row.high < WORTH}
-        forms = [own for own in FORMS if own in alive]
+        forms = [own for own in self.forms if own in alive]
         arms = [ERM, *(form(control, *own) for own in forms for control in ("importance", TWIN))]
         return _own_rates(self.runs[part], arms)
 
@@ -129,7 +135,9 @@ class FormsProtocol:
         rates = {part: own.chosen() for part, own in self.first.items()}
         averages = [seed_averages(own).assign(part=part) for part, own in records.items()]
         return {
-            "forms": pd.concat([forms_table(own, self.runs[part]).assign(part=part) for part, own in records.items()]),
+            "forms": pd.concat(
+                [forms_table(own, self.runs[part], self.forms).assign(part=part) for part, own in records.items()]
+            ),
             "rates": pd.concat([table.assign(part=part) for part, table in rates.items()]),
             "seeds": pd.concat(averages).reset_index().set_index("seed"),
         }
@@ -155,8 +163,9 @@ def _settings(widths: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, S
     for name in own:
         if config.changed(name):
             raise InputError(f"The forms of importance have values of {name} of their own: leave it out.")
-    if len(seeds) < RATE_SEEDS:
-        raise InputError(f"Learning rates are chosen on {RATE_SEEDS} seeds: --seeds must be at least that.")
+    fewest = RATE_SEEDS[BLOCKS if config.TRAINED_BLOCKS else CLASSIFIER]
+    if len(seeds) < fewest:
+        raise InputError(f"Learning rates are chosen on {fewest} seeds: --seeds must be at least that.")
     if config.TRAINED_BLOCKS:
         if widths is not None:
             raise InputError("--widths is for classifiers on features, not for TRAINED_BLOCKS: leave it out.")
@@ -170,20 +179,19 @@ def _settings(widths: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, S
 
 def _own_rates(run: Run, arms: Sequence[Arm]) -> OwnRates:
     setting = BLOCKS if isinstance(run.settings, BlockSettings) else CLASSIFIER
-    return OwnRates(run, arms, setting, RATES[setting], RATE_SEEDS, label)
+    return OwnRates(run, arms, setting, RATES[setting], RATE_SEEDS[setting], label)
 
 
-def differences(records: Sequence[Mapping]) -> pd.DataFrame:
+def differences(records: Sequence[Mapping], forms: Sequence[tuple[str, float]]) -> pd.DataFrame:
     """Each form minus its twin, from labelled records: mean, low, high (fractions) by (criterion, density)."""
     averages, rows = seed_averages(records), {}
-    for own in FORMS:
-        arm, twin = (label(form(control, *own)) for control in ("importance", TWIN))
-        if arm in averages:
-            rows[own] = t_interval((averages[arm] - averages[twin]).dropna())
+    for own in forms:
+        arm, twin = (averages[label(form(control, *own))] for control in ("importance", TWIN))
+        rows[own] = t_interval((arm - twin).dropna())
     return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
 
 
-def forms_table(records: Sequence[Mapping], run: Run) -> pd.DataFrame:
+def forms_table(records: Sequence[Mapping], run: Run, forms: Sequence[tuple[str, float]]) -> pd.DataFrame:
     """Accuracy of plain training and of every form, and form minus twin and minus plain training.
 
     Returns:
@@ -194,7 +202,7 @@ def forms_table(records: Sequence[Mapping], run: Run) -> pd.DataFrame:
     averages = seed_averages(records)
     tracked = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
     rows = [("erm", 100.0, run.network.size, len(averages), *t_interval(averages["erm"].dropna()), *[float("nan")] * 6)]
-    for criterion, density in FORMS:
+    for criterion, density in forms:
         own, twin = (averages[label(form(control, criterion, density))] for control in ("importance", TWIN))
         against = [t_interval((own - other).dropna()) for other in (twin, averages["erm"])]
         learns = run.network.size - tracked + mask_size(tracked, density)

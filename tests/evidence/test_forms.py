@@ -8,12 +8,13 @@ import pytest
 import config
 from config import InputError
 from evidence import FormsProtocol
-from evidence.forms import DENSITIES, FORMS, RATES, differences, form, label
+from evidence.forms import DENSITIES, RATE_SEEDS, RATES, differences, form, forms_at, label
 from evidence.own_rates import CLASSIFIER, at_rate
 from importance import CRITERIA
 from study import Arm
 from tests.factories import LEARNING, everything, make_run
 
+FORMS = forms_at(DENSITIES)
 SETTINGS = replace(LEARNING, ph1_data="in", ph2_num_epochs=2, ph2_freeze_epoch=1, ph1_num_epochs=2)
 
 
@@ -25,7 +26,7 @@ def make_protocol(data, directory, seeds):
 @pytest.fixture
 def small_rates(monkeypatch):
     monkeypatch.setitem(RATES, CLASSIFIER, (1e-3, 1e-2))
-    monkeypatch.setattr("evidence.forms.RATE_SEEDS", 2)
+    monkeypatch.setitem(RATE_SEEDS, CLASSIFIER, 2)
     monkeypatch.setattr("evidence.forms.FIRST_SEEDS", 3)
 
 
@@ -51,7 +52,7 @@ def test_a_small_study_goes_on_with_what_may_be_worth_it_and_trains_nothing_twic
     text = protocol.write()
     forms = pd.read_csv(tmp_path / "forms.csv")
     assert list(forms["criterion"]) == ["erm", *(criterion for criterion, _ in FORMS)]
-    first = differences(protocol.first["width_10"].records())
+    first = differences(protocol.first["width_10"].records(), FORMS)
     for (_, row), own in zip(forms[1:].iterrows(), FORMS, strict=True):
         assert row["n"] == (3 if first.loc[[own], "high"].iloc[0] < 0.005 else 5), own
         assert row["trained"] < forms["trained"][0]
