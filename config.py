@@ -52,7 +52,7 @@ PH2_LR_IMPORTANT: float = 1e-3  # Adam; also every parameter outside the tracked
 PH2_LR_UNIMPORTANT_START: float = 1e-4  # tracked weights outside the mask, first epoch
 PH2_LR_DECAY_RATE: float = 0.5  # factor on it after each epoch
 PH2_FREEZE_EPOCH: int = 7  # epochs after which it is exactly 0; 0 = from the start
-PH2_INIT: str = "fresh"  # "fresh" random network, or "phase1" for Phase 1's own start
+PH2_INIT: str = "fresh"  # "fresh" random network, "phase1" for Phase 1's own start, or its networks merged: `STARTS`
 
 # Trained blocks: the same two phases on the last blocks of the ViT, instead of on frozen features (needs DATA_ROOT)
 TRAINED_BLOCKS: int = 0  # how many of the last blocks; 0 = none. With blocks, these take the place of those above:
@@ -86,6 +86,7 @@ CRITERIA = ("movement", "signed", "agree", "consensus", "magnitude", "gradient",
 CRITERIA += ("path",)
 AGGREGATED = ("movement", "taylor", "fisher", "path")  # criteria of each domain by itself; the others compare domains
 SCOPES = ("global", "layer", "row")
+STARTS = ("fresh", "phase1", "merged_mean", "merged_ties", "merged_consensus")
 ADDED_LATER = {"IMPORTANCE_CRITERION": "movement", "MASK_SCOPE": "global"}  # what held before there was the setting
 
 
@@ -237,7 +238,7 @@ RULES = (  # other settings, what they must do, and whether a value does
     ),
     (("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE"), "be 0 or more and finite", lambda rate: 0 <= rate < math.inf),
     (("PH1_DATA", "BLOCK_PH1_DATA"), "be 'all' or 'in'", lambda part: part in ("all", "in")),
-    (("PH2_INIT",), "be 'fresh' or 'phase1'", lambda start: start in ("fresh", "phase1")),
+    (("PH2_INIT",), f"be one of {', '.join(STARTS)}", lambda start: start in STARTS),
     (("HEAD_START",), "be 'probe' or 'random'", lambda start: start in ("probe", "random")),
     (("IMPORTANCE_CRITERION",), f"be one of {', '.join(CRITERIA)}", lambda criterion: criterion in CRITERIA),
     (("IMPORTANCE_AGGREGATION",), f"be one of {', '.join(AGGREGATIONS)}", lambda method: method in AGGREGATIONS),

@@ -96,6 +96,7 @@ class Masking:
     prune: bool = False  # unmarked weights are zero from the start and never trained
     failed: Tensor | None = None  # [S], codes of seeds whose mask cannot be used: their networks count as failed
     learning_rate: float | None = None  # of the run, whatever the arm's own is; None = the same
+    start: Params | None = None  # name -> [S, *shape], where it begins; None = as `PH2_INIT` draws it
 
     def low_rates(self) -> tuple[float, ...]:
         """Factor on the learning rate of the unmarked weights, for each epoch."""
@@ -116,7 +117,7 @@ class Masking:
     def same_training(self, other: "Masking") -> bool:
         """Whether two arms are the same networks by construction, so that they need training only once."""
         own, others = ((m.settings.ph2_init, m.settings.ph2_lr_important, m.backbone_rate) for m in (self, other))
-        if own != others:
+        if own != others or self.start is not other.start:
             return False
         if not all(torch.equal(a, b) for a, b in zip(self.mask, other.mask, strict=True)):
             return False
@@ -188,11 +189,10 @@ def _starts(data: SplitFeatures, holdout: str, seeds: Sequence[int], arms: Seque
     """Initial parameters of every arm: name -> ``[S, V, *shape]``."""
     network = data.network(arms[0].settings.hidden_sizes)
     purposes, trained_on = {"fresh": "fresh_start", "phase1": "start"}, (data.sources(holdout), "in")
-    kinds = [arm.settings.ph2_init for arm in arms]
-    drawn = {
-        kind: network_start(data, seeds, purposes[kind], arms[0].settings, *trained_on) for kind in dict.fromkeys(kinds)
-    }
-    start = {name: torch.stack([drawn[kind][name] for kind in kinds], dim=1) for name in drawn[kinds[0]]}
+    kinds = dict.fromkeys(arm.settings.ph2_init for arm in arms if arm.start is None)
+    drawn = {kind: network_start(data, seeds, purposes[kind], arms[0].settings, *trained_on) for kind in kinds}
+    each = [drawn[arm.settings.ph2_init] if arm.start is None else arm.start for arm in arms]
+    start = {name: torch.stack([params[name].to(data.labels.device) for params in each], dim=1) for name in each[0]}
     for v, arm in enumerate(arms):
         if arm.prune:
             for weights, mask in zip(network.tracked(start), arm.mask, strict=True):

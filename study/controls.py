@@ -19,11 +19,11 @@ from torch import Tensor
 
 import config
 from config import InputError, Settings
-from engine import Network, generator
+from engine import Network, Params, generator
 from importance import Layers, mask_size, top_k_mask, unflatten
+from study.merging import MERGES
 from trainer_phase2 import HoldoutMasks, Masking
 
-STARTS = ("fresh", "phase1")
 SWEPT = (
     "IMPORTANCE_CRITERION",
     "IMPORTANCE_THRESHOLD_PERCENTILE",
@@ -44,6 +44,9 @@ class MaskSource(NamedTuple):
     own: Callable[[Settings], HoldoutMasks]  # masks of these seeds
     next_seed: Callable[[Settings], HoldoutMasks]  # masks of each next seed (s + 1)
     network: Network  # that is trained; with pretrained weights if it has some
+    merged: Callable[[Settings], Params] | None = (
+        None  # Phase 1's networks of these seeds merged into one, see `merging`
+    )
 
     def per_seed(self, draw: Callable[[int, str, list[Tensor]], list[Tensor]], masks: HoldoutMasks) -> list[Tensor]:
         """A mask for each seed, stacked: `draw` makes it of seed, holdout and importance mask L × ``[out, in]``."""
@@ -173,7 +176,7 @@ class Arm:
 
     Attributes:
         control: a name of `CONTROLS`.
-        start: "fresh" or "phase1"; None = as `PH2_INIT` says.
+        start: a name of `config.STARTS`; None = as `PH2_INIT` says.
         changes: settings of masks or schedule that differ, as (name, value) pairs; a mapping is accepted.
 
     Raises:
@@ -189,8 +192,8 @@ class Arm:
         object.__setattr__(self, "changes", tuple((name.upper(), value) for name, value in changes))
         if self.control not in CONTROLS:
             raise InputError(f"There is no control '{self.control}'; there are {', '.join(CONTROLS)}.")
-        if self.start not in (None, *STARTS):
-            raise InputError(f"An arm starts 'fresh' or 'phase1', not '{self.start}'.")
+        if self.start not in (None, *config.STARTS):
+            raise InputError(f"There is no start '{self.start}'; there are {', '.join(config.STARTS)}.")
         for name, _ in self.changes:
             if name not in SWEPT:
                 raise InputError(f"The arms of a study cannot differ in {name}; they can in {', '.join(SWEPT)}.")
@@ -230,8 +233,10 @@ class Arm:
         """Mask and schedule of this arm for the seeds of one holdout."""
         control, own = CONTROLS[self.control], self.settings(settings)
         masks = source.next_seed(own) if control.next_seed else source.own(own)
-        mask, failed = control.mask(masks, source, own), masks.failed if control.learned else None
-        return Masking(mask, own, control.prune, failed, settings.ph2_lr_important)
+        merged = own.ph2_init in MERGES
+        mask, failed = control.mask(masks, source, own), masks.failed if control.learned or merged else None
+        start = source.merged(own) if merged else None
+        return Masking(mask, own, control.prune, failed, settings.ph2_lr_important, start)
 
     @property
     def chooses(self) -> bool:
@@ -244,8 +249,9 @@ class Arm:
         return CONTROLS[self.control].next_seed
 
     def saw_validation(self, settings: Settings) -> bool:
-        """Whether the mask depends on images that the networks are validated on."""
-        return CONTROLS[self.control].learned and settings.ph1_data == "all"
+        """Whether the mask, or the start, depends on images that the networks are validated on."""
+        from_phase1 = CONTROLS[self.control].learned or self.settings(settings).ph2_init in MERGES
+        return from_phase1 and settings.ph1_data == "all"
 
 
 ERM, IMPORTANCE = Arm("erm"), Arm("importance")

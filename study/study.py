@@ -12,10 +12,12 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from config import Settings
+from config import InputError, Settings
+from engine import Params
 from importance import CRITERIA
 from study.archive import SavedNetworks
 from study.controls import CONTROLS, ERM, IMPORTANCE, Arm, MaskSource, check_arms
+from study.merging import MERGES, merge
 from study.records import SELECTIONS, Counted, make_records
 from study.report import report, unlearned
 from study.run import Run, check_density
@@ -42,6 +44,8 @@ class Study:
         self.arms = check_arms(arms, pretrained=run.data.tail is not None)
         if run.data.tail is not None:
             for arm in self.arms:
+                if arm.settings(run.settings).ph2_init in MERGES:
+                    raise InputError("Merged starts are of classifiers on features, not of TRAINED_BLOCKS.")
                 if arm.chooses:
                     check_density(arm.settings(run.settings), run.data.tail)
         self.selections = ("last",) if records_only else SELECTIONS
@@ -209,5 +213,13 @@ def mask_source(run: Run, holdouts: Sequence[str], seeds: Sequence[int]) -> Mask
 
         return own
 
+    @cache
+    def merged(rule: str, percent: float) -> Params:
+        networks = [run.archive.phase1(domain, seeds) for domain in sources]
+        return merge(rule, networks[0].params("start"), [own.params() for own in networks], percent)
+
+    def merged_start(settings: Settings) -> Params:
+        return merged(settings.ph2_init, settings.importance_threshold_percentile)
+
     own, following = masks_of(seeds), masks_of([seed + 1 for seed in seeds])
-    return MaskSource("+".join(holdouts), tuple(seeds), own, following, run.network)
+    return MaskSource("+".join(holdouts), tuple(seeds), own, following, run.network, merged_start)
