@@ -92,22 +92,21 @@ class OwnRates:
         records = self.tried.records()
         return chosen_rates(records, self.arms, self.run.holdouts, self.setting, self.rates, self.label)
 
-    def studies(self) -> list[Study]:
-        """The arms at their rates: a study of all seeds per holdout."""
-        run, named, found = self.run, {self.label(arm): arm for arm in self.arms}, []
-        for holdout, chosen in self.chosen().groupby("holdout", sort=False):
-            own = [at_rate(named[row.arm], row.rate, self.setting) for row in chosen.itertuples()]
-            alone = Run(run.features, run.settings, run.results, run.seeds, holdout, run.execution)
-            found.append(Study(alone, own, records_only=True))
-        return found
+    @property
+    def whole(self) -> Study:
+        """The arms at their rates, on all seeds."""
+        named = {self.label(arm): arm for arm in self.arms}
+        arms = {
+            holdout: [at_rate(named[row.arm], row.rate, self.setting) for row in chosen.itertuples()]
+            for holdout, chosen in self.chosen().groupby("holdout", sort=False)
+        }
+        return Study(self.run, arms, records_only=True)
 
     def train(self) -> None:
         """Train what is missing."""
         self.tried.train()
-        for study in self.studies():
-            study.train()
+        self.whole.train()
 
     def records(self) -> list[dict]:
         """The records of each arm at its rates, under its label."""
-        found = [record for study in self.studies() for record in study.records()]
-        return at_chosen_rates(found, self.arms, self.chosen(), self.setting, self.label)
+        return at_chosen_rates(self.whole.records(), self.arms, self.chosen(), self.setting, self.label)

@@ -31,17 +31,25 @@ class Study:
     """Arms of Phase 2, compared on one run.
 
     Args:
-        arms: what to compare; default plain training and importance masking.
+        arms: what to compare; default plain training and importance masking. With `records_only` they may differ by
+            holdout: a mapping from each to its arms.
         keep_weights: write the weights of Phase 2; a study of many arms can do without them.
         records_only: measure after the last epoch only, and keep nothing of Phase 2 but the records of that: for a grid
             of many large networks.
     """
 
     def __init__(
-        self, run: Run, arms: Sequence[Arm] = (ERM, IMPORTANCE), keep_weights: bool = True, records_only: bool = False
+        self,
+        run: Run,
+        arms: Sequence[Arm] | Mapping[str, Sequence[Arm]] = (ERM, IMPORTANCE),
+        keep_weights: bool = True,
+        records_only: bool = False,
     ):
         self.run, self.keep_weights, self.records_only = run, keep_weights and not records_only, records_only
-        self.arms = check_arms(arms, pretrained=run.data.tail is not None)
+        by_holdout = arms if isinstance(arms, Mapping) else dict.fromkeys(run.holdouts, arms)
+        pretrained = run.data.tail is not None
+        self.by_holdout = {holdout: check_arms(own, pretrained) for holdout, own in by_holdout.items()}
+        self.arms = tuple(dict.fromkeys(arm for own in self.by_holdout.values() for arm in own))
         if run.data.tail is not None:
             for arm in self.arms:
                 if arm.settings(run.settings).ph2_init in MERGES:
@@ -77,7 +85,7 @@ class Study:
             options |= {"evidence": evidence, "every_epoch": not self.records_only}
             return train_domain(run.data, *unit, run.settings, **options)
 
-        run.check_memory(units, len(self.arms))  # Phase 2 needs the most
+        run.check_memory(units, max(map(len, self.by_holdout.values())))  # Phase 2 needs the most
         with run.writing(units):
             floats, epochs = run.network.size, run.settings.ph1_num_epochs
             for networks in run.side_by_side("Phase 1", units, train, epochs, floats):
@@ -106,9 +114,10 @@ class Study:
             options |= {"keep_params": not self.records_only, "every_epoch": not self.records_only}
             return arms, train_holdout(run.data, holdout, seeds, maskings, **options), source.own(run.settings)
 
-        run.check_memory(units, len(self.arms))
+        most = max(map(len, self.by_holdout.values()))
+        run.check_memory(units, most)
         with run.writing(units):
-            floats, epochs = run.network.size * len(self.arms), run.settings.ph2_num_epochs
+            floats, epochs = run.network.size * most, run.settings.ph2_num_epochs
             for arms, networks, masks in run.side_by_side("Phase 2", units, train, epochs, floats):
                 self._save(arms, networks, masks)
 
@@ -164,7 +173,8 @@ class Study:
         pairs = [(holdout, seed) for holdout in run.holdouts for seed in run.seeds]
         if self.records_only:
             found = {(r["holdout"], r["seed"], r["algorithm"]) for r in records}
-            lacking = {pair: tuple(arm for arm in self.arms if (*pair, arm.name) not in found) for pair in pairs}
+            wanted = {pair: self.by_holdout[pair[0]] for pair in pairs}
+            lacking = {p: tuple(arm for arm in arms if (*p, arm.name) not in found) for p, arms in wanted.items()}
             return {pair: arms for pair, arms in lacking.items() if arms}
         stored = {h: run.archive.phase2_seeds(h, self.arm_names, self.keep_weights) for h in run.holdouts}
         complete = self._complete(records)
