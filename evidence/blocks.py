@@ -24,7 +24,15 @@ import config
 from config import BlockSettings, InputError, Settings
 from evidence import own_rates
 from evidence.contrasts import Contrast, seed_averages
-from evidence.report import failures_shown, family_shown, in_points, interval, section, write_report
+from evidence.report import (
+    contrast_sentences,
+    edge_sentences,
+    failures_shown,
+    family_shown,
+    in_points,
+    section,
+    write_report,
+)
 from evidence.statistics import LEVEL, family
 from storage import Results
 from study import (
@@ -345,20 +353,14 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study
 
 def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """What the tables say, in plain sentences."""
-    found = [f"{row.contrast}: {interval(row)} points, {row.verdict}." for row in tables["contrasts"].itertuples()]
+    found = contrast_sentences(tables["contrasts"])
     means = tables["accuracy"][tables["accuracy"]["holdout"] == AVERAGE].set_index("algorithm")["mean"]
     best = means.idxmax()
     found.append(
         f"Head, biases and norms alone have {100 * means['head']:.1f} %, ERM {100 * means['erm']:.1f} %; "
         f"the best mean is that of {best} ({100 * means[best]:.1f} %)."
     )
-    edge = tables["rates"][tables["rates"]["edge"]]
-    if len(edge):
-        found.append(
-            f"{len(edge)} of {len(tables['rates'])} chosen learning rates lie at an edge of the grid, so that a rate "
-            "beyond it might be better."
-        )
-    return found
+    return found + edge_sentences(tables["rates"], "learning rates")
 
 
 def block_findings(directory: str | Path) -> list[str]:

@@ -33,7 +33,7 @@ import config
 from config import InputError
 from engine import accuracies, fit_linear, training_threads
 from evidence.contrasts import seed_averages
-from evidence.report import family_shown, in_points, interval, section, write_report
+from evidence.report import contrast_sentences, edge_sentences, family_shown, in_points, section, write_report
 from evidence.statistics import LEVEL, family
 from importance import aggregate, top_k_mask
 from storage import FeatureSet
@@ -443,19 +443,14 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
 
 def column_sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """What the tables say, in plain sentences."""
-    found = [f"{row.contrast}: {interval(row)} points, {row.verdict}." for row in tables["contrasts"].itertuples()]
+    found = contrast_sentences(tables["contrasts"])
     means = tables["accuracy"][tables["accuracy"]["holdout"] == AVERAGE].set_index("algorithm")["mean"]
     best = means.idxmax()
     found.append(
         f"The last [CLS] has {100 * means[LAST]:.1f} %, the best single layer {100 * means[BEST]:.1f} %, all columns "
         f"{100 * means[ALL]:.1f} %; the best mean is that of {best} ({100 * means[best]:.1f} %)."
     )
-    if edges := int(tables["chosen"]["edge"].sum()):
-        found.append(
-            f"{edges} of {len(tables['chosen'])} chosen values of C lie at an edge of the grid, so that one beyond it "
-            "might be better."
-        )
-    return found
+    return found + edge_sentences(tables["chosen"], "values of C")
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:

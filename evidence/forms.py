@@ -21,7 +21,7 @@ import config
 from config import BlockSettings, InputError, Settings
 from evidence.contrasts import seed_averages
 from evidence.own_rates import BLOCKS, CLASSIFIER, OwnRates
-from evidence.report import failures_shown, in_points, section, write_report
+from evidence.report import edge_sentences, failures_shown, in_points, section, write_report
 from importance import CRITERIA, mask_size
 from storage import Results
 from study import ERM, Arm, Run, check_seeds, t_interval, unlearned
@@ -105,7 +105,7 @@ class FormsProtocol:
         """Part -> all forms, their twins and plain training, on the first seeds."""
         arms = [ERM, *(form(control, *own) for own in self.forms for control in ("importance", TWIN))]
         seeds = {part: run.seeds[:FIRST_SEEDS] for part, run in self.runs.items()}
-        return {part: _own_rates(run.beside(run.results, seeds=seeds[part]), arms) for part, run in self.runs.items()}
+        return {part: at_own_rates(run.beside(run.results, seeds=seeds[part]), arms) for part, run in self.runs.items()}
 
     def last(self, part: str) -> OwnRates:
         """Those of the first that are trained on all seeds: plain training, and the forms that may be worth it."""
@@ -113,7 +113,7 @@ class FormsProtocol:
         alive = {row.Index for row in table.itertuples() if not row.high < WORTH}
         forms = [own for own in self.forms if own in alive]
         arms = [ERM, *(form(control, *own) for own in forms for control in ("importance", TWIN))]
-        return _own_rates(self.runs[part], arms)
+        return at_own_rates(self.runs[part], arms)
 
     def train(self) -> None:
         """Train what is missing."""
@@ -177,7 +177,8 @@ def _settings(widths: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, S
     }
 
 
-def _own_rates(run: Run, arms: Sequence[Arm]) -> OwnRates:
+def at_own_rates(run: Run, arms: Sequence[Arm]) -> OwnRates:
+    """Arms at their own rates, from the grid for what the run trains."""
     setting = BLOCKS if isinstance(run.settings, BlockSettings) else CLASSIFIER
     return OwnRates(run, arms, setting, RATES[setting], RATE_SEEDS[setting], label)
 
@@ -258,8 +259,8 @@ def _cautions(rates: pd.DataFrame, part: str, run: Run) -> list[str]:
     own = rates[rates["part"] == part]
     validation = own.groupby("arm")["validation"].mean().to_dict()
     about = validation, run.facts["counts"], run.settings, "PH2_NUM_EPOCHS"
-    edge = f"{part}: {own['edge'].sum()} of {len(own)} chosen learning rates lie at an edge of the grid."
-    return [edge, *unlearned(*about, images="the sources' validation images")]
+    edges = [f"{part}: {text}" for text in edge_sentences(own, "learning rates")]
+    return [*edges, *unlearned(*about, images="the sources' validation images")]
 
 
 def forms_shown(table: pd.DataFrame) -> pd.DataFrame:

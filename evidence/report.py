@@ -118,6 +118,25 @@ def overlap_sentence(stability: pd.DataFrame) -> str:
     )
 
 
+def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
+    """A sentence for each contrast of a `statistics.family`."""
+    return [f"{row.contrast}: {interval(row)} points, {row.verdict}." for row in contrasts.itertuples()]
+
+
+def edge_sentences(chosen: pd.DataFrame, what: str) -> list[str]:
+    """That some of what arms chose for themselves lies at an edge of the grid, if any does.
+
+    Args:
+        chosen: has a column "edge".
+        what: was chosen, in the plural.
+    """
+    if not (edges := int(chosen["edge"].sum())):
+        return []
+    return [
+        f"{edges} of {len(chosen)} chosen {what} lie at an edge of the grid, so that one beyond it might be better."
+    ]
+
+
 def interval(row) -> str:
     """Mean and interval of a row of `itertuples` in points: "+0.97 [+0.65, +1.29]"."""
     return in_points(row.mean, row.low, row.high)
