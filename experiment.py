@@ -117,7 +117,7 @@ def study_of_blocks(options: argparse.Namespace) -> None:
 def forms(options: argparse.Namespace) -> None:
     from evidence import FormsProtocol
 
-    choice = {"widths": options.widths, "densities": options.densities}
+    choice = {"widths": options.widths, "densities": options.densities, "closer": options.closer}
     protocol = FormsProtocol.from_config(**choice, **_training(options))
     print(next(iter(protocol.runs.values())).features.describe(), flush=True)
     protocol.train()
@@ -369,6 +369,7 @@ def build_parser() -> Parser:
     add = added["forms"].add_argument
     add("--widths", type=widths, metavar="10,32", help="units of each hidden layer (default 10,32,64,128)")
     add("--densities", type=densities, metavar="60,10", help="per cent of the weights marked (default 60,30,10)")
+    add("--closer", action="store_true", help="the best two also in other scopes, and beside further controls")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")

@@ -5,7 +5,8 @@ EXPLORATORY throughout: what looks best here has to be confirmed on other data. 
 matrix. A gain over plain training that the twin shares is no finding about importance, so the question is *form minus
 twin*, paired by seed, mean over the holdouts, last epoch, all images of the held-out domain. Each arm chooses its own
 learning rate on the first seeds (`own_rates`), by the sources' `out` part, and masks are therefore made from the `in`
-part. A form whose interval of form minus twin ends below `WORTH` after `FIRST_SEEDS` seeds is not trained on more.
+part. A form whose interval of form minus twin ends below `WORTH` after `FIRST_SEEDS` seeds is not trained on more. On
+request the best two are looked at closer: beside permuted and inverted masks, and with masks of other scopes.
 
 A *part* is one network: a classifier of one width on frozen features, or the last blocks of the ViT.
 """
@@ -20,38 +21,45 @@ import pandas as pd
 import config
 from config import BlockSettings, InputError, Settings
 from evidence.contrasts import seed_averages
+from evidence.form_tables import (
+    CLOSER,
+    TWIN,
+    Form,
+    best_forms,
+    closer_arms,
+    closer_shown,
+    closer_table,
+    differences,
+    form,
+    forms_at,
+    forms_shown,
+    forms_table,
+    label,
+    sentences,
+)
 from evidence.own_rates import BLOCKS, CLASSIFIER, OwnRates
-from evidence.report import edge_sentences, failures_shown, in_points, section, write_report
-from importance import CRITERIA, mask_size
+from evidence.report import edge_sentences, failures_shown, section, write_report
 from storage import Results
-from study import ERM, Arm, Run, check_seeds, t_interval, unlearned
+from study import ERM, Arm, Run, check_seeds, unlearned
 
 DENSITIES = (60.0, 30.0, 10.0)  # per cent of the tracked weights that are marked
 WIDTHS = (10, 32, 64, 128)  # units of each hidden layer
 RATES = {CLASSIFIER: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), BLOCKS: (3e-4, 1e-3, 3e-3, 1e-2)}
 RATE_SEEDS = {CLASSIFIER: 3, BLOCKS: 2}  # the first, by which rates are chosen
 FIRST_SEEDS, WORTH = 20, 0.005  # when a form is given up, and the difference that it must still be able to have
-TWIN = "random_layer"
-OWN = ("IMPORTANCE_CRITERION", "IMPORTANCE_THRESHOLD_PERCENTILE", "PH1_DATA", "PH2_LR_IMPORTANT")  # not to be set
+OWN = (  # not to be set
+    "IMPORTANCE_CRITERION",
+    "IMPORTANCE_THRESHOLD_PERCENTILE",
+    "MASK_SCOPE",
+    "PH1_DATA",
+    "PH2_LR_IMPORTANT",
+)
 EXPLANATION = f"""\
 EXPLORATORY. Intervals are 95 % t intervals over seeds. Of forms that do nothing, one in forty has an interval above 0
 and one in forty one below. A form was not trained on more than {FIRST_SEEDS} seeds where its interval over its twin
 ended below +{100 * WORTH:g} points there."""
-
-
-def form(control: str, criterion: str, density: float) -> Arm:
-    """The arm of a criterion at a density, per cent: `importance` itself or a control."""
-    return Arm(control, None, {"IMPORTANCE_CRITERION": criterion, "IMPORTANCE_THRESHOLD_PERCENTILE": density})
-
-
-def label(arm: Arm) -> str:
-    """How tables call an arm: "importance fisher 10 %"."""
-    return " ".join([arm.control, *(f"{value} %" if isinstance(value, float) else value for _, value in arm.changes)])
-
-
-def forms_at(densities: Sequence[float]) -> tuple[tuple[str, float], ...]:
-    """Every criterion at the densities, per cent."""
-    return tuple((criterion, float(density)) for criterion in CRITERIA for density in dict.fromkeys(densities))
+CHOSEN = f"""\
+The best {CLOSER} were chosen by the very seeds that they are shown on, so that they look better than they are."""
 
 
 class FormsProtocol:
@@ -61,10 +69,17 @@ class FormsProtocol:
         runs: part -> its run, in a directory of its own, of all seeds.
         directory: gets the report's files.
         densities: of the masks, per cent.
+        closer: look at the best of each part closer.
     """
 
-    def __init__(self, runs: Mapping[str, Run], directory: str | Path, densities: Sequence[float] = DENSITIES):
-        self.runs, self.results, self.forms = dict(runs), Results(directory), forms_at(densities)
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        directory: str | Path,
+        densities: Sequence[float] = DENSITIES,
+        closer: bool = False,
+    ):
+        self.runs, self.results, self.forms, self.closer = dict(runs), Results(directory), forms_at(densities), closer
 
     @classmethod
     def from_config(
@@ -74,6 +89,7 @@ class FormsProtocol:
         widths: Sequence[int] | None = None,
         densities: Sequence[float] | None = None,
         *,
+        closer: bool = False,
         overwrite: bool = False,
         verify: bool = False,
         strict: bool = False,
@@ -86,6 +102,7 @@ class FormsProtocol:
             widths: units of each hidden layer, a part for each; default `WIDTHS`. There are as many layers as
                 `HIDDEN_SIZES` has.
             densities: of the masks, per cent; default `DENSITIES`.
+            closer: see above.
             overwrite, verify, strict: see `study.Run.from_config`.
 
         Raises:
@@ -98,7 +115,7 @@ class FormsProtocol:
         options = {"overwrite": overwrite, "verify": verify, "strict": strict}
         first = Run.in_places(places, seeds, **options)
         runs = {place.directory.name: first.beside(place, own) for place, own in places.items()}
-        return cls(runs, directory, DENSITIES if densities is None else densities)
+        return cls(runs, directory, DENSITIES if densities is None else densities, closer)
 
     @cached_property
     def first(self) -> dict[str, OwnRates]:
@@ -121,6 +138,16 @@ class FormsProtocol:
             self.first[part].train()
             if len(run.seeds) > FIRST_SEEDS:
                 self.last(part).train()
+            if self.closer:
+                self.near(part).train()
+
+    def best(self, part: str) -> list[Form]:
+        """The forms of a part that are looked at closer."""
+        return best_forms(forms_table(self.records(part), self.runs[part], self.forms))
+
+    def near(self, part: str) -> OwnRates:
+        """The best forms, their twins, further controls and other scopes, on all seeds."""
+        return at_own_rates(self.runs[part], closer_arms(self.best(part)))
 
     def records(self, part: str) -> list[dict]:
         """The records of a part's arms at their own rates, under their labels."""
@@ -134,13 +161,17 @@ class FormsProtocol:
         records = {part: self.records(part) for part in self.runs}
         rates = {part: own.chosen() for part, own in self.first.items()}
         averages = [seed_averages(own).assign(part=part) for part, own in records.items()]
-        return {
+        tables = {
             "forms": pd.concat(
                 [forms_table(own, self.runs[part], self.forms).assign(part=part) for part, own in records.items()]
             ),
             "rates": pd.concat([table.assign(part=part) for part, table in rates.items()]),
             "seeds": pd.concat(averages).reset_index().set_index("seed"),
         }
+        if self.closer:
+            found = {part: closer_table(self.near(part).records(), self.best(part)) for part in self.runs}
+            tables["closer"] = pd.concat([table.assign(part=part) for part, table in found.items()])
+        return tables
 
     def write(self) -> str:
         """Write tables (CSV) and ``report.txt``; returns the report."""
@@ -183,35 +214,6 @@ def at_own_rates(run: Run, arms: Sequence[Arm]) -> OwnRates:
     return OwnRates(run, arms, setting, RATES[setting], RATE_SEEDS[setting], label)
 
 
-def differences(records: Sequence[Mapping], forms: Sequence[tuple[str, float]]) -> pd.DataFrame:
-    """Each form minus its twin, from labelled records: mean, low, high (fractions) by (criterion, density)."""
-    averages, rows = seed_averages(records), {}
-    for own in forms:
-        arm, twin = (averages[label(form(control, *own))] for control in ("importance", TWIN))
-        rows[own] = t_interval((arm - twin).dropna())
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
-
-
-def forms_table(records: Sequence[Mapping], run: Run, forms: Sequence[tuple[str, float]]) -> pd.DataFrame:
-    """Accuracy of plain training and of every form, and form minus twin and minus plain training.
-
-    Returns:
-        criterion, density (per cent; 100 for plain training), trained (number of parameters that learn), n (seeds), and
-        mean, low, high of accuracy, of "minus twin" and of "minus erm" with the prefixes ``twin_`` and ``erm_``;
-        fractions, with 95 % t intervals over seeds.
-    """
-    averages = seed_averages(records)
-    tracked = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
-    rows = [("erm", 100.0, run.network.size, len(averages), *t_interval(averages["erm"].dropna()), *[float("nan")] * 6)]
-    for criterion, density in forms:
-        own, twin = (averages[label(form(control, criterion, density))] for control in ("importance", TWIN))
-        against = [t_interval((own - other).dropna()) for other in (twin, averages["erm"])]
-        learns = run.network.size - tracked + mask_size(tracked, density)
-        rows.append((criterion, density, learns, own.count(), *t_interval(own.dropna()), *against[0], *against[1]))
-    names = [f"{prefix}{name}" for prefix in ("", "twin_", "erm_") for name in ("mean", "low", "high")]
-    return pd.DataFrame(rows, columns=["criterion", "density", "trained", "n", *names])
-
-
 def report(tables: Mapping[str, pd.DataFrame], protocol: FormsProtocol) -> str:
     """The finding in plain sentences, then the tables of `FormsProtocol.tables`, and what failed."""
     run = next(iter(protocol.runs.values()))
@@ -227,31 +229,11 @@ def report(tables: Mapping[str, pd.DataFrame], protocol: FormsProtocol) -> str:
     lines += ["", *EXPLANATION.splitlines()]
     for part, own in tables["forms"].groupby("part", sort=False):
         lines += section(f"{part}: accuracy (%), and differences (points)", forms_shown(own))
+        if "closer" in tables:
+            closer = tables["closer"][tables["closer"]["part"] == part]
+            lines += [*section(f"{part}: the best {CLOSER}, closer (points)", closer_shown(closer)), CHOSEN]
     lines += failures_shown([own.tried for own in protocol.first.values()])
     return "\n".join(lines) + "\n"
-
-
-def sentences(table: pd.DataFrame, part: str) -> list[str]:
-    """What a part's `forms_table` says, in plain sentences."""
-    erm, forms = table[table["criterion"] == "erm"].iloc[0], table[table["criterion"] != "erm"]
-    above, below = forms[forms["twin_low"] > 0], forms[forms["twin_high"] < 0]
-    best = forms.loc[forms["mean"].idxmax()]
-    over = forms[forms["erm_low"] > 0]
-    return [
-        f"{part}: of {len(forms)} forms {len(above)} are above their random twins ({_named(above)}) and {len(below)} "
-        f"below ({_named(below)}); {len(over)} are above plain training ({_named(over)}), which has "
-        f"{100 * erm['mean']:.1f} %.",
-        f"{part}: the best mean is that of {best['criterion']} at {best['density']:g} % ({100 * best['mean']:.1f} %): "
-        f"{_points(best, 'twin')} points over its twin, {_points(best, 'erm')} over plain training.",
-    ]
-
-
-def _named(forms: pd.DataFrame) -> str:
-    return ", ".join(f"{row.criterion} {row.density:g} %" for row in forms.itertuples()) or "none"
-
-
-def _points(row: pd.Series, prefix: str) -> str:
-    return in_points(*(row[f"{prefix}_{name}"] for name in ("mean", "low", "high")))
 
 
 def _cautions(rates: pd.DataFrame, part: str, run: Run) -> list[str]:
@@ -261,21 +243,3 @@ def _cautions(rates: pd.DataFrame, part: str, run: Run) -> list[str]:
     about = validation, run.facts["counts"], run.settings, "PH2_NUM_EPOCHS"
     edges = [f"{part}: {text}" for text in edge_sentences(own, "learning rates")]
     return [*edges, *unlearned(*about, images="the sources' validation images")]
-
-
-def forms_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A `forms_table` for reading."""
-    rows = [
-        (
-            row["criterion"],
-            f"{row['density']:g}",
-            f"{row['trained']:,}",
-            row["n"],
-            f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
-            _points(row, "twin"),
-            _points(row, "erm"),
-        )
-        for _, row in table.iterrows()
-    ]
-    columns = ["criterion", "marked (%)", "parameters that learn", "seeds", "accuracy (%)", "minus twin", "minus ERM"]
-    return pd.DataFrame(rows, columns=columns).set_index("criterion")

@@ -8,7 +8,8 @@ import pytest
 import config
 from config import InputError
 from evidence import FormsProtocol
-from evidence.forms import DENSITIES, RATE_SEEDS, RATES, differences, form, forms_at, label
+from evidence.form_tables import best_forms, closer_arms, differences, form, forms_at, forms_wide, label
+from evidence.forms import DENSITIES, RATE_SEEDS, RATES
 from evidence.own_rates import CLASSIFIER, at_rate
 from importance import CRITERIA
 from study import Arm
@@ -80,3 +81,59 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(changed, options, words, t
         monkeypatch.setattr(config, name, value)
     with pytest.raises(InputError, match=words):
         FormsProtocol.from_config(directory=tmp_path, **options)
+
+
+def test_forms_of_several_parts_stand_side_by_side():
+    nan = float("nan")
+    columns = [f"{prefix}{name}" for prefix in ("", "twin_", "erm_") for name in ("mean", "low", "high")]
+    rows = {
+        ("erm", 100.0): [0.6, 0.5, 0.7, *[nan] * 6],
+        ("agree", 60.0): [0.61, 0.5, 0.7, 0.011, 0.001, 0.02, -0.02, -0.03, -0.01],
+        ("movement", 10.0): [0.59, 0.5, 0.7, -0.004, -0.01, 0.01, 0.003, -0.01, 0.01],
+    }
+    tables = [
+        pd.DataFrame([(*own, *values) for own, values in part], columns=["criterion", "density", *columns])
+        for part in (rows.items(), list(rows.items())[:2])
+    ]
+    found = forms_wide([tables[0].assign(part="width_10"), tables[1].assign(place="elsewhere")])
+    assert [*found] == ["criterion", "marked (%)", "width_10", "elsewhere"]
+    assert found.to_numpy().tolist() == [
+        ["erm", "100", "60.0", "60.0"],
+        ["movement", "10", "59.0 (−0.4, +0.3)", ""],
+        ["agree", "60", "61.0 (+1.1*, −2.0*)", "61.0 (+1.1*, −2.0*)"],
+    ]
+
+
+def test_the_best_two_are_looked_at_closer(data, tmp_path, small_rates):
+    run = make_run(data, tmp_path / "width_10", settings=SETTINGS, seeds=range(3))
+    protocol = FormsProtocol({"width_10": run}, tmp_path, [50], closer=True)
+    protocol.train()
+    text = protocol.write()
+    table = pd.read_csv(tmp_path / "forms.csv")
+    best = best_forms(table)
+    order = table[1:].sort_values("twin_mean", ascending=False)
+    assert best == list(zip(order["criterion"][:2], order["density"][:2], strict=True))
+    closer = pd.read_csv(tmp_path / "closer.csv")
+    assert list(closer["difference"][:6]) == [
+        "global − permuted",
+        "global − inverted",
+        "layer − its twin",
+        "layer − global",
+        "row − its twin",
+        "row − global",
+    ]
+    assert [*zip(closer["criterion"][::6], closer["density"][::6], strict=True)] == best
+    seeds = {}  # the same differences from the records themselves
+    for record in protocol.near("width_10").records():
+        seeds.setdefault(record["algorithm"], []).append(record["accuracy"]["full"])
+    criterion, density = protocol.best("width_10")[0]
+    for difference, one, other in [
+        ("global − inverted", f"importance {criterion} {density} %", f"inverted {criterion} {density} %"),
+        ("row − its twin", f"importance {criterion} {density} % row", f"random_layer {criterion} {density} % row"),
+        ("layer − global", f"importance {criterion} {density} % layer", f"importance {criterion} {density} %"),
+    ]:
+        found = closer[(closer["criterion"] == criterion) & (closer["difference"] == difference)]["mean"].iloc[0]
+        expected = sum(seeds[one]) / len(seeds[one]) - sum(seeds[other]) / len(seeds[other])
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert "the best 2, closer" in text
+    assert len(closer_arms(best)) == 16
