@@ -25,7 +25,7 @@ from pathlib import Path
 import config
 from config import InputError
 
-TRAINING = ("run", "study", "forms", "compare", "columns")
+TRAINING = ("run", "study", "forms", "confirm", "compare", "columns")
 IMAGES = ("VIT_MODEL", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
 MACHINE = ("DEVICE", "THREADS")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
@@ -55,6 +55,7 @@ CONSTANTS = {  # option -> the setting that it gives
 FOLDERS = {  # below RESULTS_DIR
     "study": "study",
     "forms": "forms",
+    "confirm": "confirmation",
     "compare": "compare",
     "columns": "columns",
     "export-domainbed": "compare",
@@ -118,11 +119,25 @@ def forms(options: argparse.Namespace) -> None:
     from evidence import FormsProtocol
 
     choice = {"widths": options.widths, "densities": options.densities, "closer": options.closer}
+    choice["starts"] = options.starts
     protocol = FormsProtocol.from_config(**choice, **_training(options))
     print(next(iter(protocol.runs.values())).features.describe(), flush=True)
     protocol.train()
     print(f"\n{protocol.write()}", flush=True)
     protocol.save_figures()
+    print(f"Everything is in {_directory(options)}: start with report.txt.")
+
+
+def confirm(options: argparse.Namespace) -> None:
+    from evidence import Confirmation
+    from evidence.figures import save_confirmation
+
+    choice = {"overwrite": options.overwrite, "verify": options.verify, "strict": options.strict}
+    protocol = Confirmation.from_config(options.place, _directory(options), **choice)
+    print(protocol.run.features.describe(), flush=True)
+    protocol.train()
+    print(f"\n{protocol.write()}", flush=True)
+    save_confirmation(_directory(options))
     print(f"Everything is in {_directory(options)}: start with report.txt.")
 
 
@@ -258,7 +273,9 @@ def figures(options: argparse.Namespace) -> None:
         raise InputError(f"--algorithms is for comparisons, and '{results.directory}' holds none.")
     device = prepare_machine(config.DEVICE, config.THREADS)
     source = partial(get_features, config.DATA_ROOT, config.FEATURES_FILE, device=device)
-    if (results.directory / "forms.csv").is_file():
+    if evidence.figures.is_confirmation(results.directory):
+        paths = evidence.figures.save_confirmation(results.directory, **choice)
+    elif (results.directory / "forms.csv").is_file():
         paths = evidence.figures.save_forms(results.directory, **choice)
     elif (results.directory / "densities.csv").is_file() and (results.directory / "grid").is_dir():
         paths = evidence.figures.save_blocks(results.directory, **choice)
@@ -281,6 +298,7 @@ COMMANDS = {
     "run": (run, "study", "train both phases, write table, report and figures"),
     "study": (study, "evidence.figures", "arms and controls, sweeps and diagnostics: the whole answer"),
     "forms": (forms, "evidence.figures", "which form of importance wins: criteria, densities and widths"),
+    "confirm": (confirm, "evidence.figures", "the forms that looked best, on data and features nobody tuned on"),
     "compare": (compare, "field", "the methods of the field on the same features, seeds and splits"),
     "columns": (columns, "evidence.figures", "importance of features: which columns of all layers carry over"),
     "transfer": (transfer, "transfer", "how many layers of a small network carry over to new classes"),
@@ -370,6 +388,9 @@ def build_parser() -> Parser:
     add("--widths", type=widths, metavar="10,32", help="units of each hidden layer (default 10,32,64,128)")
     add("--densities", type=densities, metavar="60,10", help="per cent of the weights marked (default 60,30,10)")
     add("--closer", action="store_true", help="the best two also in other scopes, and beside further controls")
+    add("--starts", action="store_true", help="plain training and the own mask from every start, too")
+    add = added["confirm"].add_argument
+    add("--place", required=True, metavar="NAME", help="where: one of evidence/confirmation.py")
     add = added["compare"].add_argument
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
@@ -431,7 +452,9 @@ def build_parser() -> Parser:
 
 def _shared_options(command: str, add: Callable) -> None:
     if command in TRAINING:
-        add("--seeds", type=seeds, metavar="N", help=f"0 … N-1, or 100-199, or 0,3,7-9 (default {config.NUM_SEEDS})")
+        if command != "confirm":  # where they are fixed
+            counts = f"0 … N-1, or 100-199, or 0,3,7-9 (default {config.NUM_SEEDS})"
+            add("--seeds", type=seeds, metavar="N", help=counts)
         add("--features", metavar="FILE", help="a feature file, in the format of data/README.md")
         where = f"default {config.RESULTS_DIR}; for the others than run a folder below it"
         add("--results-dir", metavar="DIR", help=where)

@@ -6,6 +6,7 @@ Figures are in `evidence.figures`, which imports matplotlib and is therefore not
 import storage  # noqa: F401 - first: it says if a module of another project hides one of this
 from evidence.blocks import BlockProtocol, block_findings
 from evidence.columns import ColumnProtocol
+from evidence.confirmation import Confirmation
 from evidence.contrasts import FAMILY, OTHERS, Contrast, family_table, others_table, seed_averages, sweep_table
 from evidence.diagnostics import domain_overlap, mask_density, seed_stability, zero_importance
 from evidence.docs import benchmark_tables, markdown_table, paragraph, results_tables, write_pages
@@ -20,6 +21,7 @@ __all__ = [
     "OTHERS",
     "BlockProtocol",
     "ColumnProtocol",
+    "Confirmation",
     "Contrast",
     "FormsProtocol",
     "Protocol",

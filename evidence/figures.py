@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from config import InputError
+from evidence.confirmation import PLACES
 from storage import Results
 from study import MARGIN, Run
 from study.figures import in_words
@@ -96,6 +97,38 @@ def _forms(table: pd.DataFrame, part: str, about: Mapping) -> Figure:
     seeds = table["n"].max()
     title = f"Exploratory: importance mask minus random mask of the same counts, {part} ({_title(about, seeds)})"
     return difference_plot(rows, title, margin=MARGIN)
+
+
+def is_confirmation(directory: str | Path) -> bool:
+    """Whether a results directory is one of `confirmation`."""
+    return any((Path(directory) / place / "forms.csv").is_file() for place in PLACES)
+
+
+def confirmation_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Name and maker of the figure of the confirmation: each form minus its twin and minus plain training, by place.
+
+    Raises:
+        InputError: the directory holds no confirmation.
+    """
+    if not is_confirmation(directory):
+        raise InputError(f"'{directory}' holds no confirmation: run confirm first, or give --results-dir.")
+    yield "confirmation", lambda: _confirmation(pd.read_csv(Path(directory) / "forms.csv"))
+
+
+def save_confirmation(directory: str | Path, only: Sequence[str] | None = None, format: str = "png") -> list[Path]:
+    """Draw every figure into the directory itself, see `visualization.save_each`."""
+    return save_each(confirmation_figures(directory), directory, only, format)
+
+
+def _confirmation(table: pd.DataFrame) -> Figure:
+    rows = table[table["criterion"] != "erm"]
+    rows = rows.assign(label=[f"{row.place}: {row.criterion} {row.density:g} %" for row in rows.itertuples()])
+    groups = {"twin": "minus random mask of the same counts", "erm": "minus plain training"}
+    kinds = ("mean", "low", "high")
+    parts = [
+        rows.assign(group=words, **{kind: rows[f"{name}_{kind}"] for kind in kinds}) for name, words in groups.items()
+    ]
+    return difference_plot(pd.concat(parts), "Forms of importance where nobody tuned", margin=MARGIN)
 
 
 def column_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from config import STARTS
 from evidence.contrasts import seed_averages
 from evidence.report import in_points
 from importance import CRITERIA, SCOPES, mask_size
@@ -25,8 +26,9 @@ def form(control: str, criterion: str, density: float, scope: str | None = None)
 
 
 def label(arm: Arm) -> str:
-    """How tables call an arm: "importance fisher 10 %"."""
-    return " ".join([arm.control, *(f"{value} %" if isinstance(value, float) else value for _, value in arm.changes)])
+    """How tables call an arm: "importance fisher 10 %", "erm @merged_mean"."""
+    changes = (f"{value} %" if isinstance(value, float) else value for _, value in arm.changes)
+    return " ".join([arm.control, *changes, *([f"@{arm.start}"] if arm.start else [])])
 
 
 def forms_at(densities: Sequence[float]) -> tuple[Form, ...]:
@@ -74,7 +76,7 @@ def sentences(table: pd.DataFrame, part: str) -> list[str]:
         f"below ({_named(below)}); {len(over)} are above plain training ({_named(over)}), which has "
         f"{100 * erm['mean']:.1f} %.",
         f"{part}: the best mean is that of {best['criterion']} at {best['density']:g} % ({100 * best['mean']:.1f} %): "
-        f"{_points(best, 'twin')} points over its twin, {_points(best, 'erm')} over plain training.",
+        f"{points(best, 'twin')} points over its twin, {points(best, 'erm')} over plain training.",
     ]
 
 
@@ -82,7 +84,8 @@ def _named(forms: pd.DataFrame) -> str:
     return ", ".join(f"{row.criterion} {row.density:g} %" for row in forms.itertuples()) or "none"
 
 
-def _points(row: pd.Series, prefix: str) -> str:
+def points(row: pd.Series, prefix: str) -> str:
+    """A difference of a table's row, given by the prefix of its columns, in points."""
     return in_points(*(row[f"{prefix}_{name}"] for name in ("mean", "low", "high")))
 
 
@@ -95,8 +98,8 @@ def forms_shown(table: pd.DataFrame) -> pd.DataFrame:
             f"{row['trained']:,}",
             row["n"],
             f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
-            _points(row, "twin"),
-            _points(row, "erm"),
+            points(row, "twin"),
+            points(row, "erm"),
         )
         for _, row in table.iterrows()
     ]
@@ -150,6 +153,44 @@ def closer_arms(forms: Sequence[Form]) -> list[Arm]:
     arms = [form(control, *own) for own in forms for control in ("importance", TWIN, "permuted", "inverted")]
     scoped = [form(control, *own, scope) for own in forms for scope in SCOPES[1:] for control in ("importance", TWIN)]
     return arms + scoped
+
+
+def start_arms() -> list[Arm]:
+    """Plain training and the project's own mask, from every start."""
+    return [Arm(control, start) for start in STARTS for control in ("erm", "importance")]
+
+
+def starts_table(records: Sequence[Mapping]) -> pd.DataFrame:
+    """Accuracy from every start, from labelled records of `start_arms`.
+
+    Returns:
+        start, arm, n, mean, low, high, and "minus fresh", the same arm from a fresh start, with the prefix ``fresh_``;
+        fractions, with 95 % t intervals.
+    """
+    averages, rows = seed_averages(records), []
+    for arm in start_arms():
+        own, fresh = (averages[label(a)] for a in (arm, Arm(arm.control, "fresh")))
+        rows.append(
+            (arm.start, arm.control, own.count(), *t_interval(own.dropna()), *t_interval((own - fresh).dropna()))
+        )
+    names = [f"{prefix}{name}" for prefix in ("", "fresh_") for name in ("mean", "low", "high")]
+    return pd.DataFrame(rows, columns=["start", "arm", "n", *names])
+
+
+def starts_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `starts_table` for reading: accuracy in per cent, minus a fresh start in points."""
+    rows = [
+        (
+            row["start"],
+            row["arm"],
+            row["n"],
+            f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
+            "" if row["start"] == "fresh" else points(row, "fresh"),
+        )
+        for _, row in table.iterrows()
+    ]
+    columns = ["start", "arm", "seeds", "accuracy (%)", "minus fresh start"]
+    return pd.DataFrame(rows, columns=columns).set_index("start")
 
 
 def closer_table(records: Sequence[Mapping], forms: Sequence[Form]) -> pd.DataFrame:

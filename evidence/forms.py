@@ -6,7 +6,8 @@ matrix. A gain over plain training that the twin shares is no finding about impo
 twin*, paired by seed, mean over the holdouts, last epoch, all images of the held-out domain. Each arm chooses its own
 learning rate on the first seeds (`own_rates`), by the sources' `out` part, and masks are therefore made from the `in`
 part. A form whose interval of form minus twin ends below `WORTH` after `FIRST_SEEDS` seeds is not trained on more. On
-request the best two are looked at closer: beside permuted and inverted masks, and with masks of other scopes.
+request the best two are looked at closer: beside permuted and inverted masks, and with masks of other scopes; and plain
+training and the project's own mask are trained from every start, merged networks of Phase 1 among them.
 
 A *part* is one network: a classifier of one width on frozen features, or the last blocks of the ViT.
 """
@@ -36,6 +37,9 @@ from evidence.form_tables import (
     forms_table,
     label,
     sentences,
+    start_arms,
+    starts_shown,
+    starts_table,
 )
 from evidence.own_rates import BLOCKS, CLASSIFIER, OwnRates
 from evidence.report import edge_sentences, failures_shown, section, write_report
@@ -52,6 +56,7 @@ OWN = (  # not to be set
     "IMPORTANCE_THRESHOLD_PERCENTILE",
     "MASK_SCOPE",
     "PH1_DATA",
+    "PH2_INIT",
     "PH2_LR_IMPORTANT",
 )
 EXPLANATION = f"""\
@@ -70,6 +75,7 @@ class FormsProtocol:
         directory: gets the report's files.
         densities: of the masks, per cent.
         closer: look at the best of each part closer.
+        starts: train from every start, too; not with trained blocks.
     """
 
     def __init__(
@@ -78,8 +84,10 @@ class FormsProtocol:
         directory: str | Path,
         densities: Sequence[float] = DENSITIES,
         closer: bool = False,
+        starts: bool = False,
     ):
-        self.runs, self.results, self.forms, self.closer = dict(runs), Results(directory), forms_at(densities), closer
+        self.runs, self.results, self.forms = dict(runs), Results(directory), forms_at(densities)
+        self.closer, self.starts = closer, starts
 
     @classmethod
     def from_config(
@@ -90,6 +98,7 @@ class FormsProtocol:
         densities: Sequence[float] | None = None,
         *,
         closer: bool = False,
+        starts: bool = False,
         overwrite: bool = False,
         verify: bool = False,
         strict: bool = False,
@@ -102,7 +111,7 @@ class FormsProtocol:
             widths: units of each hidden layer, a part for each; default `WIDTHS`. There are as many layers as
                 `HIDDEN_SIZES` has.
             densities: of the masks, per cent; default `DENSITIES`.
-            closer: see above.
+            closer, starts: see above.
             overwrite, verify, strict: see `study.Run.from_config`.
 
         Raises:
@@ -111,11 +120,11 @@ class FormsProtocol:
         """
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
         directory = Path(config.RESULTS_DIR) / "forms" if directory is None else Path(directory)
-        places = {Results(directory / part): own for part, own in _settings(widths, seeds).items()}
+        places = {Results(directory / part): own for part, own in _settings(widths, seeds, starts).items()}
         options = {"overwrite": overwrite, "verify": verify, "strict": strict}
         first = Run.in_places(places, seeds, **options)
         runs = {place.directory.name: first.beside(place, own) for place, own in places.items()}
-        return cls(runs, directory, DENSITIES if densities is None else densities, closer)
+        return cls(runs, directory, DENSITIES if densities is None else densities, closer, starts)
 
     @cached_property
     def first(self) -> dict[str, OwnRates]:
@@ -140,6 +149,8 @@ class FormsProtocol:
                 self.last(part).train()
             if self.closer:
                 self.near(part).train()
+            if self.starts:
+                self.from_starts(part).train()
 
     def best(self, part: str) -> list[Form]:
         """The forms of a part that are looked at closer."""
@@ -148,6 +159,10 @@ class FormsProtocol:
     def near(self, part: str) -> OwnRates:
         """The best forms, their twins, further controls and other scopes, on all seeds."""
         return at_own_rates(self.runs[part], closer_arms(self.best(part)))
+
+    def from_starts(self, part: str) -> OwnRates:
+        """Plain training and the project's own mask from every start, on all seeds."""
+        return at_own_rates(self.runs[part], start_arms())
 
     def records(self, part: str) -> list[dict]:
         """The records of a part's arms at their own rates, under their labels."""
@@ -171,6 +186,9 @@ class FormsProtocol:
         if self.closer:
             found = {part: closer_table(self.near(part).records(), self.best(part)) for part in self.runs}
             tables["closer"] = pd.concat([table.assign(part=part) for part, table in found.items()])
+        if self.starts:
+            found = {part: starts_table(self.from_starts(part).records()) for part in self.runs}
+            tables["starts"] = pd.concat([table.assign(part=part) for part, table in found.items()])
         return tables
 
     def write(self) -> str:
@@ -188,7 +206,7 @@ class FormsProtocol:
             save_forms(self.results.directory)
 
 
-def _settings(widths: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, Settings]:
+def _settings(widths: Sequence[int] | None, seeds: Sequence[int], starts: bool) -> dict[str, Settings]:
     """Part -> settings, or an `InputError` for what the protocol cannot do."""
     own = (*OWN, "BACKBONE_LEARNING_RATE") if config.TRAINED_BLOCKS else OWN
     for name in own:
@@ -200,6 +218,8 @@ def _settings(widths: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, S
     if config.TRAINED_BLOCKS:
         if widths is not None:
             raise InputError("--widths is for classifiers on features, not for TRAINED_BLOCKS: leave it out.")
+        if starts:
+            raise InputError("--starts is for classifiers on features, not for TRAINED_BLOCKS: leave it out.")
         return {"blocks": Settings.current()}
     layers = len(config.HIDDEN_SIZES)
     return {
@@ -232,6 +252,9 @@ def report(tables: Mapping[str, pd.DataFrame], protocol: FormsProtocol) -> str:
         if "closer" in tables:
             closer = tables["closer"][tables["closer"]["part"] == part]
             lines += [*section(f"{part}: the best {CLOSER}, closer (points)", closer_shown(closer)), CHOSEN]
+        if "starts" in tables:
+            starts = tables["starts"][tables["starts"]["part"] == part]
+            lines += section(f"{part}: from other starts (movement 60 %; %, points)", starts_shown(starts))
     lines += failures_shown([own.tried for own in protocol.first.values()])
     return "\n".join(lines) + "\n"
 

@@ -74,6 +74,8 @@ def test_a_small_study_goes_on_with_what_may_be_worth_it_and_trains_nothing_twic
         ({"PH1_DATA": "in"}, {}, "PH1_DATA of their own"),
         ({}, {"seeds": range(2)}, "--seeds must be at least"),
         ({"TRAINED_BLOCKS": 1}, {"widths": [10]}, "--widths is for classifiers"),
+        ({"TRAINED_BLOCKS": 1}, {"starts": True}, "--starts is for classifiers"),
+        ({"PH2_INIT": "phase1"}, {}, "PH2_INIT of their own"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_a_sentence(changed, options, words, tmp_path, monkeypatch):
@@ -137,3 +139,20 @@ def test_the_best_two_are_looked_at_closer(data, tmp_path, small_rates):
         assert found == pytest.approx(expected, abs=1e-6)
     assert "the best 2, closer" in text
     assert len(closer_arms(best)) == 16
+
+
+def test_every_start_is_compared_with_a_fresh_one(data, tmp_path, small_rates):
+    run = make_run(data, tmp_path / "width_10", settings=SETTINGS, seeds=range(3))
+    protocol = FormsProtocol({"width_10": run}, tmp_path, [50], starts=True)
+    protocol.train()
+    assert "from other starts" in protocol.write()
+    table = pd.read_csv(tmp_path / "starts.csv")
+    assert [*table["start"]] == [start for start in config.STARTS for _ in range(2)]
+    assert [*table["arm"]] == ["erm", "importance"] * len(config.STARTS)
+    values = {}
+    for record in protocol.from_starts("width_10").records():
+        values.setdefault(record["algorithm"], []).append(record["accuracy"]["full"])
+    for row in table.itertuples():
+        own, fresh = (sum(found := values[f"{row.arm} @{start}"]) / len(found) for start in (row.start, "fresh"))
+        assert row.mean == pytest.approx(own, abs=1e-6)
+        assert row.fresh_mean == pytest.approx(own - fresh, abs=1e-6)
