@@ -49,9 +49,9 @@ def forms_table(records: Sequence[Mapping], run: Run, forms: Sequence[Form]) -> 
     """Accuracy of plain training and of every form, and form minus twin and minus plain training.
 
     Returns:
-        criterion, density (per cent; 100 for plain training), trained (number of parameters that learn), n (seeds), and
-        mean, low, high of accuracy, of "minus twin" and of "minus erm" with the prefixes ``twin_`` and ``erm_``;
-        fractions, with 95 % t intervals over seeds.
+        criterion, density (per cent; 100 for plain training), trained (number of parameters that learn at the full
+        rate), n (seeds), and mean, low, high of accuracy, of "minus twin" and of "minus erm" with the prefixes
+        ``twin_`` and ``erm_``; fractions, with 95 % t intervals over seeds.
     """
     averages = seed_averages(records)
     tracked = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
@@ -103,7 +103,7 @@ def forms_shown(table: pd.DataFrame) -> pd.DataFrame:
         )
         for _, row in table.iterrows()
     ]
-    columns = ["criterion", "marked (%)", "parameters that learn", "seeds", "accuracy (%)", "minus twin", "minus ERM"]
+    columns = ["criterion", "marked (%)", "parameters at full rate", "seeds", "accuracy (%)", "minus twin", "minus ERM"]
     return pd.DataFrame(rows, columns=columns).set_index("criterion")
 
 
