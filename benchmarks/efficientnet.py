@@ -30,6 +30,7 @@ from storage import save_features
 
 MODEL = "efficientnet-lite0"
 PREPARE = Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224)])
+PREPARED = {"resize": "shorter side 256, bicubic", "crop": "middle 224 x 224", "normalize": "(x - 127) / 128"}
 BATCH = 32
 
 
@@ -87,7 +88,7 @@ def main() -> int:
             dataset.files,
             dataset=dataset.name,
             model={"name": MODEL},
-            preprocessing="shorter side 256, bicubic; middle 224 × 224; (x − 127) / 128",
+            preprocessing=PREPARED,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

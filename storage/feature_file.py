@@ -236,6 +236,10 @@ def _complete(where: str, tensors: dict[str, Tensor], header: dict) -> None:
     model = header.get("model", {"name": ""})
     if not isinstance(model, dict) or not isinstance(model.get("name"), str) or not isinstance(header["dataset"], str):
         raise InputError(f"{where} must have in its header a dataset name and, if at all, a model like {{'name': …}}.")
+    if not isinstance(header.get("preprocessing", {}), dict):
+        raise InputError(
+            f"{where} must have in its header as preprocessing, if at all, an object like {{'size': 224}}."
+        )
     for name in (header["dataset"], model["name"]):
         if re.search(UNPRINTABLE, name):
             raise InputError(f"{where} has the name {name!r} in its header, which cannot be printed.")

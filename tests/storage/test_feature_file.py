@@ -148,6 +148,7 @@ BAD = [
     ({"labels": torch.tensor([0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 0, 0])}, "'fox' in domain 'b'", True),
     ({"domain_names": ["a", "b", "c"]}, "'cat' in domain 'c'", True),
     ({"model": "my-encoder"}, "model", True),
+    ({"preprocessing": "224 px"}, "preprocessing", True),
     ({"model": {"type": "x"}}, "model", True),
     ({"dataset": ["x"]}, "dataset", True),
     ({"dataset": "\ud800"}, r"'\\ud800'", True),
