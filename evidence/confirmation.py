@@ -27,7 +27,7 @@ from evidence.contrasts import seed_averages
 from evidence.form_tables import TWIN, Form, form, forms_shown, forms_table, label
 from evidence.forms import at_own_rates
 from evidence.own_rates import OwnRates
-from evidence.report import contrast_sentences, failures_shown, family_shown, section, write_report
+from evidence.report import contrast_sentences, failures_shown, family_shown, section, verdict_counts, write_report
 from evidence.statistics import LEVEL, family
 from storage import FeatureSet, Results
 from study import ERM, FEWEST_SEEDS, Run
@@ -202,3 +202,9 @@ def report(tables: Mapping[str, pd.DataFrame], about: Mapping[str, str], missing
         lines += section(f"{name}: accuracy (%), and differences (points)", forms_shown(own))
         lines += about[name].splitlines()
     return "\n".join(lines) + "\n"
+
+
+def confirmation_sentence(contrasts: pd.DataFrame) -> str:
+    """How often each verdict was reached in the family, in one sentence."""
+    *most, last = (f"{words} in {count}" for words, count in verdict_counts(contrasts).items() if "few" not in words)
+    return f"Of the {len(contrasts)} contrasts of forms and their random twins a form {', '.join(most)} and {last}."

@@ -17,7 +17,19 @@ import pandas as pd
 
 from config import InputError
 from evidence.blocks import by_density, rates_shown, sentences
-from evidence.report import family_shown, interval, probe_sentence, splits_shown, summary, verdict_counts, verdict_words
+from evidence.confirmation import confirmation_sentence
+from evidence.form_tables import forms_wide, starts_shown
+from evidence.form_tables import sentences as form_sentences
+from evidence.report import (
+    contrast_sentences,
+    family_shown,
+    interval,
+    probe_sentence,
+    splits_shown,
+    summary,
+    verdict_counts,
+    verdict_words,
+)
 from storage import Results, atomic_write
 from study import levels, lodo_table, paired_differences, wide_table
 
@@ -139,7 +151,7 @@ def results_tables(root: str | Path) -> dict[str, str]:
         "splits": _splits(study["splits"]),
         "study-findings": "\n".join(paragraph(text, "- ") for text in summary(study, epochs)),
         "arms": _accuracies(study["accuracy"]),
-    } | _blocks_tables(reference / "blocks")
+    } | {**_blocks_tables(reference / "blocks"), **_forms_tables(reference)}
 
 
 def benchmark_tables(root: str | Path) -> dict[str, str]:
@@ -165,6 +177,25 @@ def _blocks_tables(folder: Path) -> dict[str, str]:
         "blocks-accuracy": _accuracies(tables["accuracy"]),
         "blocks-densities": markdown_table("lrrrr", [*densities], densities.to_numpy()),
         "blocks-rates": markdown_table("l" + "r" * (rates.shape[1] - 1), [*rates], rates.to_numpy()),
+    }
+
+
+def _forms_tables(reference: Path) -> dict[str, str]:
+    """What the studies of forms, and their confirmation, say: name -> Markdown."""
+    explored = [pd.read_csv(path) for path in sorted(reference.glob("forms/*/forms.csv"))]
+    confirmed = pd.read_csv(reference / "confirmation" / "forms.csv")
+    contrasts = pd.read_csv(reference / "confirmation" / "contrasts.csv")
+    found = [text for own in explored for part, table in own.groupby("part") for text in form_sentences(table, part)]
+    tables = [table for own in explored for _, table in own.groupby("part")]
+    tables += [table for _, table in confirmed.groupby("place", sort=False)]
+    wide = forms_wide(tables)
+    starts = starts_shown(pd.read_csv(reference / "forms" / "width_10" / "starts.csv")).reset_index()
+    return {
+        "forms-findings": "\n".join(paragraph(text, "- ") for text in found),
+        "forms-table": markdown_table("lr" + "r" * (wide.shape[1] - 2), [*wide], wide.to_numpy()),
+        "forms-starts": markdown_table("llrrr", [*starts], starts.to_numpy()),
+        "confirmation-finding": "\n".join(paragraph(text, "- ") for text in contrast_sentences(contrasts)),
+        "confirmation-short": paragraph(confirmation_sentence(contrasts)),
     }
 
 
