@@ -96,11 +96,7 @@ def study(options: argparse.Namespace) -> None:
         if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} is for TRAINED_BLOCKS: leave it out.")
     protocol = Protocol.from_config(sweep_seeds=options.sweep_seeds, **_training(options))
-    print(protocol.short.run.features.describe(), flush=True)
-    protocol.train()
-    print(f"\n{protocol.write()}", flush=True)
-    protocol.save_figures()
-    print(f"Everything is in {_directory(options)}: start with report.txt.")
+    _carry_out(protocol, protocol.short.run, options)
 
 
 def study_of_blocks(options: argparse.Namespace) -> None:
@@ -108,11 +104,7 @@ def study_of_blocks(options: argparse.Namespace) -> None:
 
     choice = {"controls": not options.no_controls, "sweep_seeds": options.sweep_seeds, "weights": options.keep_weights}
     protocol = BlockProtocol.from_config(**choice, **_training(options))
-    print(protocol.run.features.describe(), flush=True)
-    protocol.train()
-    print(f"\n{protocol.write()}", flush=True)
-    protocol.save_figures()
-    print(f"Everything is in {_directory(options)}: start with report.txt.")
+    _carry_out(protocol, protocol.run, options)
 
 
 def forms(options: argparse.Namespace) -> None:
@@ -121,24 +113,15 @@ def forms(options: argparse.Namespace) -> None:
     choice = {"widths": options.widths, "densities": options.densities, "closer": options.closer}
     choice["starts"] = options.starts
     protocol = FormsProtocol.from_config(**choice, **_training(options))
-    print(next(iter(protocol.runs.values())).features.describe(), flush=True)
-    protocol.train()
-    print(f"\n{protocol.write()}", flush=True)
-    protocol.save_figures()
-    print(f"Everything is in {_directory(options)}: start with report.txt.")
+    _carry_out(protocol, next(iter(protocol.runs.values())), options)
 
 
 def confirm(options: argparse.Namespace) -> None:
     from evidence import Confirmation
-    from evidence.figures import save_confirmation
 
     choice = {"overwrite": options.overwrite, "verify": options.verify, "strict": options.strict}
     protocol = Confirmation.from_config(options.place, _directory(options), **choice)
-    print(protocol.run.features.describe(), flush=True)
-    protocol.train()
-    print(f"\n{protocol.write()}", flush=True)
-    save_confirmation(_directory(options))
-    print(f"Everything is in {_directory(options)}: start with report.txt.")
+    _carry_out(protocol, protocol.run, options)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -162,11 +145,7 @@ def columns(options: argparse.Namespace) -> None:
 
     choice = {"overwrite": options.overwrite, "verify": options.verify}
     protocol = ColumnProtocol.from_config(options.seeds, _directory(options), **choice)
-    print(protocol.run.features.describe(), flush=True)
-    protocol.train()
-    print(f"\n{protocol.write()}", flush=True)
-    protocol.save_figures()
-    print(f"Everything is in {_directory(options)}: start with report.txt.")
+    _carry_out(protocol, protocol.run, options)
 
 
 def transfer(options: argparse.Namespace) -> None:
@@ -526,6 +505,15 @@ def _training(options: argparse.Namespace) -> dict[str, object]:
     """What `Run.from_config` is told by the options of a command that trains."""
     told = ("seeds", "overwrite", "verify", "strict")
     return {"directory": _directory(options)} | {name: getattr(options, name) for name in told}
+
+
+def _carry_out(protocol, run, options: argparse.Namespace) -> None:
+    """Train what a protocol of `evidence` compares on a run, and write its report and figures."""
+    print(run.features.describe(), flush=True)
+    protocol.train()
+    print(f"\n{protocol.write()}", flush=True)
+    protocol.save_figures()
+    print(f"Everything is in {_directory(options)}: start with report.txt.")
 
 
 def _warn(failures: Sequence[str]) -> None:

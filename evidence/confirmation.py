@@ -153,6 +153,12 @@ class Confirmation:
         write_report(self.run.results, tables, "\n".join([self.run.features.describe(), failed]).strip() + "\n")
         return write_all(self.run.results.directory.parent)
 
+    def save_figures(self) -> None:
+        """Draw the forms of all places from the tables that `write` has written, beside them."""
+        from evidence.figures import save_confirmation  # imports matplotlib
+
+        save_confirmation(self.run.results.directory.parent)
+
 
 def _settings(place: str) -> Settings:
     """The settings of a place, or an `InputError` where they were to be others."""
