@@ -21,7 +21,8 @@ from typing import ClassVar
 # Data
 DATA_ROOT: str | None = None  # folder of domain folders of class folders; None = the bundled features
 FEATURES_FILE: str | None = None  # features made elsewhere, in the format of data/README.md
-VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # hub name or local directory; used with DATA_ROOT
+VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # or another image model: hub name, "timm:NAME" or directory
+POOLING: str = "auto"  # of its output: "cls" token, "mean" of patches, "pooler" of the model; "auto" = the first it has
 FEATURE_LAYERS: str = "last"  # "last" = final [CLS]; "all" = [CLS] and mean patch of every block; with DATA_ROOT
 CACHE_DIR: str | None = None  # extracted features and content hashes; None = cache/ beside this file
 EXTRACTION_BATCH_SIZE: int | None = None  # images per forward pass; None = 8 on CPU, 256 on CUDA
@@ -85,6 +86,7 @@ AGGREGATIONS = ("sum", "mean", "max", "min", "union", "intersection", "normalize
 CRITERIA = ("movement", "signed", "agree", "consensus", "magnitude", "gradient", "joint", "snip", "taylor", "fisher")
 CRITERIA += ("path",)
 AGGREGATED = ("movement", "taylor", "fisher", "path")  # criteria of each domain by itself; the others compare domains
+POOLINGS = ("auto", "cls", "mean", "pooler")
 SCOPES = ("global", "layer", "row")
 STARTS = ("fresh", "phase1", "merged_mean", "merged_ties", "merged_consensus")
 ADDED_LATER = {"IMPORTANCE_CRITERION": "movement", "MASK_SCOPE": "global"}  # what held before there was the setting
@@ -217,6 +219,7 @@ RULES = (  # other settings, what they must do, and whether a value does
         lambda seed: seed == "seed" or (type(seed) is int and abs(seed) < 10**18),
     ),
     (("FEATURE_LAYERS",), "be 'last' or 'all'", lambda layers: layers in ("last", "all")),
+    (("POOLING",), f"be one of {', '.join(POOLINGS)}", lambda pooling: pooling in POOLINGS),
     (("OUT_FRACTION",), "lie between 0 and 1", lambda part: 0 < part < 1),
     (("HIDDEN_SIZES",), "have two layers or more, to have a tracked matrix", lambda sizes: len(sizes) >= 2),
     (

@@ -26,7 +26,7 @@ import config
 from config import InputError
 
 TRAINING = ("run", "study", "forms", "confirm", "compare", "columns")
-IMAGES = ("VIT_MODEL", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
+IMAGES = ("VIT_MODEL", "POOLING", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
 MACHINE = ("DEVICE", "THREADS")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others

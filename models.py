@@ -1,11 +1,15 @@
-"""The networks: the frozen ViT that turns an image into features, and what is trained on top or of its last blocks."""
+"""The networks: the frozen model that turns images into features, and what is trained on top or of its last blocks."""
 
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from config import InputError
@@ -57,7 +61,7 @@ class BackboneTail(nn.Module):
     """The last blocks of a vision transformer, its final norm, and a classifier on ``[CLS]``.
 
     It reproduces what the transformer computes from the tokens before those blocks: before training, `representation`
-    is the feature that `ViTFeatureExtractor` gives for the image. The weight matrices of the blocks are the tracked
+    is the feature that `FeatureExtractor` gives for the image. The weight matrices of the blocks are the tracked
     ones: they start from the same pretrained weights in both phases and for every seed, so that a position in a mask
     means the same weight everywhere.
 
@@ -151,28 +155,60 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 class Preprocessing:
-    """From an RGB image to the pixels a ViT was trained on, by the model's own image processor.
+    """From an RGB image to the pixels a backbone was trained on, by the model's own image processor.
 
-    The geometric part (resize, crop) runs where images are decoded and returns uint8; rescaling and
-    normalization are left to `ViTFeatureExtractor.forward`, on its device.
+    The geometric part (resize, crop) runs where images are decoded and returns uint8; what follows is the same for
+    every pixel of a channel, ``(pixel · scale − mean) / std``, and is left to `FeatureExtractor.forward`, on its
+    device.
+
+    Args:
+        processor: an image processor of `transformers`.
+
+    Raises:
+        ValueError: the processor does something else to the values of pixels.
     """
+
+    GEOMETRY = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square", "backend")
+    GEOMETRY += ("crop_pct", "do_flip_channel_order")
 
     def __init__(self, processor):
         self.processor = processor
+        self._raw = {"do_rescale": False, "do_normalize": False}
+        if hasattr(processor, "include_top"):  # EfficientNet's normalizes a second time
+            self._raw["include_top"] = False
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         self.scale = float(processor.rescale_factor if processor.do_rescale else 1.0)
         self.mean = [float(m) for m in (mean if isinstance(mean, (list, tuple)) else [mean] * 3)]
         self.std = [float(s) for s in (std if isinstance(std, (list, tuple)) else [std] * 3)]
+        self._agree_with_processor()
 
-    def __call__(self, image) -> Tensor:
-        """``PIL.Image`` in RGB -> uint8 ``[3, H, W]``."""
-        pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    def _agree_with_processor(self) -> None:
+        """Take mean and std from what the processor makes of black and white, where its formula is another one."""
+        black, white, grey = (self._values(level) for level in (0, 255, 100))
+        if self._differs(grey, 100):
+            std = [255 / float(w - b) for b, w in zip(black, white, strict=True)]
+            self.scale, self.mean, self.std = 1.0, [-float(b) * s for b, s in zip(black, std, strict=True)], std
+        if self._differs(grey, 100) or self._differs(white, 255):
+            raise ValueError("its image processor does not treat all pixels alike")
+
+    def _values(self, level: int) -> Tensor:
+        """What the processor makes of a pixel of an even image: ``[3]``."""
+        image = Image.new("RGB", (64, 64), (level, level, level))
+        pixels = self.processor(image, return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"][0]
+        return pixels.flatten(1)[:, pixels[0].numel() // 2]
+
+    def _differs(self, values: Tensor, level: int) -> bool:
+        expected = (level * self.scale - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return not torch.allclose(values.float(), expected, rtol=1e-4, atol=1e-4)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An image in RGB -> uint8 ``[3, H, W]``."""
+        pixels = self.processor(image, return_tensors="pt", **self._raw)["pixel_values"][0]
         return pixels.to(torch.uint8)
 
     def describe(self) -> dict[str, object]:
         """What determines the pixels, ready for JSON: part of the cache key and of the file's header."""
-        keys = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square", "backend")
-        values = {key: getattr(self.processor, key, None) for key in keys}
+        values = {key: getattr(self.processor, key, None) for key in self.GEOMETRY}
         for key in ("size", "crop_size"):
             if values[key] is not None:  # there are many ways to give a size: keep those that are set
                 values[key] = {name: number for name, number in dict(values[key]).items() if number is not None}
@@ -181,35 +217,118 @@ class Preprocessing:
         return {key: value for key, value in values.items() if value is not None}
 
 
+class TimmPreprocessing(Preprocessing):
+    """The same by the evaluation transforms of a model of `timm`, in the wrapper that `transformers` has for them."""
+
+    def __init__(self, processor):
+        steps = processor.val_transforms.transforms
+        kinds = [type(step).__name__ for step in steps]
+        if kinds[-2:] not in (["ToTensor", "Normalize"], ["MaybeToTensor", "Normalize"]):
+            raise ValueError(f"its image transforms end with {', '.join(kinds[-2:])}")
+        self.processor, self.geometry = processor, steps[:-2]
+        self.scale = 1 / 255
+        self.mean, self.std = ([float(v) for v in getattr(steps[-1], name)] for name in ("mean", "std"))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        for step in self.geometry:
+            image = step(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def describe(self) -> dict[str, object]:
+        keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
+        values = {key: self.processor.data_config[key] for key in keys if key in self.processor.data_config}
+        return values | {"backend": "timm", "scale": self.scale, "mean": self.mean, "std": self.std}
+
+
+def has_cls_token(model: nn.Module) -> bool:
+    """Whether a model puts a CLS token before the patches."""
+    return any(name.split(".")[-1] in ("cls_token", "class_embedding") for name, _ in model.named_parameters())
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a model takes; 224 each where its configuration does not say."""
+    if about_timm := getattr(model.config, "pretrained_cfg", None):
+        return _pair(about_timm["input_size"][-2:])
+    return _pair(getattr(model.config, "image_size", None) or 224)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width, from one number for both or from two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+class _Output(NamedTuple):
+    """What an image model makes of images."""
+
+    hidden: Tensor  # the last hidden state, tokens [B, T, D] or a map [B, D, H, W]
+    pooled: Tensor | None  # as the model itself pools
+    size: tuple[int, int]  # height and width of the images
+
+
 LAYER_KINDS = ("cls", "mean")  # of each block, in this order: its [CLS], and the mean of its patch tokens
 
 
-class ViTFeatureExtractor(nn.Module):
-    """A frozen vision transformer in eval mode: pixels in, features out.
+class FeatureExtractor(nn.Module):
+    """A frozen image model in eval mode, a ViT or any other: pixels in, features out.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, float32 ``[B, D]`` out.
 
     Args:
-        model: one of `transformers` whose output has `last_hidden_state` with the CLS token first.
+        model: one of `transformers` that takes `pixel_values`, or a backbone of its `AutoBackbone`.
         name: used in headers and messages.
-        layers: which features. "last" (the default): ``[CLS]`` of the last hidden state, after the final norm; D is the
-            width of the model. "all": of every block, first to last, the ``[CLS]`` and the mean of the patch tokens
-            (`LAYER_KINDS`) as they leave the block, which is before the final norm; D is blocks · 2 · width.
+        layers: which features. "last" (the default): of the model's last hidden state, after the final norm if there
+            is one, pooled; D is the width of the model. "all", for vision transformers with a CLS token: of every
+            block, first to last, the ``[CLS]`` and the mean of the patch tokens (`LAYER_KINDS`) as they leave the
+            block, which is before the final norm; D is blocks · 2 · width.
+        pooling: how the last hidden state becomes a vector. "cls": the CLS token. "mean": the mean of all patch tokens
+            or positions of the map. "pooler": as the model itself pools for its classifier. "auto" (the default): the
+            first of "cls", "pooler", "mean" that the model has.
     """
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing, name: str, layers: str = "last"):
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, name: str, layers: str = "last", pooling: str = "auto"
+    ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.preprocessing, self.name, self.layers = preprocessing, name, layers
+        self.preprocessing, self.name, self.layers, self._wanted_pooling = preprocessing, name, layers, pooling
         for statistic in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, statistic)).view(1, 3, 1, 1)
             self.register_buffer(statistic, values, persistent=False)
 
-    @property
+    @cached_property
+    def pooling(self) -> str:
+        """How features are pooled, what "auto" took: "cls", "pooler" or "mean".
+
+        Raises:
+            InputError: the model does not pool as was asked for.
+        """
+        can = {"cls": has_cls_token(self.model) and self._example.hidden.ndim == 3}
+        can |= {"pooler": self._example.pooled is not None, "mean": True}
+        wanted = self._wanted_pooling
+        if wanted == "auto":
+            return next(name for name, possible in can.items() if possible)
+        if not can[wanted]:
+            lacking = "CLS token" if wanted == "cls" else "pooled output"
+            raise InputError(f"The model '{self.name}' has no {lacking}: POOLING must be 'auto' or 'mean' for it.")
+        return wanted
+
+    @cached_property
+    def _example(self) -> "_Output":
+        """What the model makes of a random image: tells shapes, and what there is."""
+        return self._output(self._random_pixels(1))
+
+    def _random_pixels(self, count: int) -> Tensor:
+        """Random images of the size that the model takes, uint8 ``[count, 3, H, W]``."""
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (count, 3, *image_size(self.model)), generator=draw, dtype=torch.uint8)
+
+    @cached_property
     def feature_size(self) -> int:
-        """D, read from the model."""
-        width = self.model.config.hidden_size
-        return width if self.layers == "last" else len(transformer_blocks(self.model)) * len(LAYER_KINDS) * width
+        """D, measured on an image."""
+        if self.layers == "all":
+            return len(transformer_blocks(self.model)) * len(LAYER_KINDS) * self.model.config.hidden_size
+        return self._pool(self._example).shape[1]
 
     def describe_layers(self) -> dict[str, object] | None:
         """Which column is what, ready for JSON: rows are ``[blocks, kinds, width]``; None for the last layer alone."""
@@ -237,38 +356,57 @@ class ViTFeatureExtractor(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        return self._hidden(pixels)[:, 0].float() if self.layers == "last" else self._all_layers(pixels)
+        return self._pool(self._output(pixels)) if self.layers == "last" else self._all_layers(pixels)
+
+    def _pool(self, output: "_Output") -> Tensor:
+        """Features ``[B, D]``, float32."""
+        hidden, pooled = output.hidden.float(), output.pooled
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if self.pooling == "pooler":
+            return pooled.flatten(1).float()
+        if hidden.ndim == 3:
+            return hidden[:, self._prefix(hidden.shape[1], output.size) :].mean(1)
+        last = pooled is not None and pooled.flatten(1).shape[1] == hidden.shape[-1] != hidden.shape[1]
+        return hidden.mean((1, 2) if last else (2, 3))  # some models have channels last
 
     def _all_layers(self, pixels: Tensor) -> Tensor:
         """``[CLS]`` and mean patch of every block, in one pass: ``[B, blocks · 2 · width]``."""
+        if self.pooling != "cls":
+            raise InputError(
+                f"FEATURE_LAYERS = 'all' needs a CLS token, and '{self.name}' has none, or POOLING is set."
+            )
         found, prefix = [], None
 
         def note(_block, _inputs, tokens: Tensor | tuple) -> None:
             nonlocal prefix
             tokens = (tokens[0] if isinstance(tokens, tuple) else tokens).float()
-            prefix = self._prefix(pixels, tokens) if prefix is None else prefix
+            prefix = self._prefix(tokens.shape[1], tuple(pixels.shape[-2:])) if prefix is None else prefix
             found.extend((tokens[:, 0], tokens[:, prefix:].mean(1)))
 
         hooks = [block.register_forward_hook(note) for block in transformer_blocks(self.model)]
         try:
-            self._hidden(pixels)
+            self._output(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
         return torch.cat(found, dim=1)
 
-    def _prefix(self, pixels: Tensor, tokens: Tensor) -> int:
-        """How many tokens stand before those of the patches: CLS, distillation token, registers."""
-        size = getattr(self.model.config, "patch_size", None)
-        height, width = (size, size) if isinstance(size, int) else size or (0, 0)
-        patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width) if height and width else 0
+    def _prefix(self, tokens: int, size: tuple[int, int]) -> int:
+        """How many tokens of an image of that size stand before those of its patches: CLS, distillation, registers."""
+        if not has_cls_token(self.model):
+            return 0
+        if (timm_model := getattr(self.model, "timm_model", None)) is not None:
+            return timm_model.num_prefix_tokens
+        height, width = _pair(getattr(self.model.config, "patch_size", None) or 0)
+        patches = (size[0] // height) * (size[1] // width) if height and width else 0
         after = getattr(self.model.config, "num_detection_tokens", 0)
-        if after or not 0 < patches < tokens.shape[1]:
+        if after or not 0 < patches < tokens:
             raise InputError(
-                f"The patch tokens of '{self.name}' cannot be told from its other tokens: leave out FEATURE_LAYERS, or "
-                "use a ViT, DeiT, DINOv2 or CLIP."
+                f"The patch tokens of '{self.name}' cannot be told from its other tokens: leave out FEATURE_LAYERS and "
+                "POOLING, or use a ViT, DeiT, DINOv2 or CLIP."
             )
-        return tokens.shape[1] - patches
+        return tokens - patches
 
     @torch.no_grad()
     def tokens(self, pixels: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -284,12 +422,11 @@ class ViTFeatureExtractor(nn.Module):
             InputError: there are fewer blocks, or the features cannot be computed from the tokens before them.
         """
         every = transformer_blocks(self.model)
+        if self.pooling != "cls":
+            raise InputError(f"TRAINED_BLOCKS needs features that are a CLS token, and '{self.name}' gives others.")
         if not 1 <= blocks <= len(every):
             raise InputError(f"TRAINED_BLOCKS must lie in 1 … {len(every)}, the blocks of '{self.name}', not {blocks}.")
-        size = getattr(self.model.config, "image_size", 224)  # of one side, or height and width
-        height, width = (size, size) if isinstance(size, int) else size
-        draw = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (2, 3, height, width), generator=draw, dtype=torch.uint8)
+        pixels = self._random_pixels(2)
         calls = [self._observe(pixels, block, exact=True) for block in every[-blocks:]]
         wanted, arguments = calls[0][0][:, 0], [(tuple(more), named) for _, (_, *more), named in calls]
         tokens = calls[0][1][0]
@@ -305,17 +442,21 @@ class ViTFeatureExtractor(nn.Module):
         seen = []
         hook = block.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
         with hook:
-            hidden = self._hidden(pixels, exact)
+            hidden = self._output(pixels, exact).hidden
         return hidden, *seen[0]
 
-    def _hidden(self, pixels: Tensor, exact: bool = False) -> Tensor:
-        """The last hidden state ``[B, T, D]``; `exact`: in float32 whatever the device."""
+    def _output(self, pixels: Tensor, exact: bool = False) -> "_Output":
+        """What the model makes of pixels; `exact`: in float32 whatever the device."""
+        size = pixels.shape[-2], pixels.shape[-1]
         pixels = (pixels.to(self.device, non_blocking=True).float() * self.preprocessing.scale - self.mean) / self.std
         bfloat16 = self.device.type == "cuda" and not exact
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            return self.model(pixel_values=pixels).last_hidden_state
+            output = self.model(pixel_values=pixels)
+        if (maps := getattr(output, "feature_maps", None)) is not None:  # of a backbone
+            return _Output(maps[-1], None, size)
+        return _Output(output.last_hidden_state, getattr(output, "pooler_output", None), size)
 
-    def train(self, mode: bool = True) -> "ViTFeatureExtractor":
+    def train(self, mode: bool = True) -> "FeatureExtractor":
         """Stays in eval mode whatever `mode` is: the backbone is frozen."""
         return super().train(False)
 
@@ -335,7 +476,7 @@ class Ensemble(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """Frozen ViT and what was trained on it together: pixels in, class probabilities out.
+    """Frozen backbone and what was trained on it together: pixels in, class probabilities out.
 
     Shapes: uint8 ``[B, 3, H, W]`` in, ``[B, classes]`` out.
 
@@ -347,7 +488,7 @@ class ImageClassifier(nn.Module):
 
     def __init__(
         self,
-        extractor: ViTFeatureExtractor,
+        extractor: FeatureExtractor,
         classifier: nn.Module,
         class_names: Sequence[str],
         blocks: int = 0,

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from config import InputError, Settings
 from engine import ClsShortcut, TailEngine
 from features import load_extractor
-from models import BackboneTail, FeedforwardClassifier, Preprocessing, ViTFeatureExtractor
+from models import BackboneTail, FeatureExtractor, FeedforwardClassifier, Preprocessing
 from trainer_phase1 import train_network
 
 CLASSES, LEARNING_RATE, DENSITY = 7, 1e-4, 0.1
@@ -143,7 +143,7 @@ class ClsQuery(nn.Module):
 class WholeViT(nn.Module):
     """A ViT, all of whose weights are trained, and a classifier: uint8 ``[B, 3, H, W]`` -> logits ``[B, classes]``."""
 
-    def __init__(self, extractor: ViTFeatureExtractor, head: FeedforwardClassifier):
+    def __init__(self, extractor: FeatureExtractor, head: FeedforwardClassifier):
         super().__init__()
         self.model, self.head = copy.deepcopy(extractor.model).requires_grad_(True), copy.deepcopy(head)
         self.scale, self.mean, self.std = extractor.preprocessing.scale, extractor.mean, extractor.std
@@ -153,16 +153,16 @@ class WholeViT(nn.Module):
         return self.head(self.model(pixel_values=pixels).last_hidden_state[:, 0])
 
 
-def random_vit() -> ViTFeatureExtractor:
+def random_vit() -> FeatureExtractor:
     """A ViT-Tiny/16 that nobody has trained."""
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     size = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
     model = ViTModel(ViTConfig(**size), add_pooling_layer=False)
-    return ViTFeatureExtractor(model, Preprocessing(ViTImageProcessor()), "random ViT-Tiny/16")
+    return FeatureExtractor(model, Preprocessing(ViTImageProcessor()), "random ViT-Tiny/16")
 
 
-def random_images(extractor: ViTFeatureExtractor, count: int) -> tuple[Tensor, Tensor]:
+def random_images(extractor: FeatureExtractor, count: int) -> tuple[Tensor, Tensor]:
     """Random pixels and their tokens before the last block: uint8 ``[N, 3, H, W]`` and float16 ``[N, T, D]``."""
     side = getattr(extractor.model.config, "image_size", 224)  # or height and width
     pixels = torch.randint(256, (count, 3, *((side, side) if isinstance(side, int) else side)), dtype=torch.uint8)
@@ -170,7 +170,7 @@ def random_images(extractor: ViTFeatureExtractor, count: int) -> tuple[Tensor, T
 
 
 def contenders(
-    extractor: ViTFeatureExtractor, pixels: Tensor, tokens: Tensor, networks: Iterable[int]
+    extractor: FeatureExtractor, pixels: Tensor, tokens: Tensor, networks: Iterable[int]
 ) -> dict[tuple[str, int], Loop | Stack]:
     """Everybody by name and number of networks, with equal weights.
 

@@ -32,7 +32,7 @@ from config import Settings
 from dataset import ImageDataset, find_dataset, load_image
 from engine import choose_device
 from features import extract, load_extractor
-from models import FeedforwardClassifier, ViTFeatureExtractor
+from models import FeatureExtractor, FeedforwardClassifier
 
 
 def evenly(images: ImageDataset, count: int) -> ImageDataset:
@@ -42,7 +42,7 @@ def evenly(images: ImageDataset, count: int) -> ImageDataset:
     return dataclasses.replace(images, files=files, labels=images.labels[rows], domains=images.domains[rows])
 
 
-def bare_forward(extractor: ViTFeatureExtractor, batch: int, count: int) -> float:
+def bare_forward(extractor: FeatureExtractor, batch: int, count: int) -> float:
     """Seconds for `count` images of random pixels, made outside the timing."""
     size = extractor.preprocessing(Image.new("RGB", (64, 64))).shape
     pixels = torch.randint(0, 256, (batch, *size), dtype=torch.uint8).to(extractor.device)
@@ -50,12 +50,12 @@ def bare_forward(extractor: ViTFeatureExtractor, batch: int, count: int) -> floa
     return seconds(lambda: [extractor(part).half().cpu() for part in parts])
 
 
-def pixels_of(images: ImageDataset, extractor: ViTFeatureExtractor, rows: Iterable[int]) -> list[torch.Tensor]:
+def pixels_of(images: ImageDataset, extractor: FeatureExtractor, rows: Iterable[int]) -> list[torch.Tensor]:
     """Decoded and resized images."""
     return [extractor.preprocessing(load_image(images.root / images.files[row])) for row in rows]
 
 
-def vit_epoch(images: ImageDataset, extractor: ViTFeatureExtractor, settings: Settings) -> None:
+def vit_epoch(images: ImageDataset, extractor: FeatureExtractor, settings: Settings) -> None:
     """An epoch of training one network as it is without a cache."""
     network = FeedforwardClassifier(extractor.feature_size, len(images.class_names), settings.hidden_sizes)
     optimizer = torch.optim.Adam(network.to(extractor.device).parameters(), lr=settings.ph1_learning_rate)

@@ -31,7 +31,7 @@ from engine import choose_device, default_workers
 from features.check import check_images
 from features.pretrained import load_extractor
 from features.tokens import Float16OverflowError, TokenFile
-from models import BackboneTail, ViTFeatureExtractor
+from models import BackboneTail, FeatureExtractor
 from storage import FORMAT_VERSION, FeatureSet, atomic_write, load_features, save_features
 
 log = getLogger(__name__)
@@ -76,6 +76,7 @@ def get_features(
     progress: bool = True,
     blocks: int | None = None,
     layers: str | None = None,
+    pooling: str | None = None,
     check_tail: Callable[[BackboneTail], object] = lambda tail: None,
 ) -> FeatureSet:
     """The features to work with: of the images in `data_root`, else of `features_file`, else the bundled ones.
@@ -90,7 +91,8 @@ def get_features(
         verify, progress: see `extract`.
         device: where the ViT runs.
         blocks: see `extract`; default `config.TRAINED_BLOCKS`.
-        layers: "last" or "all", see `models.ViTFeatureExtractor`; default `config.FEATURE_LAYERS`.
+        layers: "last" or "all", see `models.FeatureExtractor`; default `config.FEATURE_LAYERS`.
+        pooling: "auto", "cls", "mean" or "pooler", see there; default `config.POOLING`.
         check_tail: see `extract`.
 
     Raises:
@@ -99,8 +101,9 @@ def get_features(
     """
     blocks = config.TRAINED_BLOCKS if blocks is None else blocks
     layers = config.FEATURE_LAYERS if layers is None else layers
-    config.check("TRAINED_BLOCKS", blocks)
-    config.check("FEATURE_LAYERS", layers)
+    pooling = config.POOLING if pooling is None else pooling
+    for setting, value in (("TRAINED_BLOCKS", blocks), ("FEATURE_LAYERS", layers), ("POOLING", pooling)):
+        config.check(setting, value)
     if data_root is not None and features_file is not None:
         raise InputError("DATA_ROOT and FEATURES_FILE exclude each other: set one of them to None.")
     if blocks and data_root is None:
@@ -114,7 +117,7 @@ def get_features(
         return bundled_features()
     dataset = find_dataset(data_root)
     device = choose_device(config.DEVICE) if device is None else device
-    extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model, layers).to(device)
+    extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model, layers, pooling).to(device)
     cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
     options = {"verify": verify, "progress": progress, "blocks": blocks, "check_tail": check_tail}
@@ -123,7 +126,7 @@ def get_features(
 
 def extract(
     dataset: ImageDataset,
-    extractor: ViTFeatureExtractor,
+    extractor: FeatureExtractor,
     cache_dir: str | os.PathLike,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -188,7 +191,7 @@ def _check_layers(layers: str, blocks: int) -> None:
         raise InputError("FEATURE_LAYERS = 'all' and TRAINED_BLOCKS exclude each other: blocks are trained on tokens.")
 
 
-def _token_shape(dataset: ImageDataset, extractor: ViTFeatureExtractor, blocks: int) -> tuple[int, int, int]:
+def _token_shape(dataset: ImageDataset, extractor: FeatureExtractor, blocks: int) -> tuple[int, int, int]:
     """N, T, D. The first image tells: a model preprocesses all to the same size."""
     first = extractor.preprocessing(load_image(dataset.root / dataset.files[0]))
     return len(dataset), *extractor.tokens(first[None], blocks)[1].shape[1:]
@@ -235,11 +238,12 @@ def _with_tokens(features: FeatureSet, tokens: TokenFile, tail: BackboneTail) ->
     return replace(features, tokens=values, tail=tail, header={**features.header, "tokens": described})
 
 
-def _describe_model(extractor: ViTFeatureExtractor) -> dict[str, object]:
+def _describe_model(extractor: FeatureExtractor) -> dict[str, object]:
     return {
         "name": extractor.name,
         "type": extractor.model.config.model_type,
         "feature_size": extractor.feature_size,
+        "pooling": extractor.pooling,
         "weights_sha256": extractor.weights_hash(),
         "precision": extractor.precision,
     }
@@ -258,11 +262,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _key(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, header: dict) -> str:
+def _key(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, header: dict) -> str:
     """SHA-256 over everything that determines the features."""
+    model = {key: value for key, value in header["model"].items() if key != "name"}
+    if model["pooling"] == "cls":
+        del model["pooling"]  # as it was when there was no other
     parts = {
         "versions": [FORMAT_VERSION, DECODING_VERSION],
-        "model": {key: value for key, value in header["model"].items() if key != "name"},
+        "model": model,
         "config": {k: v for k, v in extractor.model.config.to_dict().items() if k not in _CONFIG_NOISE},
         "preprocessing": header["preprocessing"],
         "files": list(zip(dataset.files, contents, strict=True)),
@@ -301,7 +308,7 @@ def _deaths_of_workers() -> Iterator[None]:
 def _run(
     dataset: ImageDataset,
     contents: list[str],
-    extractor: ViTFeatureExtractor,
+    extractor: FeatureExtractor,
     parts: Path,
     tokens: TokenFile | None = None,
     *,
@@ -370,7 +377,7 @@ class _Pixels(torch.utils.data.Dataset):
         return self.preprocessing(load_image(io.BytesIO(data))) if same else None
 
 
-def _loader(dataset: ImageDataset, contents: list[str], extractor: ViTFeatureExtractor, batches: list, workers):
+def _loader(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, batches: list, workers):
     """Iterates over batches, decoded by processes beside a GPU, or by threads between the passes of a CPU.
 
     On a CPU the forward pass already uses every core: decoding processes beside it make its threads wait for one
@@ -393,7 +400,7 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends the workers
 
 
-def _compute(extractor: ViTFeatureExtractor, tokens: TokenFile | None, pixels: Tensor) -> tuple[Tensor, ...]:
+def _compute(extractor: FeatureExtractor, tokens: TokenFile | None, pixels: Tensor) -> tuple[Tensor, ...]:
     """Features of a batch, float16 ``[B, D]``, and its tokens in the type of their file; on the CPU."""
     if tokens is None:
         return (extractor(pixels).half().cpu(),)
@@ -402,7 +409,7 @@ def _compute(extractor: ViTFeatureExtractor, tokens: TokenFile | None, pixels: T
 
 
 def _forward(
-    extractor: ViTFeatureExtractor, tokens: TokenFile | None, pixels: Tensor, limit: int, files: list[str]
+    extractor: FeatureExtractor, tokens: TokenFile | None, pixels: Tensor, limit: int, files: list[str]
 ) -> tuple[list[Tensor], int]:
     """What `_compute` gives, and the number of images at a time that fit in memory."""
     while True:

@@ -15,7 +15,7 @@ from config import InputError
 from dataset import images_below, load_image
 from engine import Params, failure_reason
 from features import image_problem, load_extractor
-from models import Ensemble, FeedforwardClassifier, ImageClassifier, ViTFeatureExtractor
+from models import Ensemble, FeatureExtractor, FeedforwardClassifier, ImageClassifier
 from storage import atomic_write, ranges
 from study.archive import add_pretrained, load_networks
 
@@ -59,9 +59,9 @@ def describe_networks(seeds: Sequence[int], header: Mapping) -> str:
 
 
 def join(
-    path: str | PathLike, networks: Sequence[Params], header: Mapping, extractor: ViTFeatureExtractor
+    path: str | PathLike, networks: Sequence[Params], header: Mapping, extractor: FeatureExtractor
 ) -> ImageClassifier:
-    """Frozen ViT and networks of a weights file as one model, whose probabilities are the mean of theirs.
+    """Frozen backbone and networks of a weights file as one model, whose probabilities are the mean of theirs.
 
     Raises:
         InputError: the ViT is not the one that the networks were trained on, or they do not fit it.
@@ -117,7 +117,8 @@ def predict_images(
     files = [file for image in images for file in _files(image)]
     log.info("%s", describe_networks(tuple(networks), header))
     with _table(output, header["class_names"]) as write:
-        extractor = load_extractor(place, "all" if header["features"].get("layers") else "last")
+        layers = "all" if header["features"].get("layers") else "last"
+        extractor = load_extractor(place, layers, header["features"]["model"].get("pooling", "cls"))
         model = join(weights, list(networks.values()), header, extractor.to(device)).to(device)
         for start in range(0, len(files), batch_size):
             paths = files[start : start + batch_size]
@@ -134,7 +135,9 @@ def _place(trained_on: Mapping, given: str | None) -> str:
     name = trained_on["name"]
     if given is None and Path(config.VIT_MODEL).name == name:
         given = config.VIT_MODEL
-    if given is None and "/" not in name and not Path(name).is_dir():  # headers keep no path of a directory
+    if (
+        given is None and "/" not in name and not name.startswith("timm:") and not Path(name).is_dir()
+    ):  # headers keep no path of a directory
         raise InputError(f"The weights need the local model '{name}': say where it lies with --vit-model DIR.")
     return name if given is None else given
 

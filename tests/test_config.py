@@ -73,6 +73,7 @@ def test_every_constant_is_annotated():
         "AGGREGATIONS",
         "CRITERIA",
         "AGGREGATED",
+        "POOLINGS",
         "SCOPES",
         "STARTS",
         "ADDED_LATER",

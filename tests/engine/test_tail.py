@@ -9,7 +9,7 @@ from torch import nn
 
 from engine import BlockMatrix, ClsShortcut, TailEngine, block_matrices
 from importance import weight_rates
-from models import BackboneTail, FeedforwardClassifier, ViTFeatureExtractor
+from models import BackboneTail, FeatureExtractor, FeedforwardClassifier
 from trainer_phase1 import train_network
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
@@ -47,7 +47,7 @@ def extractor(kind, seed=0):
     with torch.no_grad():
         for parameter in made.parameters():  # norms and biases start at one and zero, which would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return ViTFeatureExtractor(made, Pixels(), kind)
+    return FeatureExtractor(made, Pixels(), kind)
 
 
 def tail_and_tokens(kind, blocks=1, images=30):

@@ -5,12 +5,12 @@ import torch
 
 from dataset import find_dataset
 from features import extract, load_extractor
-from models import ViTFeatureExtractor
+from models import FeatureExtractor
 
 ASKED = 1  # image that `extract` puts through the model to know the number of tokens
 
 
-class Counting(ViTFeatureExtractor):
+class Counting(FeatureExtractor):
     """Counts images, and can be told to misbehave."""
 
     seen, fail_after, fits, spoil = 0, None, None, False

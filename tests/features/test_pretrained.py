@@ -31,16 +31,6 @@ def refused(name) -> str:
     return message
 
 
-@pytest.mark.parametrize("kind", ["convnext", "swin"])
-def test_a_model_without_a_cls_token_is_refused(kind, tmp_path):
-    if kind == "convnext":
-        model_config = transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, image_size=32)
-    else:
-        sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
-        model_config = transformers.SwinConfig(image_size=32, patch_size=4, **sizes)
-    assert "no CLS token" in refused(save_model(model_config, tmp_path / kind))
-
-
 def test_a_checkpoint_that_lacks_weights_is_refused(copy):
     weights = load_file(copy / "model.safetensors")
     lost = [key for key in weights if "layer" in key and key.endswith("weight")][:2]

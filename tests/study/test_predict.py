@@ -103,6 +103,16 @@ def test_probabilities_are_those_of_backbone_and_networks(tmp_path, tiny_vit, tr
         assert chances == sorted(chances, reverse=True)
 
 
+def test_images_are_pooled_as_those_were_that_the_networks_were_trained_on(tmp_path, tiny_vit, trained_on, images):
+    model = trained_on["features"]["model"] | {"pooling": "mean"}
+    path, networks = save(tmp_path, about=trained_on | {"features": trained_on["features"] | {"model": model}})
+    [(_, ranked)] = predict_images(path, images[:1], str(tiny_vit), seed=0)
+    extractor = load_extractor(str(tiny_vit), pooling="mean")
+    features = extractor(extractor.preprocessing(load_image(images[0]))[None]).half().float()
+    expected = networks[0](features)[0].softmax(0).tolist()
+    assert dict(ranked) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
