@@ -128,7 +128,8 @@ def compare(options: argparse.Namespace) -> None:
     from field import Comparison, failed, write
 
     choice = {"holdouts": options.holdouts, **_training(options)}
-    comparison = Comparison.from_config(options.algorithms, options.trials, options.leave_one_out, **choice)
+    choice |= {"trials": options.trials, "leave_one_out": options.leave_one_out, "rule": options.rule}
+    comparison = Comparison.from_config(options.algorithms, **choice)
     print(comparison.run.features.describe(), flush=True)
     comparison.train()
     print(f"\n{write(comparison, figures=False)}", flush=True)
@@ -374,6 +375,7 @@ def build_parser() -> Parser:
     add("--algorithms", type=names, metavar="A,B", help="names, or FILE.py:NAME of yours (default: all that are known)")
     add("--trials", type=int, default=1, metavar="N", help="hyperparameters tried per method (default 1)")
     add("--leave-one-out", action="store_true", help="train without every pair of domains as well")
+    add("--rule", metavar="NAME", help="report by this selection rule alone (default: all that the runs allow)")
     add = added["transfer"].add_argument
     add("--task", default="digits", metavar="NAME", help="what is pretrained and fine-tuned on what (default digits)")
     add("--data", metavar="DIR", help="where its images are, or of the task 'features' the feature file")

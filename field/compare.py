@@ -24,7 +24,7 @@ from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, regist
 from field.curves import read_curves
 from field.load import load_method
 from field.phase1 import PHASE1
-from field.selection import tables_by_rule
+from field.selection import HEADLINE, find_rule, tables_by_rule
 from field.unit import Trained, Unit, train_unit
 from storage import FeatureSet, Results, damaged
 from study import SELECTIONS, Arm, Counted, Run, SavedNetworks, Study, make_records
@@ -42,6 +42,8 @@ class Comparison:
             their batches are added.
         trials: random search over hyperparameters: this many for every method, the first with its defaults.
         leave_one_out: hold out every pair of domains as well, for the selection rule of that name.
+        rule: the one rule to report by, of `selection.RULES`; its pairs of domains are held out if it needs them.
+            Default all that the runs allow, and in words and figures `selection.HEADLINE`.
 
     Attributes:
         methods: classes of the methods, with baselines.
@@ -53,11 +55,16 @@ class Comparison:
     """
 
     def __init__(
-        self, run: Run, methods: Iterable[str | type[Algorithm]], trials: int = 1, leave_one_out: bool = False
+        self,
+        run: Run,
+        methods: Iterable[str | type[Algorithm]],
+        trials: int = 1,
+        leave_one_out: bool = False,
+        rule: str | None = None,
     ):
-        self.run, self.trials = run, trials
+        self.run, self.trials, self.rule = run, trials, rule
         self.methods = check_methods(methods, trials, run.settings)
-        self.holdouts = _choices_of_holdouts(run, leave_one_out)
+        self.holdouts = _choices_of_holdouts(run, leave_one_out or _needs_pairs(rule))
         self._curves: pd.DataFrame | None = None
         self._tables: dict[str, pd.DataFrame] | None = None
 
@@ -67,6 +74,7 @@ class Comparison:
         methods: Iterable[str | type[Algorithm]] | None = None,
         trials: int = 1,
         leave_one_out: bool = False,
+        rule: str | None = None,
         **options,
     ) -> "Comparison":
         """The comparison on the run that the constants of `config` describe, by default of all methods.
@@ -74,8 +82,8 @@ class Comparison:
         `options` are those of `study.Run.from_config`; the other arguments are those of the class.
         """
         methods = check_methods(sorted(ALGORITHMS) if methods is None else methods, trials, Settings.current())
-        check = partial(_check_pairs, leave_one_out)
-        return cls(Run.from_config(**options, check=check), methods, trials, leave_one_out)
+        check = partial(_check_pairs, leave_one_out or _needs_pairs(rule))
+        return cls(Run.from_config(**options, check=check), methods, trials, leave_one_out, rule)
 
     @classmethod
     def of(
@@ -259,10 +267,15 @@ class Comparison:
             self._curves = read_curves(self.run, self.names, self.trials, self.holdouts)
         return self._curves
 
+    @property
+    def headline(self) -> str:
+        """The rule that words and figures follow."""
+        return self.rule or HEADLINE
+
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`selection.comparison_table` by selection rule, for the rules that the runs allow. Kept like `curves`."""
+        """`selection.comparison_table` by selection rule, for the rules to report by. Kept like `curves`."""
         if self._tables is None:
-            self._tables = tables_by_rule(self.curves(), self.partners)
+            self._tables = tables_by_rule(self.curves(), self.partners, rules=self.rule and [self.rule])
         return self._tables
 
 
@@ -310,6 +323,10 @@ def _checked(method: object) -> type[Algorithm]:
     return method
 
 
+def _needs_pairs(rule: str | None) -> bool:
+    return rule is not None and find_rule(rule).needs_pairs
+
+
 def _choices_of_holdouts(run: Run, leave_one_out: bool) -> tuple[tuple[str, ...], ...]:
     """The run's holdouts one at a time, and if asked for all pairs of domains with one of them."""
     _check_pairs(leave_one_out, run.features)
@@ -321,6 +338,10 @@ def _choices_of_holdouts(run: Run, leave_one_out: bool) -> tuple[tuple[str, ...]
 def _check_pairs(leave_one_out: bool, features: FeatureSet) -> None:
     """An `InputError` for domains that cannot be left out in pairs, if they are to be."""
     if leave_one_out and len(features.domain_names) < 4:
-        raise InputError("--leave-one-out leaves out two domains and trains on two or more: four are needed.")
+        raise InputError(
+            "Leave-one-domain-out validation leaves out two domains and trains on two or more: four are needed."
+        )
     if leave_one_out and any("+" in name for name in features.domain_names):
-        raise InputError("--leave-one-out joins names of domains by '+', which one of them contains: rename it.")
+        raise InputError(
+            "Leave-one-domain-out validation joins names of domains by '+', which one of them has: rename it."
+        )

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 
 from field.compare import PARTNERS, Comparison
-from field.selection import HEADLINE
 from study import MARGIN
 from study.figures import in_words
 from visualization import Figure, Panel, difference_plot, matrices, plain, save_each, sentence_figure
@@ -38,8 +37,9 @@ def save_all(comparison: Comparison, only: Sequence[str] | None = None, format: 
     return save_each(all_figures(comparison), comparison.run.results.directory / "plots", only, format)
 
 
-def difference_figure(comparison: Comparison, rule: str = HEADLINE) -> Figure:
-    """Forest plot: every method minus ERM on the same batches, best first."""
+def difference_figure(comparison: Comparison) -> Figure:
+    """Forest plot: every method minus ERM on the same batches, best first; by the comparison's headline."""
+    rule = comparison.headline
     table = comparison.tables()[rule]
     rows = table[table["difference"].notna()].sort_values("difference", ascending=False)
     title = f"Average accuracy minus ERM's, {RULE_WORDS[rule]}, 95 % t interval ({comparison.run.title})"

@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 
 from evidence import kept_probe, probe_words
 from field.compare import PARTNERS, Comparison
-from field.selection import HEADLINE, RULES, UNITS, as_text, select, signed
+from field.selection import RULES, UNITS, as_text, select, signed
 from storage import Results, ranges
 from study import AVERAGE, bottleneck, covered, unlearned
 
@@ -56,7 +56,10 @@ def report(comparison: Comparison) -> str:
     together, fits = ensemble(comparison), kept_probe(comparison.run, comparison.single_holdouts)
     probe = fits.groupby(level=0, sort=False)["full"].mean()
     lines = [*_introduction(comparison), ""]
-    for text in (finding(comparison.tables()[HEADLINE], together, probe), *cautions(comparison, probe.mean())):
+    for text in (
+        finding(comparison.tables()[comparison.headline], together, probe),
+        *cautions(comparison, probe.mean()),
+    ):
         lines += textwrap.wrap(text, 110)
     for rule, table in comparison.tables().items():
         title = RULES[rule].title
@@ -139,7 +142,7 @@ def cautions(comparison: Comparison, probe: float) -> list[str]:
     last = curves[curves["epoch"] == run.settings.ph2_num_epochs]
     last = last[[domain not in held for domain, held in zip(last["domain"], last["holdouts"], strict=True)]]
     trained = last.groupby(["algorithm", "trial"])["in"].mean().groupby("algorithm").max()
-    best = comparison.tables()[HEADLINE][f"{AVERAGE}_mean"].max()
+    best = comparison.tables()[comparison.headline][f"{AVERAGE}_mean"].max()
     return unlearned(trained, run.facts["counts"], run.settings) + bottleneck(best, probe, run.settings)
 
 
@@ -171,7 +174,7 @@ def ensemble(comparison: Comparison) -> pd.Series:
 
 def seed_averages(comparison: Comparison) -> pd.DataFrame:
     """Accuracy on all images, mean over the holdouts, under the headline's rule: seeds × methods."""
-    chosen = select(comparison.curves(), HEADLINE)
+    chosen = select(comparison.curves(), comparison.headline)
     by_holdout = chosen.pivot(index=["algorithm", "seed"], columns="holdout", values="full")
     return by_holdout.mean(axis=1, skipna=False).unstack("algorithm")
 

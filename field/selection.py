@@ -5,7 +5,7 @@ these networks counts (Gulrajani & Lopez-Paz, *In Search of Lost Domain Generali
 per seed, as DomainBed does per ``trial_seed``. Everything here reads *curves*, see `field.curves`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +81,13 @@ RULES: dict[str, Rule] = {
 }
 
 
+def find_rule(name: str) -> Rule:
+    """The rule of that name; an `InputError` if there is none."""
+    if name not in RULES:
+        raise InputError(f"There is no selection rule '{name}'; there are {', '.join(RULES)}.")
+    return RULES[name]
+
+
 def select(curves: pd.DataFrame, rule: str) -> pd.DataFrame:
     """The network that a rule chooses, for every algorithm, holdout and seed.
 
@@ -101,8 +108,7 @@ def select(curves: pd.DataFrame, rule: str) -> pd.DataFrame:
     Raises:
         InputError: an unknown rule, or no runs that it can choose from.
     """
-    if rule not in RULES:
-        raise InputError(f"There is no selection rule '{rule}'; there are {', '.join(RULES)}.")
+    score = find_rule(rule).score
     domains, algorithms = list(curves["domain"].unique()), curves["algorithm"].unique()
     runs = {frozenset(holdouts): run for holdouts, run in curves.groupby("holdouts", sort=False)}
     targets = [domain for domain in domains if frozenset([domain]) in runs]
@@ -111,7 +117,7 @@ def select(curves: pd.DataFrame, rule: str) -> pd.DataFrame:
     chosen = []
     for holdout in targets:
         alone = runs[frozenset([holdout])]
-        best = _best(RULES[rule].score(runs, holdout, domains), alone[alone["domain"] == holdout])
+        best = _best(score(runs, holdout, domains), alone[alone["domain"] == holdout])
         chosen.append(best.assign(holdout=holdout))
     table = pd.concat(chosen, ignore_index=True)[CHOSEN]
     if table.empty:
@@ -131,11 +137,17 @@ def _best(validation: pd.Series, target: pd.DataFrame) -> pd.DataFrame:
     return best
 
 
-def tables_by_rule(curves: pd.DataFrame, baselines: Mapping[str, str], part: str = "full") -> dict[str, pd.DataFrame]:
-    """`comparison_table` by the name of the rule, for every rule that these runs allow: see there for the arguments."""
+def tables_by_rule(
+    curves: pd.DataFrame, baselines: Mapping[str, str], part: str = "full", rules: Sequence[str] | None = None
+) -> dict[str, pd.DataFrame]:
+    """`comparison_table` by the name of the rule: see there for the arguments.
+
+    Args:
+        rules: which; default every rule that these runs allow.
+    """
     pairs = any(len(holdouts) == 2 for holdouts in curves["holdouts"].unique())
     allowed = [name for name, rule in RULES.items() if pairs or not rule.needs_pairs]
-    return {name: comparison_table(select(curves, name), baselines, part) for name in allowed}
+    return {name: comparison_table(select(curves, name), baselines, part) for name in rules or allowed}
 
 
 def comparison_table(chosen: pd.DataFrame, baselines: Mapping[str, str], part: str = "full") -> pd.DataFrame:

@@ -120,7 +120,7 @@ def test_what_cannot_be_compared_deletes_nothing(features, compared, tmp_path):
     command = ["compare", "--features", features, "--results-dir", compared, *SHORT, "--overwrite"]
     save_blobs(tmp_path / "three.safetensors", domains=DOMAINS[:3])
     three = ["--features", str(tmp_path / "three.safetensors"), "--leave-one-out"]  # four domains are needed
-    options = ("--set PH2_INIT=phase1", "--algorithms Nothing", "--trials 0", "--holdouts foto")
+    options = ("--set PH2_INIT=phase1", "--algorithms Nothing", "--trials 0", "--holdouts foto", "--rule best")
     for wrong in (*map(str.split, options), three):
         assert code_of([*command, *wrong]) == 2
     assert everything(compared) == before

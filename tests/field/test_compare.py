@@ -28,6 +28,7 @@ MASKED = sorted(name for name, method in ALGORITHMS.items() if method.control is
 EVERY_KIND = ("ERM", "CorGrad", "GMoE", "ImportanceMask")  # of what is recorded
 TWO = ("art", "photo")  # holdouts; seven with the pairs
 QUICK = replace(SMALL, ph2_num_epochs=2, ph2_freeze_epoch=1)
+PLACES = ("left", "center", "right")  # of titles
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +401,19 @@ def test_of_a_baseline_alone_the_figure_says_why_it_is_empty(data, tmp_path):
     figure = difference_figure(comparison)
     assert not figure.axes
     assert any("No method" in text.get_text() for text in figure.texts)
+
+
+def test_one_rule_trains_what_it_needs_and_is_reported_alone(whole):
+    comparison = again(whole, rule="leave-one-domain-out")
+    assert comparison.holdouts == again(whole, leave_one_out=True).holdouts
+    assert again(whole, rule="last").holdouts == again(whole).holdouts != comparison.holdouts
+    assert [*comparison.tables()] == ["leave-one-domain-out"]
+    text = report(comparison)
+    assert "Leave-one-domain-out validation" in text
+    assert "Oracle" not in text
+    figure = difference_figure(comparison)
+    titles = [text.get_text() for text in figure.texts] + [ax.get_title(loc) for ax in figure.axes for loc in PLACES]
+    assert any("chosen by leaving a source out" in title for title in titles)
 
 
 def test_tables_of_other_runs_do_not_stay(data, tmp_path):
