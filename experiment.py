@@ -39,6 +39,7 @@ HONOURED = {  # the settings that a command uses, where these are not all; it re
     "import-domainbed": (),
     "export-original": ("RESULTS_DIR",),
     "import-original": (),
+    "report": ("RESULTS_DIR",),
     "docs": (),
 }
 CONSTANTS = {  # option -> the setting that it gives
@@ -225,6 +226,12 @@ def import_original(options: argparse.Namespace) -> None:
     print(import_original(options.directory, options.output)[1])
 
 
+def report(options: argparse.Namespace) -> None:
+    from report import write_page
+
+    print(f"Wrote {write_page(options.directory or config.RESULTS_DIR)}.")
+
+
 def docs(options: argparse.Namespace) -> None:
     from evidence import benchmark_tables, results_tables, write_pages
     from field import comparison_tables
@@ -283,6 +290,7 @@ COMMANDS = {
     "columns": (columns, "evidence.figures", "importance of features: which columns of all layers carry over"),
     "transfer": (transfer, "transfer", "how many layers of a small network carry over to new classes"),
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
+    "report": (report, "report", "write what a results directory holds as one page to look at"),
     "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
     "predict": (predict, "study", "class probabilities of images"),
     "export-domainbed": (export_domainbed, "field", "write a comparison or a run as DomainBed does"),
@@ -404,6 +412,8 @@ def build_parser() -> Parser:
     add("--features", metavar="FILE", help="the feature file that the results were made with")
     add("--data-root", metavar="DIR", help="or the images")
     add("--vit-model", metavar="ID_OR_DIR", help="and their model")
+    where = f"what another command wrote (default {config.RESULTS_DIR})"
+    added["report"].add_argument("directory", nargs="?", metavar="DIR", help=where)
     added["features"].add_argument("--output", metavar="FILE", help="copy the features there")
     add = added["predict"].add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, and folders of images at any depth")

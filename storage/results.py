@@ -35,7 +35,7 @@ RULES = ("training-domain", "leave-one-domain-out", "oracle", "last")  # of sele
 OUTPUTS = ("weights", "histories", "importance", "evidence", "plots", "records.jsonl", "summary_report.txt")
 OUTPUTS += ("comparison.txt",)
 OUTPUTS += (*(f"comparison_{rule}.csv" for rule in RULES), "comparison_seeds.csv", "linear_probe.csv")
-OUTPUTS += ("settings.json",)
+OUTPUTS += ("report.html", "settings.json")
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn")
 
 

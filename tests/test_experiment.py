@@ -263,6 +263,7 @@ USED = {  # by commands that do not train
     ("predict", "x.png", "--weights", "no.safetensors"): {"VIT_MODEL", "EXTRACTION_BATCH_SIZE", "DEVICE", "THREADS"},
     ("export-domainbed", "out"): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
     ("import-domainbed", "runs"): set(),
+    ("report", "out"): set(),
     ("docs",): set(),
 }
 

@@ -1,0 +1,91 @@
+"""What the files of a results directory show, in words: patterns of names without ending, in the order they are shown.
+
+The first pattern that a name fits counts.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+FIGURES = {
+    "accuracy": "Accuracy on the held-out domain, by arm",
+    "difference": "Differences from plain training, paired by seed, with intervals",
+    "forest": "The contrasts fixed in advance, with intervals",
+    "confirmation": "The contrasts fixed in advance, with intervals, and the further forms",
+    "comparison": "Average accuracy of every method minus ERM's, with intervals",
+    "forms_*": "Forms of importance minus their random twins, with intervals",
+    "density": "Accuracy by the share of what is kept or learns",
+    "boxes_*": "Accuracy by number of frozen layers, every repeat as a point",
+    "heatmap_*": "Accuracy, and difference from training anew, by number of frozen layers and amount of data",
+    "best_*": "How often each number of kept layers is best under the bootstrap",
+    "budget_*": "Frozen layers minus training anew, by amount of data and number of updates",
+    "weights_*": "The weights that moved most, kept and frozen",
+    "layers_*": "How well each layer tells the classes of fine-tuning apart",
+    "ranks_*": "Effective rank of each layer",
+    "cka_*": "Similarity (CKA) of each layer with that of the pretrained network",
+    "importance_threshold_percentile": "Accuracy by the share of the weights that is marked",
+    "ph2_freeze_epoch": "Accuracy by the epoch after which unmarked weights are frozen",
+    "overlap": "Overlap of the masks of single domains",
+    "mask_overlap": "Overlap of the masks of single domains",
+    "features": "The features in two dimensions, by class and domain",
+    "samples": "Images of every domain and class",
+    "confusion_difference": "Confusion matrices of both arms, and their difference",
+    "confusion_*": "Confusion matrix, by held-out domain",
+    "conflicts_*": "How often and how strongly gradients of domains conflict",
+    "experts_*": "How much each expert is used, by domain and class",
+    "phase1_curves": "Loss and accuracy while networks learn single domains",
+    "phase2_curves_*": "Loss and accuracy while networks learn all domains but one",
+    "holdout_*_mask": "Mask that is used where this domain is held out",
+    "holdout_*_normalized": "Importance, summed over the source domains",
+    "holdout_*_importance": "Mean importance by attention head and part of the MLP, summed over the source domains",
+    "holdout_*_density": "Share of each row that the mask marks",
+    "holdout_*_rows": "Rows of largest mean importance",
+    "phase1_*_initial": "Weights of the tracked layers before Phase 1",
+    "phase1_*_final": "Weights of the tracked layers after Phase 1 on this domain",
+    "phase1_*_normalized": "Importance of the weights for this domain",
+    "phase1_*_mask": "Mask that this domain alone would give",
+    "phase1_*_importance": "Mean importance by attention head and part of the MLP for this domain",
+}
+TABLES = {
+    "contrasts": "The contrasts fixed in advance",
+    "contrasts_longer": "The contrasts fixed in advance, at the longer training",
+    "contrasts_fixed_rate": "The contrasts where all arms have one learning rate",
+    "comparison_training-domain": "Every method, chosen by validation on the source domains",
+    "comparison_leave-one-domain-out": "Every method, chosen by leaving out one more domain",
+    "comparison_oracle": "Every method, its last epoch, its trial chosen on the held-out domain",
+    "comparison_last": "Every method, its last epoch, its trial chosen by validation",
+    "comparison_seeds": "Accuracy averaged over the held-out domains, by seed and method",
+    "forms": "Accuracy of each form of importance, minus its random twin and minus plain training",
+    "starts": "Accuracy from every start, and minus a fresh one",
+    "closer": "The best two forms minus further controls and other scopes",
+    "accuracy*": "Accuracy of every arm",
+    "densities*": "Exploratory: accuracy by the share of what is kept or learns",
+    "letters": "Cuts that share a letter are not told apart",
+    "trend": "Kendall's τ of best cut and amount of data",
+    "truncation": "Truncated minus frozen",
+    "weights": "The weights that moved most, minus others",
+    "best": "How often each cut is best under the bootstrap",
+    "correlations": "Spearman's ρ of the measures of a layer with the accuracy of the frozen cut",
+    "differences": "Exploratory: every arm minus training anew, by number of updates",
+    "controls": "Exploratory: importance masking minus each other control",
+    "per_domain": "Exploratory: the contrasts on each domain",
+    "sweep": "Exploratory: one setting at a time away from the defaults",
+    "splits": "Exploratory: importance masking minus plain training where all seeds share one split",
+    "layers": "Exploratory: share of each layer's columns that a criterion keeps",
+    "linear_probe": "Logistic regression on the features",
+    "domain_overlap": "Overlap of the masks of single domains",
+    "seed_stability": "Overlap of a domain's masks from two starts",
+    "zero_importance": "Weights that never moved, and how many of them a mask marks",
+    "mask_density": "Share marked by layer, and its spread over rows and columns",
+    "rates": "The learning rate that each arm chose",
+    "chosen": "What each arm chose, and the validation accuracy that chose it",
+    "seeds*": "Accuracy averaged over the held-out domains, by seed and arm",
+    "sources*": "Accuracy on the sources' validation part, by seed and arm",
+    "layer_probes": "How well each layer tells the classes of fine-tuning apart, by repeat",
+    "runs": "Accuracy of each repeat",
+    "records": "Every trained network and selection rule",
+}
+
+
+def words_for(stem: str, words: Mapping[str, str]) -> str:
+    """What a file shows, by its name without ending; the name itself, with spaces, if it is of no kind above."""
+    return next((text for pattern, text in words.items() if fnmatchcase(stem, pattern)), stem.replace("_", " "))
