@@ -1,6 +1,7 @@
 """The documentation: its tables are those of the committed results, and its code runs as printed."""
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -139,6 +140,24 @@ def written_names(directory):
         names |= {re.sub(r"_\d+$", "_<l>", re.sub(r"^(start|final)\..*", r"\1.<parameter>", name)) for name in arrays}
         names |= set(header) | {f"{path.parent.name}/"}
     return names
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "duckdb"])
+def test_records_are_read_as_shown(library, run_code, tmp_path):
+    """With the committed records and one of a network that failed."""
+    pytest.importorskip(library)
+    (code,) = (code for code in examples("docs/use.md") if f"import {library}" in code and "records.jsonl" in code)
+    (tmp_path / "results").mkdir()
+    text = (ROOT / "results" / "reference" / "records.jsonl").read_text("utf-8")
+    failed = json.loads(text.splitlines()[0]) | {"failed": "no", "accuracy": None, "balanced_accuracy": None}
+    (tmp_path / "results" / "records.jsonl").write_text(f"{text}{json.dumps(failed)}\n", "utf-8")
+    printed = run_code(code)
+    records = [json.loads(line) for line in text.splitlines()]
+    for algorithm, holdout in (("erm", "sketch"), ("importance", "photo")):
+        mine = (r for r in records if (r["algorithm"], r["holdout"], r["selection"]) == (algorithm, holdout, "last"))
+        full = [record["accuracy"]["full"] for record in mine]
+        assert f"{sum(full) / len(full):.5f}"[:-1] in printed
+        assert len(full) == 50
 
 
 def test_a_method_of_your_own_runs_as_shown(run_code, tmp_path):
