@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 # Data
-DATA_ROOT: str | None = None  # folder of domain folders of class folders; None = the bundled features
+DATA_ROOT: str | None = None  # folder of domain folders of class folders, or Parquet files; None = the bundled features
 FEATURES_FILE: str | None = None  # features made elsewhere, in the format of data/README.md
 VIT_MODEL: str = "google/vit-base-patch16-224-in21k"  # or another image model: hub name, "timm:NAME" or directory
 POOLING: str = "auto"  # of its output: "cls" token, "mean" of patches, "pooler" of the model; "auto" = the first it has

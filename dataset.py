@@ -1,16 +1,20 @@
-"""Image folders in the layout of PACS: discovery, checks, reading of images, and the one in/out split.
+"""Data sets of images: discovery, checks, reading of images, and the one in/out split.
 
-The layout is ``root/domain/class/image``. Domains and classes are found, not listed anywhere: any number of both,
-classes matched by name across domains.
+They are folders in the layout of PACS, ``root/domain/class/image``, or Parquet files with the columns ``image``,
+``domain`` and ``label``, as on the Hugging Face hub. Domains and classes are found, not listed anywhere: any number of
+both, classes matched by name across domains.
 """
 
+import bisect
 import hashlib
 import io
+import json
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +46,61 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.files)
 
+    def path(self, row: int) -> Path:
+        """The file on disk that holds the image of a row."""
+        return self.root / self.files[row]
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row, for `load_image`; from any thread or process.
+
+        Raises:
+            OSError: the file is gone, or cannot be read.
+        """
+        return self.path(row).read_bytes()
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetDataset(ImageDataset):
+    """Images in the rows of Parquet files, which are read a row group at a time. Rows are in the order of the files.
+
+    `files` are made-up names, "domain/class/00000123" with the number of the row.
+    """
+
+    groups: tuple[tuple[Path, int], ...]  # file and number of each row group
+    starts: tuple[int, ...]  # its first row
+
+    def path(self, row: int) -> Path:
+        return self.groups[self._group(row)][0]
+
+    def read(self, row: int) -> bytes:
+        group = self._group(row)
+        path, number = self.groups[group]
+        with _LOCK:  # threads wait for one that reads their group, instead of reading it again
+            images = _images_of_group(path, number, path.stat().st_mtime_ns)
+        image = images[row - self.starts[group]].as_py()
+        if isinstance(image, dict):
+            image = image["bytes"]
+        if image is None:
+            raise OSError(f"row {row} holds no bytes of an image")
+        return image
+
+    def _group(self, row: int) -> int:
+        return bisect.bisect_right(self.starts, row) - 1
+
+
+_LOCK = threading.Lock()
+
+
+@lru_cache(maxsize=2)  # rows are read in order, by threads a little apart
+def _images_of_group(path: Path, group: int, _changed: int):
+    """The column of images of a row group; `_changed` is the time of the file's last change."""
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
+    except pyarrow.ArrowException as error:
+        raise OSError(f"row group {group} of '{path.name}' is damaged: {error}") from error
+
 
 @cache
 def image_extensions() -> frozenset[str]:
@@ -51,26 +110,33 @@ def image_extensions() -> frozenset[str]:
 
 
 def find_dataset(root: str | os.PathLike) -> ImageDataset:
-    """Find domains, classes and images below `root`.
+    """Find domains, classes and images below `root`, or in Parquet files.
 
     A folder that only wraps the real root (``pacs_data/pacs_data/photo/dog/x.jpg``) is stepped through. Hidden
     files and folders, and files without the ending of an image, are skipped.
 
+    Args:
+        root: folder of domain folders of class folders of images; or a Parquet file, a folder of these, or one whose
+            folder `data` holds them. Of these `image` is a column of bytes, or of structures that have `bytes`;
+            `domain` and `label` are words, or numbers (whose names, where there are any, the file says as `datasets`
+            writes them). They need the package pyarrow.
+
     Raises:
         InputError: no such folder, fewer than two domains, a domain that lacks a class others have, an empty class, a
-            name with a backslash or with bytes that are no UTF-8.
+            name with a backslash or with bytes that are no UTF-8; Parquet files without these columns, or that are
+            damaged; no pyarrow.
     """
     given, top = root, Path(os.path.expanduser(root))
+    if parquet := parquet_files(top):
+        return _find_rows(top, parquet)
     if not top.is_dir():
         raise InputError(
             f"There is no folder '{os.path.abspath(top)}': DATA_ROOT must be a folder of domain folders of class "
-            "folders of images."
+            "folders of images, or of Parquet files."
         )
     while len(inner := _folders(top)) == 1 and not _is_domain(top / inner[0]):
         top = top / inner[0]
-    if len(inner) < 2:
-        found = f"only the domain '{inner[0]}'" if inner else "no domain folders"
-        raise InputError(f"There is {found} in '{given}': leave-one-domain-out needs two domain folders or more.")
+    _check_domains(inner, given)
     images = {domain: {label: _images(top / domain / label) for label in _folders(top / domain)} for domain in inner}
     class_names = sorted({label for classes in images.values() for label in classes})
     if not class_names:
@@ -78,10 +144,9 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
     for name in (*inner, *class_names):
         if re.search(r"[\\\ud800-\udfff]", name):  # the last stand for bytes that are no UTF-8
             raise InputError(f"Rename the folder {name!r} in '{given}': its name has a backslash, or is no UTF-8.")
+    _check_classes(images, class_names, given)
     for domain in inner:
         for label in class_names:
-            if label not in images[domain]:
-                raise InputError(f"Domain '{domain}' in '{given}' lacks the class '{label}' that other domains have.")
             if not images[domain][label]:
                 raise InputError(f"The class folder '{domain}/{label}' in '{given}' holds no images.")
     rows = [(d, c, file) for d, x in enumerate(inner) for c, y in enumerate(class_names) for file in images[x][y]]
@@ -96,20 +161,108 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
     )
 
 
-def _hidden(name: str) -> bool:
+def _check_domains(found: Sequence[str], given: str | os.PathLike) -> None:
+    if len(found) < 2:
+        words = f"only the domain '{found[0]}'" if found else "no domain folders"
+        raise InputError(f"There is {words} in '{given}': leave-one-domain-out needs two domain folders or more.")
+
+
+def _check_classes(found: Mapping[str, Collection[str]], class_names: Sequence[str], given: str | os.PathLike) -> None:
+    """Raise an `InputError` if a domain lacks a class that another has."""
+    for domain, own in found.items():
+        for label in class_names:
+            if label not in own:
+                raise InputError(f"Domain '{domain}' in '{given}' lacks the class '{label}' that other domains have.")
+
+
+def parquet_files(top: Path) -> list[Path]:
+    """The Parquet files that a path stands for: itself, or those in the folder or in its folder `data`, by name."""
+    if top.suffix == ".parquet" and top.is_file():
+        return [top]
+    return sorted(top.glob("*.parquet")) or sorted((top / "data").glob("*.parquet"))
+
+
+def _find_rows(top: Path, paths: list[Path]) -> ParquetDataset:
+    """The data set whose images are the rows of Parquet files."""
+    columns, groups, starts, count = {"domain": [], "label": []}, [], [], 0
+    pyarrow = _pyarrow()
+    for path in paths:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _check_columns(file.schema_arrow, path)
+                for name, words in columns.items():
+                    words += _words(file, name, path)
+                for group in range(file.num_row_groups):
+                    groups.append((path, group))
+                    starts.append(count)
+                    count += file.metadata.row_group(group).num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"'{path}' cannot be read: {error}.") from error
+    rows = list(zip(*columns.values(), strict=True))
+    domains, labels = ({name: number for number, name in enumerate(sorted({*words}))} for words in columns.values())
+    found = {domain: set() for domain in domains}
+    for domain, label in rows:
+        found[domain].add(label)
+    _check_domains([*domains], top)
+    _check_classes(found, [*labels], top)
+    return ParquetDataset(
+        name=top.resolve().name.removesuffix(".parquet"),
+        root=top,
+        files=tuple(f"{domain}/{label}/{row:08d}" for row, (domain, label) in enumerate(rows)),
+        labels=torch.tensor([labels[label] for _, label in rows]),
+        domains=torch.tensor([domains[domain] for domain, _ in rows]),
+        class_names=tuple(labels),
+        domain_names=tuple(domains),
+        groups=tuple(groups),
+        starts=tuple(starts),
+    )
+
+
+def _check_columns(schema, path: Path) -> None:
+    """Raise an `InputError` if a Parquet file has not the columns of a data set."""
+    for name in ("image", "domain", "label"):
+        if name not in schema.names:
+            raise InputError(f"'{path}' has no column '{name}' among {', '.join(schema.names)}: rename the one meant.")
+    kind = str(schema.field("image").type)
+    if not re.match(r"(large_)?binary|struct<.*\bbytes: (large_)?binary", kind):
+        raise InputError(f"The column 'image' of '{path}' is {kind}: expected are bytes, or structures with 'bytes'.")
+
+
+def _words(file, name: str, path: Path) -> list[str]:
+    """A column of a Parquet file as words: numbers by the names that `datasets` notes in the file."""
+    noted = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+    names = dict(enumerate(noted.get("features", {}).get(name, {}).get("names") or ()))
+    values = file.read([name]).column(name).to_pylist()
+    words = [names.get(value) if names and isinstance(value, int) else value for value in values]
+    for row, word in enumerate(words):
+        if word is None or re.search(r"^\W*$|[/\\]", str(word)):
+            raise InputError(f"The {name} of row {row} of '{path}' is {values[row]!r}, which is no name of a folder.")
+    return [*map(str, words)]
+
+
+def _pyarrow():
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError("Parquet files need the package pyarrow: pip install pyarrow.") from error
+    return pyarrow
+
+
+def hidden(name: str) -> bool:
+    """Whether files and folders of that name are passed over."""
     return name.startswith(".") or name == "__MACOSX"  # the latter: resource forks in archives made on a Mac
 
 
 def _folders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not _hidden(entry.name) and entry.is_dir())
+        return sorted(entry.name for entry in entries if not hidden(entry.name) and entry.is_dir())
 
 
 def _images(folder: Path) -> list[str]:
     known = image_extensions()
     with os.scandir(folder) as entries:
         found = (entry for entry in entries if os.path.splitext(entry.name)[1].lower() in known)
-        return sorted(entry.name for entry in found if not _hidden(entry.name) and _is_file(entry))
+        return sorted(entry.name for entry in found if not hidden(entry.name) and _is_file(entry))
 
 
 def _is_file(entry: os.DirEntry) -> bool:

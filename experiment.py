@@ -453,7 +453,8 @@ def _shared_options(command: str, add: Callable) -> None:
         if command != "columns":
             add("--strict", action="store_true", help="stop at the first network that fails")
     if command in (*TRAINING, "features"):
-        add("--data-root", metavar="DIR", help="folder of domain folders of class folders of images")
+        where = "folder of domain folders of class folders of images, or of Parquet files"
+        add("--data-root", metavar="DIR", help=where)
         add("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
         add("--verify", action="store_true", help="read all image files again, trust no time stamp")
     if {*MACHINE} <= {*HONOURED.get(command, MACHINE)}:

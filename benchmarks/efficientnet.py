@@ -12,6 +12,7 @@ Run:  python benchmarks/efficientnet.py DATA_ROOT FILE.safetensors
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Images(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> Tensor:
-        return (pil_to_tensor(PREPARE(load_image(self.dataset.root / self.dataset.files[row]))).float() - 127) / 128
+        return (pil_to_tensor(PREPARE(load_image(io.BytesIO(self.dataset.read(row))))).float() - 127) / 128
 
 
 def load_backbone() -> nn.Module:

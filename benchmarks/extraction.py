@@ -17,6 +17,7 @@ that was measured (training alone, one arm, each domain held out in turn). A cel
 
 import argparse
 import dataclasses
+import io
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -52,7 +53,7 @@ def bare_forward(extractor: FeatureExtractor, batch: int, count: int) -> float:
 
 def pixels_of(images: ImageDataset, extractor: FeatureExtractor, rows: Iterable[int]) -> list[torch.Tensor]:
     """Decoded and resized images."""
-    return [extractor.preprocessing(load_image(images.root / images.files[row])) for row in rows]
+    return [extractor.preprocessing(load_image(io.BytesIO(images.read(row)))) for row in rows]
 
 
 def vit_epoch(images: ImageDataset, extractor: FeatureExtractor, settings: Settings) -> None:

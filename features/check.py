@@ -6,8 +6,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import NamedTuple
@@ -49,12 +50,12 @@ def check_images(
     """
     memo_file = Path(cache_dir) / f"images_{_sha256(os.path.abspath(dataset.root).encode())[:16]}.json"
     memo = {} if verify else _read_memo(memo_file)
-    stats = {file: _size_and_time(dataset.root / file) for file in dataset.files}
+    stats = {file: _size_and_time(dataset.path(row)) for row, file in enumerate(dataset.files)}
     known = {file: memo[file] for file in dataset.files if file in memo and tuple(memo[file][:2]) == stats[file]}
-    todo = [file for file in dataset.files if file not in known]
+    todo = {file: row for row, file in enumerate(dataset.files) if file not in known}
     unreadable, young = [], set()
     try:
-        for file, digests in _read_all(dataset.root, todo, workers or default_workers(), progress):
+        for file, digests in _read_all(dataset, todo, workers or default_workers(), progress):
             if digests.problem:
                 unreadable.append(f"{file} ({digests.problem})")
                 continue
@@ -91,13 +92,13 @@ class _Digests(NamedTuple):
     problem: str = ""
 
 
-def _digests(path: Path) -> _Digests:
+def _digests(dataset: ImageDataset, row: int) -> _Digests:
     started = time.time_ns()
     try:
-        data = path.read_bytes()
+        data = dataset.read(row)
         image = load_image(io.BytesIO(data))
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-        return _Digests(started, problem=image_problem(error, path))
+        return _Digests(started, problem=image_problem(error, dataset.path(row)))
     pixels = f"{image.width}x{image.height} ".encode() + image.tobytes()
     return _Digests(started, _sha256(data), _sha256(pixels))
 
@@ -110,12 +111,15 @@ def image_problem(error: Exception, path: Path) -> str:
     return text.replace(f" {str(path)!r}", "") or type(error).__name__
 
 
-def _read_all(root: Path, files: list[str], workers: int, progress: bool) -> Iterator[tuple[str, _Digests]]:
+def _read_all(
+    dataset: ImageDataset, files: Mapping[str, int], workers: int, progress: bool
+) -> Iterator[tuple[str, _Digests]]:
+    """Read the images of files, given with their rows."""
     from tqdm.auto import tqdm
 
     pool = ThreadPoolExecutor(workers)
     try:
-        results = pool.map(_digests, [root / file for file in files])
+        results = pool.map(partial(_digests, dataset), files.values())
         quiet = {} if progress and files else {"disable": True}  # otherwise the environment's TQDM_DISABLE decides
         bar = tqdm(results, "checking images", len(files), unit="img", **quiet)
         yield from zip(files, bar, strict=True)

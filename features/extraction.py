@@ -84,7 +84,7 @@ def get_features(
     For images, what is None is read from `config`, also `EXTRACTION_BATCH_SIZE` and `EXTRACTION_WORKERS`.
 
     Args:
-        data_root: folder of images, see `dataset.find_dataset`.
+        data_root: folder of images, or of Parquet files that hold them, see `dataset.find_dataset`.
         features_file: a feature file, see `storage.load_features`; not together with `data_root`.
         vit_model: hub name or local directory, with `data_root`.
         cache_dir: see `extract`; where `config.CACHE_DIR` is None too, `default_cache`.
@@ -193,7 +193,7 @@ def _check_layers(layers: str, blocks: int) -> None:
 
 def _token_shape(dataset: ImageDataset, extractor: FeatureExtractor, blocks: int) -> tuple[int, int, int]:
     """N, T, D. The first image tells: a model preprocesses all to the same size."""
-    first = extractor.preprocessing(load_image(dataset.root / dataset.files[0]))
+    first = extractor.preprocessing(load_image(io.BytesIO(dataset.read(0))))
     return len(dataset), *extractor.tokens(first[None], blocks)[1].shape[1:]
 
 
@@ -358,7 +358,7 @@ class _Pixels(torch.utils.data.Dataset):
     """Indexed by a list of rows: preprocessed images, uint8 ``[B, 3, H, W]``, their files, and the changed ones."""
 
     def __init__(self, dataset: ImageDataset, contents: list[str], preprocessing, threads: int = 0):
-        self.root, self.files, self.contents, self.preprocessing = dataset.root, dataset.files, contents, preprocessing
+        self.read, self.files, self.contents, self.preprocessing = dataset.read, dataset.files, contents, preprocessing
         self.map = ThreadPoolExecutor(threads).map if threads else map
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, list[str], list[str]]:
@@ -370,7 +370,7 @@ class _Pixels(torch.utils.data.Dataset):
     def _read(self, row: int) -> Tensor | None:
         """A preprocessed image, or None if it is gone or not the bytes from which the cache key was computed."""
         try:
-            data = (self.root / self.files[row]).read_bytes()
+            data = self.read(row)
         except OSError:
             return None
         same = hashlib.sha256(data).hexdigest() == self.contents[row]

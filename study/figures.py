@@ -1,5 +1,6 @@
 """The figures of a run: from its files and records to arrays, which `visualization` draws; and all of them at once."""
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -295,11 +296,10 @@ def sample_figure(root: str | Path) -> Figure:
     """One image of each domain and class, the first by file name."""
     dataset = find_dataset(root)
     images: dict[str, dict] = {name: {} for name in dataset.domain_names}
-    for file, label, domain in zip(dataset.files, dataset.labels.tolist(), dataset.domains.tolist(), strict=True):
-        row = images[dataset.domain_names[domain]]
-        name = dataset.class_names[label]
-        if name not in row:
-            row[name] = load_image(dataset.root / file)
+    for row, (label, domain) in enumerate(zip(dataset.labels.tolist(), dataset.domains.tolist(), strict=True)):
+        shown, name = images[dataset.domain_names[domain]], dataset.class_names[label]
+        if name not in shown:
+            shown[name] = load_image(io.BytesIO(dataset.read(row)))
     return draw.sample_sheet(images, f"{dataset.name}: the first image of each class and domain")
 
 
