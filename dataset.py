@@ -94,7 +94,7 @@ _LOCK = threading.Lock()
 @lru_cache(maxsize=2)  # rows are read in order, by threads a little apart
 def _images_of_group(path: Path, group: int, _changed: int):
     """The column of images of a row group; `_changed` is the time of the file's last change."""
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
@@ -185,7 +185,7 @@ def parquet_files(top: Path) -> list[Path]:
 def _find_rows(top: Path, paths: list[Path]) -> ParquetDataset:
     """The data set whose images are the rows of Parquet files."""
     columns, groups, starts, count = {"domain": [], "label": []}, [], [], 0
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow()
     for path in paths:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -240,7 +240,8 @@ def _words(file, name: str, path: Path) -> list[str]:
     return [*map(str, words)]
 
 
-def _pyarrow():
+def import_pyarrow():
+    """The package pyarrow, with what reads Parquet files; an `InputError` says what to install where it is missing."""
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -40,6 +40,7 @@ HONOURED = {  # the settings that a command uses, where these are not all; it re
     "export-original": ("RESULTS_DIR",),
     "import-original": (),
     "report": ("RESULTS_DIR",),
+    "data": (),
     "docs": (),
 }
 CONSTANTS = {  # option -> the setting that it gives
@@ -232,13 +233,26 @@ def report(options: argparse.Namespace) -> None:
     print(f"Wrote {write_page(options.directory or config.RESULTS_DIR)}.")
 
 
+def data(options: argparse.Namespace) -> None:
+    from features import catalogue_text, fetch_dataset
+
+    if options.name is None:
+        return print(catalogue_text())
+    if options.output is None:
+        raise InputError("data NAME needs --output DIR.")
+    found = fetch_dataset(options.name, options.output, options.sources, options.any_counts)
+    words = f"{len(found):,} images in {len(found.domain_names)} domains and {len(found.class_names)} classes"
+    print(f"{words} are in {options.output}: give it as --data-root.")
+
+
 def docs(options: argparse.Namespace) -> None:
-    from evidence import benchmark_tables, results_tables, write_pages
+    from evidence import benchmark_tables, data_tables, results_tables, write_pages
     from field import comparison_tables
     from transfer import transfer_tables
 
     root = Path(__file__).resolve().parent
     tables = results_tables(root) | benchmark_tables(root) | comparison_tables(root) | transfer_tables(root)
+    tables |= data_tables()
     for path in write_pages(root, tables):
         print(f"Wrote {path.relative_to(root)}.")
 
@@ -297,6 +311,7 @@ COMMANDS = {
     "import-domainbed": (import_domainbed, "field", "tables of DomainBed's own runs, by its selection rules"),
     "export-original": (export_original, "transfer", "write transfer runs as tusharmanekar/mp-tl-study does"),
     "import-original": (import_original, "transfer", "analyse the result files of tusharmanekar/mp-tl-study"),
+    "data": (data, "features", "get a known data set, or list them"),
     "docs": (docs, "field", "write the tables of docs/ and README.md from results/reference/"),
 }
 
@@ -415,6 +430,12 @@ def build_parser() -> Parser:
     where = f"what another command wrote (default {config.RESULTS_DIR})"
     added["report"].add_argument("directory", nargs="?", metavar="DIR", help=where)
     added["features"].add_argument("--output", metavar="FILE", help="copy the features there")
+    add = added["data"].add_argument
+    add("name", nargs="?", metavar="NAME", help="of a known data set (default: list them)")
+    where = "archives or folders, as it is distributed (default: the Hugging Face hub, where it is there)"
+    add("--from", dest="sources", nargs="+", default=(), metavar="PATH", help=where)
+    add("--output", metavar="DIR", help="write domain/class/file there; what is there is kept")
+    add("--any-counts", action="store_true", help="accept other numbers of images than the known ones")
     add = added["predict"].add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, and folders of images at any depth")
     add("--weights", required=True, metavar="FILE", help="of results/weights/, Phase 1 or 2")

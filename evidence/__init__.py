@@ -9,7 +9,7 @@ from evidence.columns import ColumnProtocol
 from evidence.confirmation import Confirmation
 from evidence.contrasts import FAMILY, OTHERS, Contrast, family_table, others_table, seed_averages, sweep_table
 from evidence.diagnostics import domain_overlap, mask_density, seed_stability, zero_importance
-from evidence.docs import benchmark_tables, markdown_table, paragraph, results_tables, write_pages
+from evidence.docs import benchmark_tables, data_tables, markdown_table, paragraph, results_tables, write_pages
 from evidence.forms import FormsProtocol
 from evidence.linear_probe import kept_probe, linear_probe, probe_words
 from evidence.protocol import Protocol
@@ -28,6 +28,7 @@ __all__ = [
     "benchmark_tables",
     "block_findings",
     "bootstrap_interval",
+    "data_tables",
     "domain_overlap",
     "family",
     "family_shown",

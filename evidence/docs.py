@@ -30,6 +30,7 @@ from evidence.report import (
     verdict_counts,
     verdict_words,
 )
+from features import catalogue_rows
 from storage import Results, atomic_write
 from study import levels, lodo_table, paired_differences, wide_table
 
@@ -164,6 +165,19 @@ def benchmark_tables(root: str | Path) -> dict[str, str]:
         words = [isinstance(_entry(rows[0], path), str) for path in of.columns.values()]
         tables[name] = markdown_table("".join("l" if word else "r" for word in words), list(of.columns), cells)
     return tables
+
+
+def data_tables() -> dict[str, str]:
+    """The data sets that are known by name: name -> Markdown."""
+    sets, sources = [], []
+    for name, images, classes, domains, licence, hub, source, paper in catalogue_rows():
+        sets.append([f"`{name}`", images, classes, domains])
+        there = f"on the hub as `{hub}`, or by hand from" if hub else "by hand from"
+        sources.append(paragraph(f"`{name}`, {paper}: {there} {source}; licence {licence}.", "- "))
+    return {
+        "data-sets": markdown_table("lrrl", ["name", "images", "classes", "domains"], sets),
+        "data-sources": "\n".join(sources),
+    }
 
 
 def _blocks_tables(folder: Path) -> dict[str, str]:

@@ -22,11 +22,15 @@ class WriteError(InputError):
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it replaces `path` in one step, on any error it is removed.
 
     Folders above `path` are created. Another process sees the old file or the new one, never a part of it. What a
     process that was killed left of its attempt to write `path` is removed.
+
+    Args:
+        durable: wait until the file is on the disk. Otherwise a loss of power may leave it cut off: for many small
+            files whose size is checked later, which are written several times as fast.
 
     Raises:
         WriteError: the file cannot be written.
@@ -43,8 +47,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             else:
                 lock.close()
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            if durable:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
             temporary.chmod(0o644)  # mkstemp makes it readable by its owner only
             temporary.replace(path)
         finally:

@@ -11,7 +11,7 @@ import torch
 
 import config
 from config import InputError
-from evidence import benchmark_tables, results_tables, write_pages
+from evidence import benchmark_tables, data_tables, results_tables, write_pages
 from field import ALGORITHMS
 from field.docs import comparison_tables
 from storage import Results, load_arrays
@@ -24,7 +24,8 @@ SHORT = "import config\nconfig.PH1_NUM_EPOCHS = config.PH2_NUM_EPOCHS = 1\nconfi
 
 @pytest.fixture(scope="module")
 def tables():
-    return results_tables(ROOT) | benchmark_tables(ROOT) | comparison_tables(ROOT) | transfer_tables(ROOT)
+    results = results_tables(ROOT) | comparison_tables(ROOT) | transfer_tables(ROOT)
+    return results | benchmark_tables(ROOT) | data_tables()
 
 
 def examples(page):
