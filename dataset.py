@@ -84,6 +84,11 @@ class ParquetDataset(ImageDataset):
             raise OSError(f"row {row} holds no bytes of an image")
         return image
 
+    def classes(self) -> dict[str, set[str]]:
+        """The classes of each domain."""
+        cells = {tuple(file.split("/")[:2]) for file in self.files}
+        return {domain: {label for other, label in cells if other == domain} for domain in self.domain_names}
+
     def _group(self, row: int) -> int:
         return bisect.bisect_right(self.starts, row) - 1
 
@@ -127,8 +132,11 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
             damaged; no pyarrow.
     """
     given, top = root, Path(os.path.expanduser(root))
-    if parquet := parquet_files(top):
-        return _find_rows(top, parquet)
+    if parquet_files(top):
+        rows = parquet_rows(top)
+        _check_domains(rows.domain_names, given)
+        _check_classes(rows.classes(), rows.class_names, given)
+        return rows
     if not top.is_dir():
         raise InputError(
             f"There is no folder '{os.path.abspath(top)}': DATA_ROOT must be a folder of domain folders of class "
@@ -182,11 +190,11 @@ def parquet_files(top: Path) -> list[Path]:
     return sorted(top.glob("*.parquet")) or sorted((top / "data").glob("*.parquet"))
 
 
-def _find_rows(top: Path, paths: list[Path]) -> ParquetDataset:
-    """The data set whose images are the rows of Parquet files."""
+def parquet_rows(top: Path) -> ParquetDataset:
+    """The images in the rows of Parquet files, also where a domain lacks a class; errors as of `find_dataset`."""
     columns, groups, starts, count = {"domain": [], "label": []}, [], [], 0
     pyarrow = import_pyarrow()
-    for path in paths:
+    for path in parquet_files(top):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 _check_columns(file.schema_arrow, path)
@@ -200,11 +208,6 @@ def _find_rows(top: Path, paths: list[Path]) -> ParquetDataset:
             raise InputError(f"'{path}' cannot be read: {error}.") from error
     rows = list(zip(*columns.values(), strict=True))
     domains, labels = ({name: number for number, name in enumerate(sorted({*words}))} for words in columns.values())
-    found = {domain: set() for domain in domains}
-    for domain, label in rows:
-        found[domain].add(label)
-    _check_domains([*domains], top)
-    _check_classes(found, [*labels], top)
     return ParquetDataset(
         name=top.resolve().name.removesuffix(".parquet"),
         root=top,

@@ -236,9 +236,9 @@ def report(options: argparse.Namespace) -> None:
 def data(options: argparse.Namespace) -> None:
     from features import catalogue_text, fetch_dataset
 
-    if options.name is None:
+    if options.name is None and not (options.output or options.sources or options.any_counts):
         return print(catalogue_text())
-    if options.output is None:
+    if options.name is None or options.output is None:
         raise InputError("data NAME needs --output DIR.")
     found = fetch_dataset(options.name, options.output, options.sources, options.any_counts)
     words = f"{len(found):,} images in {len(found.domain_names)} domains and {len(found.class_names)} classes"

@@ -22,7 +22,16 @@ from typing import NamedTuple
 from PIL import Image
 
 from config import InputError
-from dataset import ImageDataset, find_dataset, hidden, image_extensions, images_below, import_pyarrow, parquet_files
+from dataset import (
+    ImageDataset,
+    find_dataset,
+    hidden,
+    image_extensions,
+    images_below,
+    import_pyarrow,
+    parquet_files,
+    parquet_rows,
+)
 from features.catalogue import KnownSet, known_set
 from storage import atomic_write
 
@@ -176,7 +185,7 @@ def _write(output: Path, place: tuple[str, str, str], member: Member, data: byte
 def _places(known: KnownSet, parts: tuple[str, ...], listed: dict[str, set]) -> list[tuple[str, str, str]]:
     """Domain, class and split of an image by the folders above it; none if it does not belong to the set."""
     *folders, file = parts
-    if any(map(hidden, parts)) or len(folders) < 2 or (label := known.class_of(folders.pop())) is None:
+    if any(map(hidden, parts[1:])) or len(folders) < 2 or (label := known.class_of(folders.pop())) is None:
         return []
     split = ""
     if folders[-1].casefold() in SPLITS:
@@ -219,11 +228,12 @@ def _annotated(known: KnownSet, paths: Iterable[Path]) -> dict[str, list[tuple[s
 
 
 def _text(path: Path) -> bytes:
-    """A file; of an archive, the first JSON file in it."""
+    """A file; of an archive, the one JSON file in it."""
     if path.suffix != ".zip":
         return path.read_bytes()
     with _archive_errors(path), zipfile.ZipFile(path) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith(".json")))
+        (name,) = (name for name in archive.namelist() if name.endswith(".json") and not name.startswith("__MACOSX"))
+        return archive.read(name)
 
 
 def _members(source: Path) -> Iterator[Member]:
@@ -246,7 +256,7 @@ def _files(folder: Path) -> Iterator[Member]:
 
 
 def _rows(source: Path) -> Iterator[Member]:
-    rows = find_dataset(source)
+    rows = parquet_rows(source)
     for row, file in enumerate(rows.files):
         data = rows.read(row)
         try:
@@ -254,7 +264,8 @@ def _rows(source: Path) -> Iterator[Member]:
                 ending = {"JPEG": "jpg"}.get(image.format, image.format.lower())
         except OSError as error:
             raise InputError(f"Row {row} of '{source}' is no image that can be read.") from error
-        yield Member((*file.split("/")[:-1], f"{row:08d}.{ending}"), len(data), lambda data=data: data)
+        parts = (source.name, *file.split("/")[:-1], f"{row:08d}.{ending}")
+        yield Member(parts, len(data), lambda data=data: data)
 
 
 def _zipped(path: Path) -> Iterator[Member]:
@@ -296,7 +307,7 @@ def _archive_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (
-        zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, StopIteration
+        zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError
     ) as error:  # fmt: skip
         raise InputError(f"The archive '{path}' cannot be read to its end ({error}): fetch it again.") from error
 

@@ -231,9 +231,10 @@ def test_annotations_place_the_images_of_camera_traps(tmp_path):
         "location_100/bobcat/d.jpg", "location_38/bobcat/a.jpg", "location_38/bobcat/b.jpg",
         "location_38/empty/b.jpg", "location_43/bobcat/c.jpg", "location_46/bobcat/e.jpg",
     ]  # fmt: skip
-    zipped(tmp_path / "labels.json.zip", {"labels.json": b'{"images": []}'})
-    with pytest.raises(InputError, match=r"labels\.json\.zip' does not hold annotations"):
-        fetch_dataset("TerraIncognita", tmp_path / "other", [folder, tmp_path / "labels.json.zip"], progress=False)
+    for content in ({"labels.json": b'{"images": []}'}, {"readme.txt": b"x"}):
+        zipped(tmp_path / "labels.json.zip", content)
+        with pytest.raises(InputError, match=r"labels\.json\.zip' does not hold annotations"):
+            fetch_dataset("TerraIncognita", tmp_path / "other", [folder, tmp_path / "labels.json.zip"], progress=False)
 
 
 def test_lists_say_which_images_belong_to_domainnet(tmp_path):
@@ -260,13 +261,18 @@ def test_the_hub_gives_parquet_files(get, image_root, tmp_path, monkeypatch):
         "label": [file.split("/")[1] for file in found.files],
     })  # fmt: skip
     (tmp_path / "snapshot" / "data").mkdir(parents=True)
-    parquet.write_table(table, tmp_path / "snapshot" / "data" / "train-00000.parquet")
+    parquet.write_table(table[:9], tmp_path / "snapshot" / "data" / "train-00000.parquet")
     asked = []
     monkeypatch.setattr("features.fetch.known_set", lambda name: KnownSet(**{**vars(TOY), "hub": "some/toy"}))
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *name, **how: asked.append((name, how)) or tmp_path / "snapshot"
     )
+    with pytest.raises(InputError, match="photo/horse: 0 instead of 3"):  # not that a domain lacks a class
+        get()
+    shutil.rmtree(tmp_path / "out")
+    parquet.write_table(table, tmp_path / "snapshot" / "data" / "train-00000.parquet", row_group_size=5)
     get()
+    asked.pop()
     assert asked == [(("some/toy",), {"repo_type": "dataset", "allow_patterns": ["*.parquet"]})]
     assert sorted(images(tmp_path / "out").values()) == sorted(images(image_root).values())
     assert "photo/horse/00000011.png" in images(tmp_path / "out")
@@ -295,7 +301,8 @@ def test_the_command_lists_the_sets_and_gets_one(command, tmp_path):
     assert code == 0
     assert "flwrlabs/pacs" in printed
     assert command("data", "pacs")[::2] == (2, ["data NAME needs --output DIR."])
-    root = make_images(tmp_path / "office", ("amazon", "dslr", "webcam"), ("bike", "mug"))
+    assert command("data", "--output", tmp_path)[::2] == (2, ["data NAME needs --output DIR."])
+    root = make_images(tmp_path / ".office", ("amazon", "dslr", "webcam"), ("bike", "mug"))
     options = ("data", "office-31", "--from", root, "--output", tmp_path / "out")
     code, _, (*_, sentence) = command(*options)
     assert code == 2
