@@ -44,10 +44,10 @@ SHOWN = 8  # differences in a message
 
 
 class Member(NamedTuple):
-    """An image of a source: the folders above it and its name, its size in bytes where that is known, its bytes."""
+    """An image of a source: the folders above it and its name, its size in bytes, its bytes."""
 
     parts: tuple[str, ...]
-    size: int | None
+    size: int
     read: Callable[[], bytes]
 
 
@@ -66,7 +66,7 @@ def fetch_dataset(
         name: of a known data set, see `features.known_sets`.
         output: created if missing; what is in it is kept.
         sources: archives (zip, tar), folders, Parquet files, and lists or annotations of the images, as the set is
-            distributed; a folder may also hold these. None = the Hugging Face hub.
+            distributed; a folder may also hold these. Without any, the Hugging Face hub.
         any_counts: accept other numbers of images than the known ones.
 
     Raises:
@@ -159,27 +159,22 @@ def _write_all(known: KnownSet, sources: Sequence[Path], output: Path, progress:
                     if splits.setdefault((domain, label, hashlib.sha256(data).digest()), split) != split:
                         continue
                 place = (domain, label, f"{split}_{member.parts[-1]}" if split else member.parts[-1])
-                sizes[place] = _write(output, place, member, data, sizes.get(place))
+                if sizes.setdefault(place, member.size) != member.size:
+                    name = "/".join(place)
+                    raise InputError(f"The sources hold two different images '{name}': give one of them at a time.")
+                _write(output.joinpath(*place), member, data)
                 bar.update()
     if passed_over:
         log.info("Passed over, as no part of %s: %d images.", known.name, passed_over)
     return len(sizes)
 
 
-def _write(output: Path, place: tuple[str, str, str], member: Member, data: bytes | None, earlier: int | None) -> int:
-    """Write an image unless it is there; returns its size, which must be that of an earlier one for the same place."""
-    target = output.joinpath(*place)
-    size = member.size if data is None else len(data)
-    if size is None:
-        data = member.read()
-        size = len(data)
-    if earlier is not None and size != earlier:
-        raise InputError(f"The sources hold two different images '{'/'.join(place)}': give one of them at a time.")
-    if not target.is_file() or target.stat().st_size != size:
+def _write(target: Path, member: Member, data: bytes | None) -> None:
+    """Write an image, whose bytes may have been read already, unless a file of its size is there."""
+    if not target.is_file() or target.stat().st_size != member.size:
         data = member.read() if data is None else data
         with atomic_write(target, durable=False) as temporary:
             temporary.write_bytes(data)
-    return size
 
 
 def _places(known: KnownSet, parts: tuple[str, ...], listed: dict[str, set]) -> list[tuple[str, str, str]]:

@@ -113,3 +113,13 @@ def test_a_writer_may_replace_the_temporary_file(tmp_path):
         other.write_text("x")
         os.replace(other, temporary)
     assert (tmp_path / "a.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_durable_file_is_waited_for(tmp_path, monkeypatch, durable):
+    waited = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    with atomic_write(tmp_path / "a.txt", durable) as temporary:
+        temporary.write_text("new")
+    assert len(waited) == durable
+    assert everything(tmp_path) == ["a.txt"]
