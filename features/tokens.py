@@ -154,7 +154,7 @@ class TokenFile:
             try:
                 opened = self._unfinished.open("r+b")
             except FileNotFoundError:
-                if self.type == TYPES[0] and self._wide.is_dir():
+                if self.type == TYPES[0] and (self._wide.is_dir() or self.path.exists()):
                     raise Float16OverflowError("an image of another process") from None
                 raise
             with opened:

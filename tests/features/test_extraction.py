@@ -132,7 +132,9 @@ def test_resumes_after_an_interruption(run, extractor, cache, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run(batch_size=2)
     (parts,) = cache.glob("*.parts")
-    assert [part.name[:10] for part in parts.iterdir() if part.suffix != ".lock"] == ["000000000_"]  # complete ones only
+    assert [part.name[:10] for part in parts.iterdir() if part.suffix != ".lock"] == [
+        "000000000_"
+    ]  # complete ones only
     extractor.seen, extractor.fail_after = 0, None
     resumed = run(batch_size=2)
     assert extractor.seen == 8
