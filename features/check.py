@@ -104,14 +104,17 @@ def _read(path: Path) -> _Read:
     started = time.time_ns()
     try:
         data = path.read_bytes()
-        _look(data)
+        check_whole(data)
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
         return _Read(started, problem=image_problem(error, path))
     return _Read(started, _sha256(data))
 
 
-def _look(data: bytes) -> None:
-    """Raise what Pillow does if an image is not whole; only a JPEG that seems to be cut short is decoded for it."""
+def check_whole(data: bytes) -> None:
+    """Raise what Pillow does if the bytes are not an image from beginning to end.
+
+    Only a JPEG that seems to be cut short is decoded for it: Pillow knows better than a search for its last marker.
+    """
     with Image.open(io.BytesIO(data)) as image:
         image.verify()
         cut = image.format == "JPEG" and JPEG_END not in data[-TAIL:]

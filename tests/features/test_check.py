@@ -15,7 +15,7 @@ from tests.conftest import OLD, write_image
 def test_unchanged_files_are_not_read_again(image_root, tmp_path, monkeypatch):
     found = find_dataset(image_root)
     first = check_images(found, tmp_path)
-    monkeypatch.setattr("features.check._look", lambda data: pytest.fail("read again"))
+    monkeypatch.setattr("features.check.check_whole", lambda data: pytest.fail("read again"))
     assert check_images(found, tmp_path) == first
 
 
@@ -85,7 +85,7 @@ def test_what_was_read_before_an_interruption_is_remembered(image_root, tmp_path
         if len(calls) == 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("features.check._look", interrupted)
+    monkeypatch.setattr("features.check.check_whole", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_images(found, tmp_path, workers=1, progress=False)
     before = len(calls)

@@ -72,7 +72,7 @@ def whole(folder):
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_two_ranks_compute_every_image_once_and_the_bytes_of_one(ranks, run, cache, tmp_path, blocks, monkeypatch):
     log = tmp_path / "read"
-    monkeypatch.setattr("features.check._look", lambda data: log.open("ab").write(b"1"))
+    monkeypatch.setattr("features.check.check_whole", lambda data: log.open("ab").write(b"1"))
     _, pipes = ranks(blocks=blocks)
     (seen1, print1), (seen2, print2) = [pipe.recv() for pipe in pipes]
     asked = 2 * ASKED if blocks else 0
