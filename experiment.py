@@ -174,12 +174,14 @@ def transfer(options: argparse.Namespace) -> None:
 
 
 def features(options: argparse.Namespace) -> None:
-    from engine import prepare_machine
+    from engine import prepare_machine, rank
     from features import copy_features, get_features
 
     if config.DATA_ROOT is None:
         raise InputError("features needs --data-root DIR.")
     data = get_features(config.DATA_ROOT, device=prepare_machine(config.DEVICE, config.THREADS), verify=options.verify)
+    if rank()[0]:  # the first process speaks for all that torchrun started
+        return
     print(data.describe())
     if options.output:
         copy_features(data, options.output)
@@ -570,7 +572,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     perform, package, _ = COMMANDS[options.command]
     importlib.import_module(package)
-    from engine import TrainingFailedError
+    from engine import TrainingFailedError, rank
 
     if __name__ == "__main__":  # not where another program calls this function
         gc.freeze()  # libraries stay: nobody looks through them again
@@ -578,6 +580,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, interrupt)
     try:
         apply_options(options)
+        if rank()[0]:
+            logging.getLogger().setLevel(logging.WARNING)
+        if rank()[1] > 1 and options.command != "features":
+            raise InputError(
+                f"Only 'features' runs in several processes of torchrun: give '{options.command}' without."
+            )
         perform(options)
     except InputError as error:
         print(error, file=sys.stderr)

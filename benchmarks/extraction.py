@@ -3,6 +3,7 @@
 Measures on some images of a data set, in turn, on all cores:
 - bare_forward: the forward pass alone, on random pixels that are in memory already;
 - decoding: reading, decoding and resizing alone, in one process;
+- check: what precedes an extraction, `features.check_images`;
 - extraction: `features.extract` as users meet it, in an empty cache: all images checked, then decoded beside the
   forward pass;
 - cache_hit: the same again, which finds the features in the cache;
@@ -11,8 +12,9 @@ Measures on some images of a data set, in turn, on all cores:
 Run:  python benchmarks/extraction.py --data-root DIR --vit-model DIR --output benchmarks/results/extraction_cpu.json
 
 Columns: the part; seconds; images per second, and that over the bare forward pass's (1 = no overhead), within a repeat;
-and one seed of both phases that runs the ViT in every epoch over one extraction, EXTRAPOLATED linearly from the epoch
-that was measured (training alone, one arm, each domain held out in turn). A cell is the median (lowest–highest).
+the same ratio of the processor times of this process, which other programs on the machine change less; and one seed of
+both phases that runs the ViT in every epoch over one extraction, EXTRAPOLATED linearly from the epoch that was measured
+(training alone, one arm, each domain held out in turn). A cell is the median (lowest–highest).
 """
 
 import argparse
@@ -20,7 +22,8 @@ import dataclasses
 import io
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from torch.nn import functional as F
 from config import Settings
 from dataset import ImageDataset, find_dataset, load_image
 from engine import choose_device
-from features import extract, load_extractor
+from features import check_images, extract, load_extractor
 from models import FeatureExtractor, FeedforwardClassifier
 
 
@@ -43,12 +46,19 @@ def evenly(images: ImageDataset, count: int) -> ImageDataset:
     return dataclasses.replace(images, files=files, labels=images.labels[rows], domains=images.domains[rows])
 
 
-def bare_forward(extractor: FeatureExtractor, batch: int, count: int) -> float:
-    """Seconds for `count` images of random pixels, made outside the timing."""
+def both_times(action: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that `action` takes, and processor seconds."""
+    start = time.process_time()
+    taken = seconds(action)
+    return taken, time.process_time() - start
+
+
+def bare_forward(extractor: FeatureExtractor, batch: int, count: int) -> tuple[float, float]:
+    """`both_times` of `count` images of random pixels, made outside the timing."""
     size = extractor.preprocessing(Image.new("RGB", (64, 64))).shape
     pixels = torch.randint(0, 256, (batch, *size), dtype=torch.uint8).to(extractor.device)
     parts = [pixels[: min(batch, count - start)] for start in range(0, count, batch)]
-    return seconds(lambda: [extractor(part).half().cpu() for part in parts])
+    return both_times(lambda: [extractor(part).half().cpu() for part in parts])
 
 
 def pixels_of(images: ImageDataset, extractor: FeatureExtractor, rows: Iterable[int]) -> list[torch.Tensor]:
@@ -78,19 +88,25 @@ def measure(args: argparse.Namespace) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         caches = [Path(folder) / str(repeat) for repeat in range(args.repeats)]
         empty, filled = iter(caches), iter(caches)
+        check = partial(check_images, images, folder, args.workers or None, verify=True, progress=False)
         parts = {
             "bare_forward": lambda: bare_forward(extractor, batch, count),
-            "decoding": lambda: seconds(lambda: pixels_of(images, extractor, range(count))),
-            "extraction": lambda: seconds(partial(extract, images, extractor, next(empty), **options)),
-            "cache_hit": lambda: seconds(partial(extract, images, extractor, next(filled), **options)),
-            "vit_epoch": lambda: seconds(lambda: vit_epoch(images, extractor, settings)),
+            "decoding": lambda: both_times(lambda: pixels_of(images, extractor, range(count))),
+            "check": lambda: both_times(check),
+            "extraction": lambda: both_times(partial(extract, images, extractor, next(empty), **options)),
+            "cache_hit": lambda: both_times(partial(extract, images, extractor, next(filled), **options)),
+            "vit_epoch": lambda: both_times(lambda: vit_epoch(images, extractor, settings)),
         }
-        taken = in_turn(parts, args.repeats)
+        found = in_turn(parts, args.repeats)
+    taken = {name: [wall for wall, _ in pairs] for name, pairs in found.items()}
+    busy = {name: [processor for _, processor in pairs] for name, pairs in found.items()}
     rows = []
     for name, values in taken.items():
         rate = spread(count / value for value in values)
         rows.append({"part": name, "seconds": spread(values), "images_per_second": rate})
         rows[-1]["speed_over_bare_forward"] = ratio(taken["bare_forward"], values)
+        rows[-1]["processor_seconds"] = spread(busy[name])
+        rows[-1]["by_processor_time"] = ratio(busy["bare_forward"], busy[name])
     others = len(images.domain_names) - 1  # an image is trained on while each other domain is held out
     passes = settings.ph1_num_epochs + others * (1 - settings.out_fraction) * settings.ph2_num_epochs
     rows[-1]["seed_over_extraction"] = ratio([passes * value for value in taken["vit_epoch"]], taken["extraction"])
@@ -102,6 +118,7 @@ def columns(row: dict) -> dict[str, object]:
     """A row of the table."""
     cells = {"part": row["part"], "seconds": shown(row["seconds"], 3), "img/s": shown(row["images_per_second"], 1)}
     cells["/ bare forward"] = shown(row["speed_over_bare_forward"])
+    cells["by processor time"] = shown(row["by_processor_time"])
     seed = row.get("seed_over_extraction")
     return cells | {"seed / extraction": shown(seed, 1) if seed else ""}
 

@@ -11,6 +11,7 @@ from engine.machine import (
     default_workers,
     free_memory,
     prepare_machine,
+    rank,
     training_memory,
     training_threads,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "prepare_machine",
     "raise_failure",
     "random_start",
+    "rank",
     "side_by_side",
     "stacks_at_a_time",
     "train",

@@ -14,10 +14,24 @@ from config import InputError
 COPIES = 10  # of a network's numbers during training: start, weights, gradients, two moments, rates, masks, results
 
 
+def rank() -> tuple[int, int]:
+    """Number of this process among those that `torchrun` starts together, and how many they are; else 0 and 1.
+
+    Raises:
+        InputError: the environment's RANK and WORLD_SIZE, if they are set, are not such numbers.
+    """
+    number, of = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise InputError(
+            f"RANK={number} and WORLD_SIZE={of} are set, and RANK must be a number from 0 below WORLD_SIZE."
+        )
+    return int(number), int(of)
+
+
 def default_workers() -> int:
-    """One per core this process may use, at most 16."""
+    """One per core this process may use, at most 16; processes that `torchrun` starts on a machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
 
 
 def free_memory(device: str = "cpu") -> float:
@@ -66,13 +80,18 @@ def choose_device(device: str | None = None) -> str:
 def prepare_machine(device: str | None = None, threads: int | None = None) -> str:
     """Set the number of CPU threads of this process (None leaves PyTorch's choice), and choose the device.
 
+    Of processes that `torchrun` starts, each takes the GPU of its LOCAL_RANK as its CUDA device.
+
     Raises:
         InputError: a number of threads beyond its limits, or a device that is not available.
     """
     if threads is not None:
         config.check("THREADS", threads)
         torch.set_num_threads(threads)
-    return choose_device(device)
+    device = choose_device(device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reads every image once before an extraction, and remembers the result."""
+"""Reads every image file before an extraction, decodes none that looks whole, and remembers what was read."""
 
 import hashlib
 import io
@@ -13,16 +13,22 @@ from logging import getLogger
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import __version__ as pillow_version
+from PIL import Image
 
 from config import InputError
-from dataset import DECODING_VERSION, ImageDataset, load_image
+from dataset import ImageDataset, load_image
 from engine import default_workers
 from storage import atomic_write
 
 log = getLogger(__name__)
-MEMO_VERSION = [DECODING_VERSION, pillow_version]  # another decoder may give other pixels
+MEMO_VERSION = 2
+JPEG_END, TAIL = b"\xff\xd9", 1024  # marker, and bytes at the end of a file in which it is looked for
 RACY_NS = 2_000_000_000  # a younger file may change again within one tick of the file system's clock (as in git)
+
+
+def memo_path(dataset: ImageDataset, cache_dir: str | os.PathLike) -> Path:
+    """Where `check_images` remembers what it has read of a data set."""
+    return Path(cache_dir) / f"images_{_sha256(os.path.abspath(dataset.root).encode())[:16]}.json"
 
 
 def check_images(
@@ -31,46 +37,50 @@ def check_images(
     workers: int | None = None,
     verify: bool = False,
     progress: bool = True,
-) -> tuple[list[str], list[str]]:
-    """Read every image once: SHA-256 of each file and of each decoded image (size and RGB bytes), in row order.
+) -> list[str]:
+    """Read every image file once and look whether it is whole: SHA-256 of each, in row order.
 
-    Both are remembered in `cache_dir` by size and modification time, so that an unchanged tree need not be read again.
-    Files younger than two seconds are not remembered.
+    They are remembered in `cache_dir` by size and modification time, so that an unchanged tree need not be read again.
+    Files younger than two seconds are not remembered. Pillow must know the format and the header of each; a PNG must
+    have all its parts with the right checksums, and a JPEG an end. That costs a tenth of decoding, and what remains to
+    be found, bytes that are wrong inside a file, shows when the image is decoded for the extraction.
 
     Args:
         cache_dir: an existing folder.
-        workers: threads (Pillow decodes without holding Python's lock); default one per core, at most 16.
+        workers: threads; default one per core, at most 16.
         verify: read all files again, even those that are remembered.
-
-    Returns:
-        Hashes of the files, and hashes of the decoded images.
 
     Raises:
         InputError: some images cannot be read; all of them are listed.
     """
-    memo_file = Path(cache_dir) / f"images_{_sha256(os.path.abspath(dataset.root).encode())[:16]}.json"
+    memo_file = memo_path(dataset, cache_dir)
     memo = {} if verify else _read_memo(memo_file)
     stats = {file: _size_and_time(dataset.path(row)) for row, file in enumerate(dataset.files)}
     known = {file: memo[file] for file in dataset.files if file in memo and tuple(memo[file][:2]) == stats[file]}
     todo = {file: row for row, file in enumerate(dataset.files) if file not in known}
     unreadable, young = [], set()
     try:
-        for file, digests in _read_all(dataset, todo, workers or default_workers(), progress):
-            if digests.problem:
-                unreadable.append(f"{file} ({digests.problem})")
+        for file, read in _read_all(dataset, todo, workers or default_workers(), progress):
+            if read.problem:
+                unreadable.append(f"{file} ({read.problem})")
                 continue
-            known[file] = [*stats[file], digests.content, digests.pixels]
-            if digests.started - stats[file][1] <= RACY_NS:
+            known[file] = [*stats[file], read.content]
+            if read.started - stats[file][1] <= RACY_NS:
                 young.add(file)
     finally:  # also after an interruption: what was read need not be read again
         if todo:
             _write_memo(memo_file, {file: known[file] for file in sorted(known.keys() - young)})
-    if unreadable:
+    raise_unreadable(dataset, unreadable)
+    return [known[file][2] for file in dataset.files]
+
+
+def raise_unreadable(dataset: ImageDataset, images: list[str]) -> None:
+    """Raise an `InputError` that lists images that cannot be read, each with the reason, if there are any."""
+    if images:
         raise InputError(
-            f"{len(unreadable)} of {len(dataset)} images in '{dataset.root}' cannot be read; repair or remove "
-            f"them: {', '.join(unreadable)}."
+            f"{len(images)} of {len(dataset)} images in '{dataset.root}' cannot be read; repair or remove "
+            f"them: {', '.join(images)}."
         )
-    return [known[file][2] for file in dataset.files], [known[file][3] for file in dataset.files]
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -85,22 +95,32 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class _Digests(NamedTuple):
+class _Read(NamedTuple):
     started: int  # time of reading, ns since the epoch
-    content: str = ""
-    pixels: str = ""
+    content: str = ""  # SHA-256
     problem: str = ""
 
 
-def _digests(dataset: ImageDataset, row: int) -> _Digests:
+def _read(dataset: ImageDataset, row: int) -> _Read:
     started = time.time_ns()
     try:
         data = dataset.read(row)
-        image = load_image(io.BytesIO(data))
+        check_whole(data)
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-        return _Digests(started, problem=image_problem(error, dataset.path(row)))
-    pixels = f"{image.width}x{image.height} ".encode() + image.tobytes()
-    return _Digests(started, _sha256(data), _sha256(pixels))
+        return _Read(started, problem=image_problem(error, dataset.path(row)))
+    return _Read(started, _sha256(data))
+
+
+def check_whole(data: bytes) -> None:
+    """Raise what Pillow does if the bytes are not an image from beginning to end.
+
+    Only a JPEG that seems to be cut short is decoded for it: Pillow knows better than a search for its last marker.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.verify()
+        cut = image.format == "JPEG" and JPEG_END not in data[-TAIL:]
+    if cut:
+        load_image(io.BytesIO(data))
 
 
 def image_problem(error: Exception, path: Path) -> str:
@@ -113,13 +133,13 @@ def image_problem(error: Exception, path: Path) -> str:
 
 def _read_all(
     dataset: ImageDataset, files: Mapping[str, int], workers: int, progress: bool
-) -> Iterator[tuple[str, _Digests]]:
+) -> Iterator[tuple[str, _Read]]:
     """Read the images of files, given with their rows."""
     from tqdm.auto import tqdm
 
     pool = ThreadPoolExecutor(workers)
     try:
-        results = pool.map(partial(_digests, dataset), files.values())
+        results = pool.map(partial(_read, dataset), files.values())
         quiet = {} if progress and files else {"disable": True}  # otherwise the environment's TQDM_DISABLE decides
         bar = tqdm(results, "checking images", len(files), unit="img", **quiet)
         yield from zip(files, bar, strict=True)
@@ -132,8 +152,8 @@ def _read_memo(file: Path) -> dict[str, list]:
         memo = json.loads(file.read_text())
         if memo["version"] != MEMO_VERSION:
             return {}
-        if not all([*map(type, known)] == [int, int, str, str] for known in memo["files"].values()):
-            raise ValueError("an entry is not size, time and two hashes")
+        if not all([*map(type, known)] == [int, int, str] for known in memo["files"].values()):
+            raise ValueError("an entry is not size, time and hash")
         return memo["files"]
     except FileNotFoundError:
         return {}

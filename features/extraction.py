@@ -13,26 +13,31 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from logging import getLogger
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 
 import config
 from config import InputError
 from dataset import DECODING_VERSION, ImageDataset, find_dataset, load_image
-from engine import choose_device, default_workers
-from features.check import check_images
+from engine import default_workers, prepare_machine, rank
+from features.check import check_images, image_problem, memo_path, raise_unreadable
 from features.pretrained import load_extractor
+from features.shards import Shards
 from features.tokens import Float16OverflowError, TokenFile
 from models import BackboneTail, FeatureExtractor
-from storage import FORMAT_VERSION, FeatureSet, atomic_write, load_features, save_features
+from storage import FORMAT_VERSION, FeatureSet, load_features, save_features
 
 log = getLogger(__name__)
 
@@ -116,7 +121,7 @@ def get_features(
     if data_root is None:
         return bundled_features()
     dataset = find_dataset(data_root)
-    device = choose_device(config.DEVICE) if device is None else device
+    device = prepare_machine(config.DEVICE) if device is None else device
     extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model, layers, pooling).to(device)
     cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
@@ -137,8 +142,10 @@ def extract(
 ) -> FeatureSet:
     """Features of all images: from the cache, else by one pass of the frozen ViT, and then cached.
 
-    An interrupted pass resumes where it stopped, to within 512 images. A second process that needs the same features
-    waits for the first. If the device runs out of memory, the batch size is halved until a batch fits.
+    An interrupted pass resumes where it stopped, to within 512 images. Processes that need the same features at the
+    same time share the pass, 512 images each at a time, and make up for one that ends; the features are the same. Of
+    those that `torchrun` starts, each begins with its own share, and the first alone shows a bar. If the device runs
+    out of memory, the batch size is halved until a batch fits.
 
     Args:
         dataset: from `dataset.find_dataset`.
@@ -153,7 +160,8 @@ def extract(
         check_tail: raises an InputError for blocks that are of no use; called before the pass.
 
     Raises:
-        InputError: unreadable images (all are listed before the pass begins), an image that changes during the pass,
+        InputError: unreadable images (all are listed: those that `check_images` finds before the pass, and those that
+            only decoding finds after it, when what could be done is kept), an image that changes during the pass,
             features that are not finite, too little memory for a single image, an unusable cache folder; blocks that
             the model has not, tokens that are not finite, too little disk for them, or a damaged file of them.
     """
@@ -170,18 +178,20 @@ def extract(
     if blocks:
         tail = extractor.tail(blocks).cpu()
         check_tail(tail)
-    contents, pixels = check_images(dataset, folder, workers or None, verify, progress)
+    progress = progress and not rank()[0]
+    with FileLock(memo_path(dataset, folder).with_suffix(".lock")):  # one reads the images, the others its memo
+        contents = check_images(dataset, folder, workers or None, verify, progress)
     header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
     header["preprocessing"] = extractor.preprocessing.describe()
     if (layers := extractor.describe_layers()) is not None:
         header["layers"] = layers
-    header["pixels_sha256"] = hashlib.sha256("".join(pixels).encode()).hexdigest()
     name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
     path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
     log.info("Features are kept in '%s'.", path)
     tokens = TokenFile(path, _token_shape(dataset, extractor, blocks), blocks, extractor.name) if blocks else None
+    keys = partial(_shard_keys, dataset, contents, extractor, header)
     run = partial(_run, dataset, contents, extractor, batch_size=batch_size, workers=workers, progress=progress)
-    _cache(path, tokens, run, dataset, header)
+    _cache(path, tokens, keys, run, dataset, header)
     features = load_features(path, f"images in {dataset.name}")
     return features if tokens is None else _with_tokens(features, tokens, tail)
 
@@ -192,40 +202,77 @@ def _check_layers(layers: str, blocks: int) -> None:
 
 
 def _token_shape(dataset: ImageDataset, extractor: FeatureExtractor, blocks: int) -> tuple[int, int, int]:
-    """N, T, D. The first image tells: a model preprocesses all to the same size."""
-    first = extractor.preprocessing(load_image(io.BytesIO(dataset.read(0))))
-    return len(dataset), *extractor.tokens(first[None], blocks)[1].shape[1:]
+    """N, T, D. Any image tells: a model preprocesses all to the same size."""
+    grey = extractor.preprocessing(Image.new("RGB", (64, 64), "grey"))
+    return len(dataset), *extractor.tokens(grey[None], blocks)[1].shape[1:]
 
 
-def _cache(path: Path, tokens: TokenFile | None, run: Callable, dataset: ImageDataset, header: dict) -> None:
-    """Make the file of features and the one of tokens, where they do not exist."""
+def _shard_keys(
+    dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, header: dict
+) -> dict[range, str]:
+    """The rows of each shard, and a hash over what determines their features."""
+    found = {}
+    for start in range(0, len(dataset), SHARD_ROWS):
+        rows = range(len(dataset))[start : start + SHARD_ROWS]
+        part = replace(dataset, files=dataset.files[start : rows.stop])
+        found[rows] = _key(part, contents[start : rows.stop], extractor, header)[:16]
+    return found
+
+
+def _cache(
+    path: Path, tokens: TokenFile | None, keys: Callable, run: Callable, dataset: ImageDataset, header: dict
+) -> None:
+    """Make the file of features and the one of tokens, where they do not exist, together with other processes."""
     files = [path] if tokens is None else [path, tokens.path]
-    if not all(file.exists() for file in files):
-        with _exclusive(path.with_suffix(".lock")), _deaths_of_workers():
-            # Asked again: another process may have written them while this one waited.
-            new_tokens = tokens is not None and not tokens.path.exists()
-            if new_tokens:
-                features = _run_with_tokens(run, tokens)
-            elif not path.exists():
-                features = run(path.with_suffix(".parts"))
-            if not path.exists():
-                names = dataset.class_names, dataset.domain_names, dataset.files
-                save_features(path, features, dataset.labels, dataset.domains, *names, **header)
-            if new_tokens:
-                tokens.finish()
+    new_tokens = tokens is not None and not tokens.path.exists()
+    target, tokens = (tokens.path, tokens) if new_tokens else (path, None)
+    lock = FileLock(path.with_suffix(".lock"))  # for what one process does for all
+    while not target.exists():
+        with lock:
+            shards = _begin(path, tokens, keys())
+        try:
+            with _deaths_of_workers():
+                run(shards, tokens)
+        except Float16OverflowError as error:
+            log.info("float16 cannot hold the tokens of %s: starting again in float32.", error)
+            with lock:
+                tokens.widen()
+            continue
+        with lock:
+            _finish(path, tokens, shards, dataset, header)
     for file in files:
         shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)  # perhaps of a process that was killed right here
 
 
-def _run_with_tokens(run: Callable, tokens: TokenFile) -> Tensor:
-    """The pass that makes both; in float32 from the start again, if float16 turns out not to hold the tokens."""
-    while True:
+def _begin(path: Path, tokens: TokenFile | None, keys: dict[range, str]) -> Shards:
+    """The shards of a pass: those that exist, also in folders of other passes, and the missing ones."""
+    if tokens is None:
+        shards = Shards(path, path.with_suffix(".parts"), keys)
+        shards.adopt(path.parent.glob("*.parts"))
+    elif tokens.path.exists():  # by now
+        return Shards(tokens.path, tokens.folder, keys)
+    else:
         tokens.resume()
-        try:
-            return run(tokens.parts, tokens)
-        except Float16OverflowError as error:
-            log.info("float16 cannot hold the tokens of '%s': starting again in float32.", error)
-            tokens.widen()
+        shards = Shards(tokens.path, tokens.folder, keys)
+        tokens.reserve(sum(map(len, shards.missing())))
+        shards.adopt(path.parent.glob(tokens.folders), tokens.take)
+    return shards
+
+
+def _finish(path: Path, tokens: TokenFile | None, shards: Shards, dataset: ImageDataset, header: dict) -> None:
+    """Put the files together, unless another process has done it, or there are images that cannot be read."""
+    if shards.target.exists():
+        return
+    raise_unreadable(dataset, shards.take_unreadable())
+    if shards.missing():  # another process has just listed images that cannot be read
+        return
+    if not path.exists():
+        features, pixels = shards.load()
+        names = dataset.class_names, dataset.domain_names, dataset.files
+        header = {**header, "pixels_sha256": hashlib.sha256(pixels.numpy().tobytes().hex().encode()).hexdigest()}
+        save_features(path, features, dataset.labels, dataset.domains, *names, **header)
+    if tokens is not None:
+        tokens.finish()
 
 
 def _with_tokens(features: FeatureSet, tokens: TokenFile, tail: BackboneTail) -> FeatureSet:
@@ -279,18 +326,6 @@ def _key(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _exclusive(path: Path):
-    """Take a lock that other processes respect; the end of a `with` block releases it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("Another process extracts these features; waiting for it (%s).", path)
-        return lock.acquire()
-
-
 @contextmanager
 def _deaths_of_workers() -> Iterator[None]:
     """One sentence instead of torch's page when the system ends a decoding process."""
@@ -309,75 +344,104 @@ def _run(
     dataset: ImageDataset,
     contents: list[str],
     extractor: FeatureExtractor,
-    parts: Path,
-    tokens: TokenFile | None = None,
+    shards: Shards,
+    tokens: TokenFile | None,
     *,
     batch_size: int | None,
     workers: int | None,
     progress: bool,
-) -> Tensor:
-    """Features ``[N, D]`` of all images, float16: those in `parts` are loaded, the others computed and saved there.
-
-    The tokens of a shard are on the disk before its features, whose file says that the shard is done.
-    """
-    from safetensors.torch import load_file, save_file
+) -> None:
+    """Make the missing shards, until this process and others have made all."""
     from tqdm.auto import tqdm
 
     limit = batch_size or (256 if extractor.device.type == "cuda" else 8)  # a CPU gains nothing from larger batches
-    parts.mkdir(exist_ok=True)
-    starts = range(0, len(dataset), SHARD_ROWS)
-    shards = {start: parts / f"{start:09d}.safetensors" for start in starts}
-    rows = {start: range(start, min(start + SHARD_ROWS, len(dataset))) for start in starts}
-    missing = [start for start in starts if not shards[start].exists()]
-    if tokens is not None:
-        tokens.reserve(sum(len(rows[start]) for start in missing))
-    batches = [list(rows[s][i : i + limit]) for s in missing for i in range(0, len(rows[s]), limit)]
-    done = len(dataset) - sum(map(len, batches))
-    loaded = iter(_loader(dataset, contents, extractor, batches, workers))
     quiet = {} if progress else {"disable": True}  # otherwise the environment's TQDM_DISABLE decides
-    with tqdm(total=len(dataset), initial=done, desc=extractor.name, unit="img", **quiet) as bar:
-        for start in missing:
-            buffer = []
-            while (filled := sum(map(len, buffer))) < len(rows[start]):
-                pixels, files, changed = next(loaded)
-                if changed:
-                    raise InputError(f"'{changed[0]}' has changed since it was checked; run again with verify=True.")
-                (features, *before), limit = _forward(extractor, tokens, pixels, limit, files)
-                if tokens is not None:
-                    tokens.write(start + filled, before[0], files)
-                buffer.append(features)
-                bar.update(len(features))
+    with shards, tqdm(total=len(dataset), initial=shards.rows_done(), desc=extractor.name, unit="img", **quiet) as bar:
+        while missing := shards.missing():
+            claimed = shards.claim()
+            if (first := next(claimed, None)) is None:
+                shards.wait(missing[0])
+                bar.update(shards.rows_done() - bar.n)
+                continue
+            # Claimed while the images are loaded: by and by, so that others find something to do as well.
+            batches = (rows[i : i + limit] for rows in chain([first], claimed) for i in range(0, len(rows), limit))
+            loader = _loader(dataset, contents, extractor, batches, workers)
+            limit = _fill(shards, loader, extractor, tokens, limit, bar)
+
+
+def _fill(
+    shards: Shards, batches: Iterable, extractor: FeatureExtractor, tokens: TokenFile | None, limit: int, bar
+) -> int:
+    """Save the shards whose batches come in; returns the number of images at a time that fit in memory.
+
+    The tokens of a shard are on the disk before its features, whose file says that the shard is done. Of a shard with
+    images that cannot be read, all these are found and nothing is computed any more.
+    """
+    computed, unreadable = [], []
+    for batch in batches:
+        if batch.changed:
+            raise InputError(f"'{batch.changed[0]}' has changed since it was checked; run again with verify=True.")
+        unreadable += batch.unreadable
+        if not unreadable:
+            (features, *before), limit = _forward(extractor, tokens, batch.pixels, limit, batch.files)
+            if tokens is not None:
+                tokens.write(batch.start, before[0], batch.files)
+            computed.append((features, batch.digests))
+        bar.update(len(batch.files))
+        if not (rows := shards.ending(batch.start + len(batch.files))):
+            continue
+        if unreadable:
+            shards.save_unreadable(rows, unreadable)
+        else:
             if tokens is not None:
                 tokens.flush()
-            with atomic_write(shards[start]) as temporary:
-                save_file({"features": torch.cat(buffer)}, temporary)
-    return torch.cat([load_file(shards[start])["features"] for start in starts])
+            shards.save(rows, *map(torch.cat, zip(*computed, strict=True)))
+        bar.update(shards.rows_done() - bar.n)  # what others have made
+        computed, unreadable = [], []
+    return limit
+
+
+class _Batch(NamedTuple):
+    start: int  # first row
+    files: list[str]
+    changed: list[str]  # images that are gone, or not the bytes from which the cache key was computed
+    unreadable: list[str]  # images, each with the reason
+    pixels: Tensor  # uint8 [B, 3, H, W], preprocessed; of no use if there are such images
+    digests: Tensor  # uint8 [B, 32], SHA-256 of size and RGB bytes of the decoded images
 
 
 class _Pixels(torch.utils.data.Dataset):
-    """Indexed by a list of rows: preprocessed images, uint8 ``[B, 3, H, W]``, their files, and the changed ones."""
+    """Indexed by a range of rows: a `_Batch`."""
 
     def __init__(self, dataset: ImageDataset, contents: list[str], preprocessing, threads: int = 0):
-        self.read, self.files, self.contents, self.preprocessing = dataset.read, dataset.files, contents, preprocessing
+        self.dataset, self.contents, self.preprocessing = dataset, contents, preprocessing
         self.map = ThreadPoolExecutor(threads).map if threads else map
 
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, list[str], list[str]]:
-        files, pixels = [self.files[row] for row in rows], list(self.map(self._read, rows))
-        # Returned, not raised: an exception in a worker process reaches the main process as a page of text.
-        changed = [file for file, image in zip(files, pixels, strict=True) if image is None]
-        return torch.empty(0) if changed else torch.stack(pixels), files, changed
+    def __getitem__(self, rows: range) -> _Batch:
+        # Problems are returned, not raised: an exception in a worker process reaches this one as a page of text.
+        files, read = [self.dataset.files[row] for row in rows], list(self.map(self._read, rows))
+        changed = [file for file, found in zip(files, read, strict=True) if found is None]
+        unreadable = [f"{file} ({found})" for file, found in zip(files, read, strict=True) if isinstance(found, str)]
+        good = [(torch.empty(0), torch.empty(0))] if changed or unreadable else read
+        return _Batch(rows.start, files, changed, unreadable, *map(torch.stack, zip(*good, strict=True)))
 
-    def _read(self, row: int) -> Tensor | None:
-        """A preprocessed image, or None if it is gone or not the bytes from which the cache key was computed."""
+    def _read(self, row: int) -> tuple[Tensor, Tensor] | str | None:
+        """A preprocessed image and the hash of what was decoded, or why it cannot be, or None if it has changed."""
         try:
-            data = self.read(row)
+            data = self.dataset.read(row)
         except OSError:
             return None
-        same = hashlib.sha256(data).hexdigest() == self.contents[row]
-        return self.preprocessing(load_image(io.BytesIO(data))) if same else None
+        if hashlib.sha256(data).hexdigest() != self.contents[row]:
+            return None
+        try:
+            image = load_image(io.BytesIO(data))
+        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            return image_problem(error, self.dataset.path(row))
+        digest = hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).digest()
+        return self.preprocessing(image), torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 
 
-def _loader(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, batches: list, workers):
+def _loader(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, batches: Iterator, workers):
     """Iterates over batches, decoded by processes beside a GPU, or by threads between the passes of a CPU.
 
     On a CPU the forward pass already uses every core: decoding processes beside it make its threads wait for one
@@ -388,7 +452,7 @@ def _loader(dataset: ImageDataset, contents: list[str], extractor: FeatureExtrac
         workers = default_workers() if on_gpu else 0
     return torch.utils.data.DataLoader(
         _Pixels(dataset, contents, extractor.preprocessing, threads=0 if workers else default_workers()),
-        batch_size=None,  # `batches` are lists of rows already
+        batch_size=None,  # `batches` are ranges of rows already
         sampler=batches,
         num_workers=workers,
         pin_memory=on_gpu,

@@ -8,8 +8,11 @@ place. It is therefore whole where it is found, and takes its size on the disk o
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,11 +26,14 @@ TYPES = ("float16", "float32")  # the second where the first cannot hold the tok
 
 
 class Float16OverflowError(ArithmeticError):
-    """A token of the named image lies beyond the range of float16."""
+    """A token of the named image lies beyond the range of float16, as this process finds or another has found."""
 
 
 class TokenFile:
     """Tokens of a data set in the cache, or on their way there.
+
+    Several processes may `write` at once, each rows of its own. All other methods that change files are for one at a
+    time.
 
     Args:
         features: path of the feature file that they belong to.
@@ -40,7 +46,24 @@ class TokenFile:
         self.path = features.with_name(f"{features.stem}_blocks{blocks}.npy")
         self.parts = self.path.with_suffix(".parts")
         self.shape, self.blocks, self.model, self.type = shape, blocks, model, TYPES[0]
-        self._unfinished = self.parts / "tokens.npy"
+
+    @property
+    def folder(self) -> Path:
+        """Where the tokens of this type are made: `parts`, or a folder in it that says that float16 is too narrow."""
+        return self.parts if self.type == TYPES[0] else self._wide
+
+    @property
+    def folders(self) -> str:
+        """Pattern of such folders of any pass, below that of the features."""
+        return f"*_blocks{self.blocks}.parts" + (f"/{TYPES[1]}" if self.type == TYPES[1] else "")
+
+    @property
+    def _wide(self) -> Path:
+        return self.parts / TYPES[1]
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / "tokens.npy"
 
     def load(self) -> Tensor:
         """The tokens ``[N, T, D]``, mapped into memory; what is written to them does not reach the disk.
@@ -54,15 +77,16 @@ class TokenFile:
         return torch.from_numpy(array)
 
     def resume(self) -> None:
-        """Take over the tokens of an interrupted pass and their type, or discard what it left."""
-        if (array := _open(self._unfinished, self.shape, "r")) is None:
-            shutil.rmtree(self.parts, ignore_errors=True)
-        else:
-            self.type = array.dtype.name
+        """Take over tokens and type of an interrupted pass, or of other processes; discard what is damaged."""
+        self.type = TYPES[self._wide.is_dir()]
+        array = _open(self._unfinished, self.shape, "r")
+        if array is None or array.dtype != self.type:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def widen(self) -> None:
-        """Discard what there is, and go on in float32."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        """Discard what there is in float16, which other processes then notice, and go on in float32."""
+        self._wide.mkdir(parents=True, exist_ok=True)
+        (self.parts / self._unfinished.name).unlink(missing_ok=True)
         self.type = TYPES[1]
 
     def reserve(self, rows: int) -> None:
@@ -80,7 +104,7 @@ class TokenFile:
                 f"{rows * row / 1e9:.2f} GB more: make room, or set CACHE_DIR to a folder on another disk."
             )
         with write_errors(self.path):
-            self.parts.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             if not self._unfinished.exists():
                 np.lib.format.open_memmap(self._unfinished, "w+", self.type, self.shape)
 
@@ -97,29 +121,52 @@ class TokenFile:
         if not (finite := tokens.isfinite().flatten(1).all(1)).all():
             file = files[int((~finite).nonzero()[0])]
             if self.type != TYPES[-1]:
-                raise Float16OverflowError(file)
+                raise Float16OverflowError(f"'{file}'")
             raise InputError(f"The tokens of '{file}' are not finite; {self.model} cannot be used on it.")
-        array = np.lib.format.open_memmap(self._unfinished, "r")
-        with write_errors(self.path), self._unfinished.open("r+b") as file:
-            file.seek(array.offset + row * array[0].nbytes)
-            file.write(tokens.contiguous().numpy())
+        with self._opened() as file:
+            data = tokens.contiguous().numpy()
+            file.seek((row - self.shape[0]) * data[0].nbytes, os.SEEK_END)  # the rows are the end of the file
+            file.write(data)
 
     def flush(self) -> None:
         """Return when what was written is on the disk."""
-        with write_errors(self.path), self._unfinished.open("r+b") as file:
+        with self._opened() as file:
             os.fsync(file.fileno())
+
+    def take(self, folder: Path, rows: range) -> bool:
+        """Copy rows from the folder of another pass, if it has them in this type."""
+        array = _open(folder / self._unfinished.name, None, "r")
+        if array is None or array.dtype != self.type or array.shape[1:] != self.shape[1:] or len(array) < rows.stop:
+            return False
+        self.write(rows.start, torch.from_numpy(array[rows.start : rows.stop].copy()), [])
+        self.flush()
+        return True
 
     def finish(self) -> None:
         """Move the file, which is whole, to its place."""
         with write_errors(self.path):
             self._unfinished.replace(self.path)
 
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file that is being made, to be written to."""
+        with write_errors(self.path):
+            try:
+                opened = self._unfinished.open("r+b")
+            except FileNotFoundError:
+                if self.type == TYPES[0] and (self._wide.is_dir() or self.path.exists()):
+                    raise Float16OverflowError("an image of another process") from None
+                raise
+            with opened:
+                yield opened
 
-def _open(path: Path, shape: tuple[int, int, int], mode: str) -> np.memmap | None:
-    """A file of tokens, mapped into memory, or None if it is not one of that shape from its first byte to its last."""
+
+def _open(path: Path, shape: tuple[int, int, int] | None, mode: str) -> np.memmap | None:
+    """A file of tokens, mapped into memory, or None if it is not whole or not of that shape; None stands for any."""
     try:
         array = np.lib.format.open_memmap(path, mode)
     except Exception:  # numpy raises anything on a damaged file
         return None
-    whole = array.shape == shape and array.dtype.name in TYPES and array.flags.c_contiguous
+    alike = array.ndim == 3 if shape is None else array.shape == shape
+    whole = alike and array.dtype.name in TYPES and array.flags.c_contiguous
     return array if whole and path.stat().st_size == array.offset + array.nbytes else None

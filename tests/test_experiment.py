@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, the one sentence about bad input, Ctrl-C, and what is written."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -477,6 +478,24 @@ def test_features_with_trained_blocks_caches_tokens_and_says_so(of_images, tmp_p
     assert "17 tokens of each image before the last 2 blocks" in printed
     assert "GB of disk" in caplog.text
     assert [*(tmp_path / "cache").glob("*_blocks2.npy")]
+
+
+def test_of_the_processes_of_torchrun_the_first_speaks_and_only_features_runs_in_them(of_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    level = logging.getLogger().level
+    try:
+        monkeypatch.setenv("RANK", "1")
+        assert of_images("features", "--output", "copy.safetensors") == (0, "", [])
+        assert not (tmp_path / "copy.safetensors").exists()
+        code, _, error = of_images("run", "--seeds", 1)
+        assert (code, len(error)) == (2, 1)
+        assert "torchrun" in error[0]
+    finally:
+        logging.getLogger().setLevel(level)
+    monkeypatch.setenv("RANK", "0")
+    code, printed, _ = of_images("features", "--output", "copy.safetensors")
+    assert (code, printed.count("\n")) == (0, 2)
+    assert (tmp_path / "copy.safetensors").exists()
 
 
 def test_figures_of_a_study_of_blocks_are_drawn_from_its_tables(command, tmp_path, monkeypatch):
