@@ -163,7 +163,7 @@ def ensemble(comparison: Comparison) -> pd.Series:
         saved = run.archive.method(PARTNERS["pooled"], 0, (holdout,))
         params = {name: value[saved.ok] for name, value in saved.params().items()}
         rows = run.data.all_rows([holdout])
-        logits = partial(functional_call, run.network, args=(run.data.features[rows].cpu(),))
+        logits = partial(functional_call, run.network, args=(run.data.features[rows].to(run.data.dtype).cpu(),))
         chances = vmap(logits)(params).softmax(-1).mean(0)
         found[holdout] = float((chances.argmax(-1) == run.data.labels[rows].cpu()).double().mean())
     return pd.Series(found, dtype=float)
