@@ -63,7 +63,7 @@ def report(comparison: Comparison) -> str:
         lines += ["", title, "-" * len(title), as_text(table)]
         if rule == "oracle" and comparison.trials == 1:
             lines += ["(There is one trial to choose from: the same networks as at the last epoch.)"]
-    lines += _yardstick(f"Linear probe ({probe_words(fits)}; unpaired)", probe)
+    lines += _yardstick(f"Linear probe ({probe_words(fits, comparison.run.data)}; unpaired)", probe)
     seeds = len(comparison.run.seeds)
     words = f"mean probabilities of the ERM networks of {seeds} seeds, last epoch; no interval, unpaired"
     lines += _yardstick(f"Ensemble ({words})", together)
