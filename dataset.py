@@ -349,15 +349,17 @@ def split(
         InputError: a domain is too small to have any `out` images.
     """
     inside = torch.ones(len(files), dtype=torch.bool)
-    for d, domain in enumerate(domain_names):
-        for c, label in enumerate(class_names):
-            rows = ((domains == d) & (labels == c)).nonzero().flatten().tolist()
-            rows.sort(key=files.__getitem__)
+    cells = domains * len(class_names) + labels
+    counts = torch.bincount(cells, minlength=len(domain_names) * len(class_names)).tolist()
+    cell = iter(cells.argsort(stable=True).split(counts))
+    for domain in domain_names:
+        for label in class_names:
+            rows = sorted(next(cell).tolist(), key=files.__getitem__)
             digest = hashlib.sha256(f"{seed}/{domain}/{label}".encode()).digest()
             order = np.random.default_rng(int.from_bytes(digest, "big")).permutation(len(rows))
             count = max(0, min(int(len(rows) * out_fraction + 0.5), len(rows) - 1))
             inside[[rows[i] for i in order[:count]]] = False
-        if not (~inside[domains == d]).any():
+        if not (~inside[domains == domain_names.index(domain)]).any():
             raise InputError(
                 f"Domain '{domain}' has too few images for a validation part of {out_fraction:g} of each class."
             )

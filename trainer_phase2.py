@@ -210,12 +210,12 @@ def _rates(data: SplitFeatures, arms: Sequence[Masking]) -> Callable[[int], Rate
     device = data.features.device
     masks = [torch.stack(layers, dim=1).to(device) for layers in zip(*(arm.mask for arm in arms), strict=True)]
     low_rates = [arm.low_rates() for arm in arms]
-    speeds = data.features.new_tensor([arm.speed for arm in arms])
+    speeds = data.like.new_tensor([arm.speed for arm in arms])
     others = {name: p.ndim for name, p in network.named_parameters() if name not in names}
     every = {name: speeds.view(1, -1, *[1] * axes) for name, axes in others.items()}
 
     def rates(epoch: int) -> Rates:
-        low = data.features.new_tensor([of_arm[epoch] for of_arm in low_rates]).view(-1, 1, 1)
+        low = data.like.new_tensor([of_arm[epoch] for of_arm in low_rates]).view(-1, 1, 1)
         tracked = {name: weight_rates(mask, low) for name, mask in zip(names, masks, strict=True)}
         if data.tail is not None or bool((speeds == 1).all()):  # the engine of blocks has rates for every arm
             return tracked

@@ -138,7 +138,8 @@ def _add(digest, value) -> None:
             _add(digest, part)
     elif isinstance(value, np.ndarray) or hasattr(value, "detach") or hasattr(value, "convert"):  # tensor or image
         array = np.ascontiguousarray(value.detach().cpu() if hasattr(value, "detach") else value)
-        digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(array)
     else:
         digest.update(f"{value!r} ".encode())
 
@@ -776,7 +777,7 @@ def feature_projection(
     labels, domains = as_array(labels).astype(int), as_array(domains).astype(int)
     order = np.lexsort((labels, domains))
     chosen = order[np.linspace(0, len(order) - 1, min(max_points, len(order))).round().astype(int)]
-    points, axis_names = _project(as_array(features)[chosen].astype(np.float32), method, seed)
+    points, axis_names = _project(as_array(features[chosen]).astype(np.float32), method, seed)
     figure = new_figure(WIDTH, 3.6, title)
     kinds = (
         ("domain", domains, domain_names, COLORS, DOMAIN_MARKERS),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from config import InputError, Settings
 from dataset import split
+from engine.machine import free_memory
 from engine.tail import ClsShortcut
 from models import BackboneTail, FeedforwardClassifier
 
@@ -22,12 +23,14 @@ CHECKED_IMAGES = 4  # on which the shortcut must agree with the module
 
 @dataclass(frozen=True, eq=False)
 class SplitFeatures:
-    """Features on a device, ready for training, with the in/out split of every seed.
+    """Features on a device, with the in/out split of every seed.
 
-    With `tokens`, the blocks `tail` after them are trained too, see `models.BackboneTail`.
+    Features, and tokens where there are some, are as they are stored: for a CPU mapped into memory, so that processes
+    share one copy, which the system drops where memory is short. Batches of them are converted to `dtype`. With
+    `tokens`, the blocks `tail` after them are trained too, see `models.BackboneTail`.
     """
 
-    features: Tensor  # float [N, D], of the type to train in
+    features: Tensor  # float [N, D]
     labels: Tensor  # int64 [N], index into `class_names`
     domains: Tensor  # int64 [N], index into `domain_names`
     files: tuple[str, ...]  # unique name of each row; the split depends on it
@@ -37,6 +40,7 @@ class SplitFeatures:
     out_fraction: float  # part of each domain and class that is `out`; the counts are the same for every split
     tokens: Tensor | None = None  # [N, T, D], as they are stored: on disk, for a CPU
     tail: BackboneTail | None = None  # the pretrained blocks after them, without a classifier
+    dtype: torch.dtype = torch.float32  # to train in
     _networks: dict[tuple[int, ...], Network] = field(default_factory=dict, repr=False)  # by hidden sizes
     _splits: dict[int, Tensor] = field(default_factory=dict, repr=False)  # split seed -> bool [N], True = `in`
 
@@ -49,10 +53,13 @@ class SplitFeatures:
         """
         if len(data.class_names) < 2:
             raise InputError(f"There is one class only, '{data.class_names[0]}': two are needed to tell them apart.")
-        tensors = data.features.to(device, dtype), data.labels.to(device), data.domains.to(device)
+        features = data.features.to(device)
+        if features.is_cuda and features.numel() * dtype.itemsize < free_memory("cuda") / 2:
+            features = features.to(dtype)  # once for all batches
+        tensors = features, data.labels.to(device), data.domains.to(device)
         names = tuple(data.files), tuple(data.class_names), tuple(data.domain_names)
         blocks = (None, None) if data.tail is None else (data.tokens.to(device), data.tail.to(device))
-        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction, *blocks)
+        made = cls(*tensors, *names, settings.split_seed, settings.out_fraction, *blocks, dtype)
         made.inside([0])  # raises for a domain that is too small
         return made
 
@@ -60,6 +67,11 @@ class SplitFeatures:
     def inputs(self) -> Tensor:
         """What networks are trained on: the tokens where there are some, else the features."""
         return self.features if self.tokens is None else self.tokens
+
+    @cached_property
+    def like(self) -> Tensor:
+        """An empty tensor of the type to train in, on the device."""
+        return self.features.new_empty(0, dtype=self.dtype)
 
     def network(self, hidden_sizes: Sequence[int]) -> Network:
         """The network for these inputs and classes; its classifier is an outline without weights."""

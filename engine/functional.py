@@ -136,10 +136,11 @@ class FunctionalEngine:
 
     def _validate(self) -> None:
         features, labels, rows = self.validation
+        dtype = next(iter(self.params.values())).dtype
         if bool((rows == rows[:1]).all()):  # one split for all seeds
-            logits = self._every("forward", self.params, features[rows[0]], in_dims=(0, None))
+            logits = self._every("forward", self.params, features[rows[0]].to(dtype), in_dims=(0, None))
         else:
-            logits = self._every("forward", self.params, features[rows])
+            logits = self._every("forward", self.params, features[rows].to(dtype))
         loss = F.cross_entropy(logits.movedim(1, 2), labels[rows], reduction="none").mean(-1)
         self.state = self.state | self._every("validated", self.params, self.state, loss)
 

@@ -35,7 +35,7 @@ def loss_gradients(
     network, like = data.network(hidden_sizes), next(iter(params.values()))
     found = []
     for s, own in enumerate(rows):
-        single = {name: value[s].to(data.features) for name, value in params.items()}
+        single = {name: value[s].to(data.like) for name, value in params.items()}
         tracked = {name: single[name] for name in network.tracked_names}
         totals = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in tracked.items()}
         size = max(1, IMAGE_FLOATS // sum(value.numel() for value in tracked.values())) if squared else ROWS
@@ -50,7 +50,7 @@ def _loss(data: SplitFeatures, network: torch.nn.Module, params: Params) -> Loss
     """The summed cross-entropy of one network as a function of its tracked weights; the other parameters are given."""
 
     def loss(tracked: Params, inputs: Tensor, labels: Tensor) -> Tensor:
-        own, inputs = {**params, **tracked}, inputs.to(data.features.dtype)
+        own, inputs = {**params, **tracked}, inputs.to(data.dtype)
         if data.tail is not None and data.shortcut is not None:
             stack = {name: value[None, None] for name, value in own.items()}
             logits = stacked_head(stack, data.shortcut.representation(stack, inputs[None]))[0, 0]

@@ -6,12 +6,12 @@ to float rounding, whatever is trained beside it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.data import BalancedOrder, BatchOrder, SplitFeatures
 from engine.machine import training_threads
@@ -19,6 +19,7 @@ from engine.stack import MatmulEngine, Params, Rates
 from engine.tail import TailEngine
 
 PIECE_FLOATS = 2**20  # largest activation while many rows are classified
+INPUT_FLOATS = 2**24  # and the largest piece of the inputs
 
 
 class Engine(Protocol):
@@ -65,7 +66,7 @@ def train(
     """Train a stack of networks and count its right answers after every epoch, or after the last one.
 
     Args:
-        data: networks train on its inputs, in the type and on the device of its features.
+        data: networks train on its inputs, in its `dtype` and on the device of its features.
         engine: holds the networks and takes the steps.
         seeds: S seeds; right answers are counted by the split of each.
         order: each seed's batches.
@@ -77,15 +78,15 @@ def train(
     """
     losses, shares, correct, buffers = [], [], [], {}
     cells = data.cells(seeds)
-    if bool((cells == cells[:1]).all()):  # one split for all seeds: counted by one product
+    if bool((cells == cells[:1]).all()):  # one split for all seeds
         cells = cells[:1]
     failed = torch.zeros(engine.shape, dtype=torch.long, device=data.features.device)
     with training_threads(threads):
         for epoch in range(epochs):
             factors = rates(epoch)
-            (loss_sum, right_sum), count = data.features.new_zeros(2, *engine.shape), 0
+            (loss_sum, right_sum), count = data.like.new_zeros(2, *engine.shape), 0
             for rows in order.next_epoch():  # [S, B]
-                inputs = gather(data.inputs, rows, buffers)
+                inputs = gather(data, rows, buffers)
                 loss, right = engine.step(inputs, data.labels.take(rows), factors, data.domains.take(rows))
                 loss_sum += loss * rows.shape[1]
                 right_sum += right
@@ -105,23 +106,42 @@ def train(
     return Trained(params, torch.stack(losses, axis), torch.stack(shares, axis), torch.stack(correct, axis), failed)
 
 
-def gather(inputs: Tensor, rows: Tensor, buffers: dict[int, Tensor]) -> Tensor:
-    """Rows of the inputs for each seed: ``[N, …]`` at ``[S, B]`` -> ``[S, B, …]``.
+def gather(data: SplitFeatures, rows: Tensor, buffers: dict[int, list[Tensor]]) -> Tensor:
+    """Inputs of some rows for each seed, in the type to train in: ``[S, B]`` -> ``[S, B, …]``.
 
-    The caller keeps `buffers`, batch size -> tensor: new memory for each batch takes twenty times as long.
+    The caller keeps `buffers`, batch size -> tensors: new memory for each batch takes twenty times as long.
     """
-    size = rows.shape[1]
+    size, shape = rows.shape[1], (rows.numel(), *data.inputs.shape[1:])
     if size not in buffers:
-        buffers[size] = inputs.new_empty(rows.numel(), *inputs.shape[1:])
-    torch.index_select(inputs, 0, rows.reshape(-1), out=buffers[size])
-    return buffers[size].view(*rows.shape, *inputs.shape[1:])
+        types = dict.fromkeys((data.inputs.dtype, data.dtype))
+        buffers[size] = [data.inputs.new_empty(shape, dtype=own) for own in types]
+    stored, converted = buffers[size][0], buffers[size][-1]
+    torch.index_select(data.inputs, 0, rows.reshape(-1), out=stored)
+    if converted is not stored:
+        converted.copy_(stored)
+    return converted.view(*rows.shape, *shape[1:])
 
 
-def rows_at_a_time(engine: Engine, rows: int) -> int:
-    """How many of `rows` rows to classify at a time, so that no activation exceeds `PIECE_FLOATS`; at least one."""
+def rows_at_a_time(engine: Engine, inputs: Tensor) -> int:
+    """How many of the inputs ``[N, …]`` to classify at a time; at least one.
+
+    So that no activation exceeds `PIECE_FLOATS`, nor a piece of the inputs `INPUT_FLOATS`.
+    """
     axes = len(engine.shape)
     widest = max(value.shape[axes] for value in engine.params.values() if value.ndim > axes)
-    return min(rows, max(1, PIECE_FLOATS // (engine.shape.numel() * widest)))
+    most = min(PIECE_FLOATS // (engine.shape.numel() * widest), INPUT_FLOATS // inputs[0].numel())
+    return min(len(inputs), max(1, most))
+
+
+def pieces(data: SplitFeatures, size: int) -> Iterator[Tensor]:
+    """All inputs, `size` rows at a time, in the type to train in; a piece may take the place of the one before."""
+    converted = None
+    for rows in data.inputs.split(size):
+        if rows.dtype == data.dtype:
+            yield rows
+            continue
+        converted = rows.new_empty(rows.shape, dtype=data.dtype) if converted is None else converted
+        yield converted[: len(rows)].copy_(rows)
 
 
 def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
@@ -129,23 +149,20 @@ def count_correct(engine: Engine, data: SplitFeatures, cells: Tensor) -> Tensor:
 
     `cells` are the `SplitFeatures.cells` of each seed, ``[S, N]``, or ``[1, N]`` for all seeds.
     """
-    size, total = rows_at_a_time(engine, len(data.labels)), math.prod(data.cell_shape)
-    pieces = zip(data.inputs.split(size), data.labels.split(size), cells.split(size, dim=1), strict=True)
-    counts = data.features.new_zeros(*engine.shape, total)  # a float holds counts up to 2**24 exactly
-    for inputs, labels, cell in pieces:
+    size = rows_at_a_time(engine, data.inputs)
+    counts = data.like.new_zeros(*engine.shape, math.prod(data.cell_shape))  # a float counts up to 2**24 exactly
+    parts = zip(pieces(data, size), data.labels.split(size), cells.split(size, dim=1), strict=True)
+    for inputs, labels, cell in parts:
         right = engine.right(inputs, labels).to(counts.dtype)
-        if len(cell) == 1:
-            counts += right @ nn.functional.one_hot(cell[0], total).to(counts.dtype)
-        else:
-            spread = cell.view(len(cell), *(1 for _ in engine.shape[1:]), -1).expand(right.shape)
-            counts.scatter_add_(-1, spread, right)
+        spread = cell.view(len(cell), *(1 for _ in engine.shape[1:]), -1).expand(right.shape)
+        counts.scatter_add_(-1, spread, right)
     return counts.long().view(*engine.shape, *data.cell_shape)
 
 
-def classify(engine: MatmulEngine | TailEngine, inputs: Tensor, rows: Tensor) -> Tensor:
-    """Most probable class of some rows of the inputs, int64 ``[N]``, for every network: int64 ``[*stack, N]``."""
-    parts = rows.split(rows_at_a_time(engine, len(rows)))
-    return torch.cat([engine.classify(inputs[part]) for part in parts], dim=-1)
+def classify(engine: MatmulEngine | TailEngine, data: SplitFeatures, rows: Tensor) -> Tensor:
+    """Most probable class of some rows, int64 ``[N]``, for every network: int64 ``[*stack, N]``."""
+    parts = rows.split(min(len(rows), rows_at_a_time(engine, data.inputs)))
+    return torch.cat([engine.classify(data.inputs[part].to(data.dtype)) for part in parts], dim=-1)
 
 
 def raise_failure(failed: Tensor, seeds: Sequence[int], what: str) -> None:

@@ -54,7 +54,7 @@ def make_engine(
         backbone_rates: learning rate of the blocks of each arm, V; not used where there are none.
         head_rates: with blocks, that of the classifier of each arm; default `learning_rate`.
     """
-    start = {name: value.to(data.features) for name, value in start.items()}
+    start = {name: value.to(data.like) for name, value in start.items()}
     if data.tail is None:
         return MatmulEngine(start, learning_rate)
     seeds = len(next(iter(start.values())))
@@ -91,10 +91,10 @@ def network_start(
 
 def _probes(data: SplitFeatures, rows: Tensor, settings: Settings) -> Params:
     """A linear classifier per seed, fitted to the features of its rows ``[S, n]``."""
-    features, labels = data.features.cpu().double().numpy(), data.labels.cpu().numpy()
+    labels = data.labels.cpu().numpy()
     own = {tuple(row): None for row in rows.tolist()}
     for row in own:
-        fitted = logistic_regression(features[[*row]], labels[[*row]], settings.probe_c)
+        fitted = logistic_regression(data.features[[*row]].cpu().double().numpy(), labels[[*row]], settings.probe_c)
         weight, bias = (torch.from_numpy(values).float() for values in (fitted.coef_, fitted.intercept_))
         if len(weight) == 1:  # of two classes: log odds of the second
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

@@ -189,7 +189,7 @@ class ColumnProtocol:
         self.run, self.layout = run, Layout.of(run.features)
         check_run(run.seeds, run.settings.split_seed)
         self.arms = arms_of(self.layout)
-        layers = run.data.features.view(len(run.features), -1, self.layout.width)
+        layers = run.data.features.to(run.data.dtype).view(len(run.features), -1, self.layout.width)
         self.columns = normalize(layers, dim=2).flatten(1).T.contiguous()  # [D, N]: columns are taken, then rows
 
     @classmethod

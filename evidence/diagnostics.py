@@ -90,7 +90,8 @@ def _pair_overlaps(run: Run, domain: str, pairs: int) -> list[tuple[float, float
     """Overlap of each pair of neighbouring seeds by position, after matching, and after permuting the matched units."""
     networks = run.archive.phase1(domain)
     valid, masks, params = networks.ok.tolist(), networks.layers("mask"), networks.params()
-    features, network = run.data.features[run.data.all_rows([domain])].cpu(), run.network
+    features = run.data.features[run.data.all_rows([domain])].to(run.data.dtype).cpu()
+    network = run.network
     hidden = [
         hidden_activations(network, {name: value[s] for name, value in params.items()}, features)
         for s in range(min(len(valid), pairs + 1))

@@ -92,6 +92,19 @@ BENCHMARKS = {
         },
     ),
     "whole": Benchmark("whole_cpu", "results", {"command": "command", "first": "first", "again": "again"}),
+    "size": Benchmark(
+        "size_cpu",
+        "results",
+        {
+            "images": "images",
+            "file (GiB)": "file_gib",
+            "seconds": "seconds",
+            "of processors": "processor_seconds",
+            "anonymous (GiB)": "peak_gib.anonymous",
+            "PSS (GiB)": "peak_gib.pss",
+            "RSS (GiB)": "peak_gib.rss",
+        },
+    ),
     "methods": Benchmark(
         "methods_cpu",
         "results",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from config import InputError
 from engine import SplitFeatures, logistic_regression
@@ -16,6 +17,8 @@ STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # of C, the inverse of
 SPLITS = 10  # on which it is fitted, at most
 PATIENCE = 2  # larger values of C in a row that are no better, after which no larger one is tried
 STEPS = 1000  # of Newton's method, at most
+MOST_IMAGES = 20_000  # that one is fitted to; of more, as many are taken evenly, by class and domain
+PIECE = 2**14  # images classified at a time
 COLUMNS = ("holdout", "split", "C", "validation", "full", "in", "out")
 
 
@@ -70,14 +73,18 @@ def _fit(run: Run, units: Sequence[tuple[str, int]], strengths: Mapping[str, Seq
         return row.assign(split=split)[[*COLUMNS]]
 
     chunks = [(holdout, (split,)) for holdout, split in units]
-    rows = pd.concat(run.side_by_side("Linear probe", chunks, fit, 1, 2 * run.data.features.numel(), "fit"))
+    floats = 2 * min(len(run.features), MOST_IMAGES) * run.features.feature_size
+    rows = pd.concat(run.side_by_side("Linear probe", chunks, fit, 1, floats, "fit"))
     return rows.set_index(["holdout", "split"]).sort_index()
 
 
-def probe_words(probe: pd.DataFrame) -> str:
-    """What a table of `kept_probe` is, for a heading."""
-    splits = probe["split"].nunique()
-    return f"logistic regression on the features, mean of {splits} splits" if splits > 1 else "logistic regression"
+def probe_words(probe: pd.DataFrame, data: SplitFeatures) -> str:
+    """What a table of `kept_probe` on this data is, for a heading."""
+    splits, inside = probe["split"].nunique(), data.totals[:, 0].sum(-1)
+    words = f"logistic regression on the features, mean of {splits} splits" if splits > 1 else "logistic regression"
+    if (inside.sum() - inside).max() > MOST_IMAGES:  # of the sources of a holdout
+        words += f"; fitted to {MOST_IMAGES:,} images at most, taken evenly by class and domain"
+    return words
 
 
 def linear_probe(
@@ -91,7 +98,8 @@ def linear_probe(
 
     C is the one with the best unweighted mean accuracy on the sources' `out` splits, the smallest in case of a tie;
     the search ends after `PATIENCE` larger ones in a row that are no better.
-    Each fit begins at the last one's solution; see `engine.logistic_regression`.
+    Each fit begins at the last one's solution; see `engine.logistic_regression`. Of more than `MOST_IMAGES` to train
+    on, as many are taken, every k-th by class and domain: with hundreds of classes a fit to all takes very long.
 
     Args:
         data: features, labels and splits.
@@ -107,8 +115,7 @@ def linear_probe(
     Raises:
         RuntimeError: a fit did not converge.
     """
-    features, labels = data.features.double().cpu().numpy(), data.labels.cpu().numpy()
-    table = []
+    labels, table = data.labels.cpu().numpy(), []
     for holdout in holdouts:
         parts = {
             (domain, part): data.rows([domain], part, [seed])[0].cpu().numpy()
@@ -117,20 +124,34 @@ def linear_probe(
         }
         sources = data.sources(holdout)
         rows = np.concatenate([parts[source, "in"] for source in sources])
-        outside = [(features[parts[source, "out"]], labels[parts[source, "out"]]) for source in sources]
+        if len(rows) > MOST_IMAGES:
+            order = np.lexsort((data.domains.cpu().numpy()[rows], labels[rows]))
+            rows = rows[order[np.linspace(0, len(rows) - 1, MOST_IMAGES).round().astype(int)]]
         best, chosen = -1.0, None
-        for strength, model in _path(features[rows], labels[rows], strengths, steps):
-            validation = float(np.mean([model.score(*images) for images in outside]))
+        for strength, model in _path(_features(data, rows), labels[rows], strengths, steps):
+            validation = float(np.mean([_score(model, data, parts[source, "out"]) for source in sources]))
             if validation > best:
                 best, worse = validation, 0
                 there = (parts[holdout, part] for part in ("all", "in", "out"))
-                chosen = strength, best, *(model.score(features[own], labels[own]) for own in there)
+                chosen = strength, best, *(_score(model, data, own) for own in there)
             else:
                 worse += 1
             if worse == PATIENCE:
                 break
         table.append((holdout, *chosen))
     return pd.DataFrame(table, columns=["holdout", "C", "validation", "full", "in", "out"]).set_index("holdout")
+
+
+def _features(data: SplitFeatures, rows: np.ndarray) -> np.ndarray:
+    """Features of some rows: float64 ``[n, D]``."""
+    return data.features[torch.from_numpy(rows)].double().cpu().numpy()
+
+
+def _score(model, data: SplitFeatures, rows: np.ndarray) -> float:
+    """Accuracy of a fitted `LogisticRegression` on some rows."""
+    pieces = (rows[first : first + PIECE] for first in range(0, len(rows), PIECE))
+    predicted = np.concatenate([model.predict(_features(data, piece)) for piece in pieces])
+    return float(np.mean(predicted == data.labels.cpu().numpy()[rows]))
 
 
 def _path(x: np.ndarray, y: np.ndarray, strengths: Sequence[float], steps: int) -> Iterator[tuple]:

@@ -203,7 +203,7 @@ def report(tables: Mapping[str, pd.DataFrame], short: Study, long: Study, others
         *section(f"Confirmatory family, {epochs[1]} epochs", family_shown(tables["contrasts_longer"])),
         *section(f"Accuracy (%), {epochs[0]} epochs", wide_table(tables["accuracy"])),
         *section(f"Accuracy (%), {epochs[1]} epochs", wide_table(tables["accuracy_longer"])),
-        *section(f"Linear probe ({probe_words(probe)}; %)", (100 * accuracy.astype(float)).round(2)),
+        *section(f"Linear probe ({probe_words(probe, run.data)}; %)", (100 * accuracy.astype(float)).round(2)),
         f"Chance is {100 * levels(run.facts['counts'])[0]:.1f} %.",
         *section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
         *section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),

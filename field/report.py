@@ -66,7 +66,7 @@ def report(comparison: Comparison) -> str:
         lines += ["", title, "-" * len(title), as_text(table)]
         if rule == "oracle" and comparison.trials == 1:
             lines += ["(There is one trial to choose from: the same networks as at the last epoch.)"]
-    lines += _yardstick(f"Linear probe ({probe_words(fits)}; unpaired)", probe)
+    lines += _yardstick(f"Linear probe ({probe_words(fits, comparison.run.data)}; unpaired)", probe)
     seeds = len(comparison.run.seeds)
     words = f"mean probabilities of the ERM networks of {seeds} seeds, last epoch; no interval, unpaired"
     lines += _yardstick(f"Ensemble ({words})", together)
@@ -166,7 +166,7 @@ def ensemble(comparison: Comparison) -> pd.Series:
         saved = run.archive.method(PARTNERS["pooled"], 0, (holdout,))
         params = {name: value[saved.ok] for name, value in saved.params().items()}
         rows = run.data.all_rows([holdout])
-        logits = partial(functional_call, run.network, args=(run.data.features[rows].cpu(),))
+        logits = partial(functional_call, run.network, args=(run.data.features[rows].to(run.data.dtype).cpu(),))
         chances = vmap(logits)(params).softmax(-1).mean(0)
         found[holdout] = float((chances.argmax(-1) == run.data.labels[rows].cpu()).double().mean())
     return pd.Series(found, dtype=float)

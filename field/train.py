@@ -162,7 +162,7 @@ def _stack(
     start = random_start(every, "fresh_start", data.network(settings.hidden_sizes))
     return FunctionalEngine(
         [trial for trial in trials for _ in seeds],
-        {name: value.to(data.features) for name, value in start.items()},
+        {name: value.to(data.like) for name, value in start.items()},
         [generator(seed, "noise", "+".join(sorted(holdouts))) for seed in every],
         [data.domain_names.index(name) for name in sources],
         Validation(data.features, data.labels, data.rows(sources, "out", every)),

@@ -80,7 +80,7 @@ def _expert_use(run: Run, networks: MethodNetworks) -> Tensor:
     shape = len(data.domain_names), len(data.class_names)
     groups, found = data.domains * shape[1] + data.labels, []
     for s in range(len(networks.seeds)):
-        params = {name: value[s].to(data.features) for name, value in networks.params.items()}
-        routing = networks.method.routing(params, data.features).detach()
+        params = {name: value[s].to(data.like) for name, value in networks.params.items()}
+        routing = networks.method.routing(params, data.features.to(data.dtype)).detach()
         found.append(expert_use(routing, groups, shape[0] * shape[1]).view(*shape, -1).cpu())
     return torch.stack(found)

@@ -35,6 +35,7 @@ from config import InputError
 from storage.atomic import atomic_write
 
 FORMAT_VERSION = 1
+ROWS = 2**12  # checked at a time
 UNPRINTABLE = r"[\0\ud800-\udfff]"  # NUL, and halves of characters, which UTF-8 has no bytes for
 
 
@@ -273,8 +274,11 @@ def _check_tensors(where: str, tensors: dict[str, Tensor]) -> None:
             raise InputError(f"{where} must have integer {name}, not {kind}.")
         if shape != [len(features)]:
             raise InputError(f"{where} has {name} of shape {shape} for {len(features)} rows of features.")
-    if not (finite := features.float().isfinite().all(1)).all():  # training uses float32
-        raise InputError(f"{where} has features that are not finite, first in row {int((~finite).nonzero()[0])}.")
+    for start in range(0, len(features), ROWS):
+        finite = features[start : start + ROWS].float().isfinite().all(1)  # training uses float32
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0])
+            raise InputError(f"{where} has features that are not finite, first in row {row}.")
 
 
 def _counts(labels: Tensor, domains: Tensor, class_names: list, domain_names: list) -> dict[str, dict[str, int]]:

@@ -274,14 +274,16 @@ def confusion(run: Run, holdout: str, arm: str) -> np.ndarray:
     rows = run.data.all_rows([holdout])
     params = {name: value[networks.ok][:, None] for name, value in networks.params().items()}
     engine = make_engine(run.data, run.settings, params, 0.0, [0.0])  # the rates are of no effect
-    predicted = classify(engine, run.data.inputs, rows)[:, 0].cpu()  # [S, N]
+    predicted = classify(engine, run.data, rows)[:, 0].cpu()  # [S, N]
     cells = run.data.labels[rows].cpu().long() * classes + predicted
     return torch.bincount(cells.flatten(), minlength=classes**2).view(classes, classes).numpy()
 
 
 def projection_figure(run: Run) -> Figure:
     """t-SNE of the features, coloured by domain and by class."""
-    data, features = run.features, run.features.features.float()
+    data, features = run.features, run.features.features
+    if features.dtype not in (torch.float16, torch.float32, torch.float64):  # NumPy has no other
+        features = features.float()
     names = data.class_names, data.domain_names
     title = f"Features of {data.dataset} ({data.model_name}, {data.feature_size}-d), t-SNE"
     if data.feature_size < 2:

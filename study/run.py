@@ -244,7 +244,7 @@ class Run:
         """
         quiet = {} if self.execution.progress and units else {"disable": True}  # else as TQDM_DISABLE says
         seeds = max((len(unit[-1]) for unit in units), default=0)
-        at_a_time = 1 if self.data.features.is_cuda else stacks_at_a_time(seeds, floats_per_seed)
+        at_a_time = 1 if self.data.features.is_cuda else stacks_at_a_time(seeds, self._numbers(floats_per_seed))
         with tqdm(total=len(units) * epochs, desc=phase, unit=unit, **quiet) as bar:
             yield from side_by_side(train, units, at_a_time, bar)
 
@@ -257,7 +257,16 @@ class Run:
             computed += ACTIVATIONS_OF_BLOCK * self.features.feature_size * tokens
         of_batch = batch * (2 * self.data.inputs[0].numel() + networks * computed)
         seeds = max((len(unit[-1]) for unit in units), default=0)
-        check_memory(training_memory(seeds, networks * self.network.size, of_batch), self.execution.device)
+        numbers = self._numbers(networks * self.network.size)
+        check_memory(training_memory(seeds, numbers, of_batch), self.execution.device)
+
+    def _numbers(self, floats: int) -> int:
+        """Numbers of a seed for `engine.training_memory`: of its networks, and one for each image.
+
+        What a seed keeps of an image, in its split, its cells and its batches, is five int64 at most: as much as the
+        copies of a number of a network. Features take none: they are mapped, or on the device already.
+        """
+        return floats + len(self.features)
 
     def records(self) -> list[dict]:
         """Records on disk of these seeds and holdouts."""

@@ -55,7 +55,9 @@ def blobs(domains=("art", "photo", "sketch"), classes=("cat", "dog", "owl"), per
 
 def split_blobs(dtype=torch.float64, settings=None, **kinds) -> SplitFeatures:
     """`blobs` with their in/out split, ready to be trained on."""
-    return SplitFeatures.from_features(blobs(**kinds), settings or Settings.current(), dtype=dtype)
+    made = blobs(**kinds)
+    made.features = made.features.to(dtype)
+    return SplitFeatures.from_features(made, settings or Settings.current(), dtype=dtype)
 
 
 def save_blobs(path, dataset="blobs", **kinds) -> FeatureSet:

@@ -154,6 +154,21 @@ def test_whole_times_a_command_and_the_same_again(rows_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]  # results went elsewhere
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not tell what memory is for")
+def test_size_measures_seconds_and_memory(rows_of, tmp_path):
+    command = "run --seeds 2 --set PH1_NUM_EPOCHS=1 --set PH2_NUM_EPOCHS=1 --no-figures"
+    options = ("--parts", "3000,2000", "--classes", 5, "--dims", 16)
+    rows = rows_of("size", "images", *options, command)
+    assert [row["images"] for row in rows] == [194, 291]
+    for row in rows:
+        assert row["command"] == command
+        assert 0 < row["file_gib"] < 0.001
+        assert min(row["seconds"]["median"], row["processor_seconds"]["median"]) > 0.5  # Python alone takes longer
+        peaks = row["peak_gib"]
+        assert 0.01 < peaks["anonymous"] < peaks["pss"] <= peaks["rss"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
 def test_versions_compares_two_checkouts(rows_of):
     rows = rows_of("versions", "what", "--against", ROOT, "--networks", 2, "--epochs", 1, "run --help")
     assert [row["what"] for row in rows] == ["training of 2", "run --help"]
@@ -168,6 +183,7 @@ def test_versions_compares_two_checkouts(rows_of):
         ("versions", ["--against", "nowhere"], "--against"),
         ("whole", ["--output", "no/such/folder/out.json"], "--output"),
         ("whole", ["run --unheard-of"], "--unheard-of"),
+        ("size", ["--parts", "5000", "--dims", "2", "--classes", "3", "run --unheard-of"], "--unheard-of"),
     ],
 )
 def test_bad_input_is_named(run, benchmark, options, named):

@@ -55,11 +55,12 @@ def test_what_cannot_be_split_or_told_apart_is_refused(kinds, message):
         split_blobs(**kinds)
 
 
-def test_the_data_is_in_the_type_asked_for_and_the_features_are_left_alone():
+def test_the_features_are_left_as_they_are_and_the_type_to_train_in_is_the_one_asked_for():
     features = blobs()
     before = features.features.clone()
     data = SplitFeatures.from_features(features, replace(SETTINGS, split_seed=5), dtype=torch.float64)
-    assert data.features.dtype == torch.float64
+    assert (data.dtype, data.like.dtype, data.like.numel()) == (torch.float64, torch.float64, 0)
+    assert data.features is features.features  # no copy, on a CPU
     assert torch.equal(features.features, before)
     assert not torch.equal(data.inside([0]), split(0).inside([0]))
     assert data.network((6, 5)).size == 8 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3

@@ -17,7 +17,8 @@ def data():
     features = torch.randn(24, 6, generator=draw, dtype=torch.float64)
     labels, domains = torch.arange(24) % 3, torch.arange(24) // 12
     files = tuple(f"{i}.png" for i in range(24))
-    return SplitFeatures(features, labels, domains, files, ("a", "b", "c"), ("art", "photo"), "seed", 0.25)
+    names = files, ("a", "b", "c"), ("art", "photo")
+    return SplitFeatures(features, labels, domains, *names, "seed", 0.25, dtype=torch.float64)
 
 
 @pytest.fixture

@@ -29,13 +29,32 @@ def test_right_answers_are_counted_by_domain_split_and_class(split_seed, piece, 
     data = replace(split_blobs(), split_seed=split_seed)
     trained = run(data, start_of(data, arms=2))
     rows = torch.arange(len(data.labels))
-    right = classify(MatmulEngine(trained.params), data.features, rows) == data.labels
+    right = classify(MatmulEngine(trained.params), data, rows) == data.labels
     for s, cells in enumerate(data.cells(SEEDS)):
         for arm in range(2):
             expected = torch.bincount(cells[right[s, arm]], minlength=18).view(3, 2, 3)
             assert torch.equal(trained.correct[s, arm, -1], expected)
     assert trained.correct.shape == (3, 2, 2, 3, 2, 3)
     assert (trained.correct <= data.totals).all()
+
+
+@pytest.mark.parametrize("piece", [2**24, 100])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_features_as_they_are_stored_train_the_same_bits_as_features_converted_before(stored, piece, monkeypatch):
+    monkeypatch.setattr("engine.loop.INPUT_FLOATS", piece)
+    data = split_blobs(torch.float32)
+    data = replace(data, features=data.features.to(stored))
+    start = {name: value.float() for name, value in start_of(data, arms=2).items()}
+    trained, whole = (run(own, start) for own in (data, replace(data, features=data.features.float())))
+    for name, value in whole.params.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(trained.params[name], value)
+    for name in ("loss", "train_accuracy", "correct", "failed"):
+        assert torch.equal(getattr(trained, name), getattr(whole, name))
+    assert 0.5 < trained.train_accuracy[..., -1].mean() < 1
+    rows, engine = torch.arange(0, 180, 7), MatmulEngine(whole.params)
+    found, expected = (classify(engine, own, rows) for own in (data, replace(data, features=data.features.float())))
+    assert torch.equal(found, expected)
 
 
 def test_the_first_epoch_is_the_same_however_many_follow():

@@ -131,7 +131,7 @@ def test_the_start_is_left_alone_and_parameters_keep_its_order_and_shapes(single
 def test_classes_are_those_of_the_module_however_many_rows_are_classified_at_a_time(data, piece, monkeypatch):
     monkeypatch.setattr("engine.loop.PIECE_FLOATS", piece)
     start, module = start_of(data, SEEDS, arms=2), FeedforwardClassifier(8, 3, SIZES).double()
-    classes = classify(MatmulEngine(start), data.features, torch.arange(len(data.labels)))
+    classes = classify(MatmulEngine(start), data, torch.arange(len(data.labels)))
     assert classes.shape == (2, 2, len(data.labels))
     for index in np.ndindex(2, 2):
         module.load_state_dict({name: value[index] for name, value in start.items()})

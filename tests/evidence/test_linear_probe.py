@@ -1,5 +1,6 @@
 """The linear probe against a loop over scikit-learn, and what may not influence it."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,10 @@ from sklearn.linear_model import LogisticRegression
 
 from config import InputError, Settings
 from engine import SplitFeatures
-from evidence.linear_probe import STRENGTHS, kept_probe, linear_probe
+from evidence.linear_probe import STRENGTHS, kept_probe, linear_probe, probe_words
 from tests.factories import SMALL, blobs, make_run, save_blobs, split_blobs
 
+PROBING = sys.modules["evidence.linear_probe"]  # the package has a function of this name
 FEW = (1e-4, 1e-2, 1.0)  # so few that none is left out because two before it were no better
 
 
@@ -190,3 +192,29 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path):
         (tmp_path / "run" / "linear_probe.csv").write_text(text)
         with pytest.raises(InputError, match=r"linear_probe\.csv"):
             kept_probe(run)
+
+
+def test_many_images_are_sampled_evenly_and_the_words_say_so(monkeypatch):
+    data = noisy(1)
+    rows, seen = data.rows(["photo", "sketch"], "in", [0])[0], []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, x, y: seen.append(x) or fit(self, x, y))
+    table = pd.DataFrame({"split": [0]})
+    assert "images" not in probe_words(table, data)
+    monkeypatch.setattr(PROBING, "MOST_IMAGES", 24)
+    assert len(rows) > 2 * 24
+    linear_probe(data, ["art"], strengths=[1.0])
+    assert "fitted to 24 images at most" in probe_words(table, data)
+    taken = (data.features[:, None] == torch.from_numpy(seen[0])).all(-1).nonzero()[:, 0]
+    assert set(taken.tolist()) <= set(rows.tolist())
+    assert len(taken) == len(set(taken.tolist())) == 24
+    for kind in (data.labels, data.domains):  # as common in the sample as among all images
+        shares = [torch.bincount(kind[own], minlength=3) / len(own) for own in (taken, rows)]
+        torch.testing.assert_close(*shares, rtol=0, atol=0.05)
+
+
+def test_images_are_classified_in_pieces(monkeypatch):
+    data = noisy(2)
+    whole = linear_probe(data, ["art"], strengths=FEW)
+    monkeypatch.setattr(PROBING, "PIECE", 7)
+    pd.testing.assert_frame_equal(linear_probe(data, ["art"], strengths=FEW), whole)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from config import InputError
+from config import InputError, Settings
+from engine import SplitFeatures
 from storage import copy_features, load_features, save_features
 
 CLASSES, DOMAINS = ["cat", "dog", "fox"], ["a", "b"]
@@ -52,6 +54,25 @@ def test_round_trip_keeps_the_float_type(tmp_path, kind):
     assert (loaded.files[0], loaded.files[-1]) == ("row000000", "row000011")
     assert loaded.describe() == "own features: 12 × 5-d, my-model, 2 domains, 3 classes (own.safetensors)"
     assert loaded.header["counts"] == {domain: {"cat": 2, "dog": 2, "fox": 2} for domain in DOMAINS}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not tell what is mapped")
+def test_features_stay_on_disk_also_for_training(tmp_path):
+    loaded = load_features(save_features(tmp_path / "own.safetensors", **parts(), dataset="own"))
+    data = SplitFeatures.from_features(loaded, replace(Settings.current(), out_fraction=0.5))
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "own.safetensors" in line]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in mapped]
+    for features in (loaded.features, data.features):
+        assert any(low <= features.data_ptr() < high for low, high in spans)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_the_first_row_that_is_not_finite_is_named_however_many_are_checked_at_a_time(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr("storage.feature_file.ROWS", rows)
+    content = parts()
+    content["features"][[7, 11], 2] = torch.tensor([torch.inf, torch.nan]).half()
+    with pytest.raises(InputError, match="not finite, first in row 7"):
+        save_features(tmp_path / "own.safetensors", **content)
 
 
 def test_the_same_content_is_the_same_bytes_and_a_fault_leaves_the_old_file(tmp_path):

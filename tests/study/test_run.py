@@ -212,3 +212,17 @@ def test_a_run_of_blocks_asks_for_its_tokens_when_it_is_read_again(tmp_path):
     records = [stored_record()]
     again = Run.of(Results(tmp_path), lambda **options: asked.append(options) or token_blobs(), records, "run")
     assert (asked, again.settings) == ([{"blocks": 1}], settings)
+
+
+def test_what_a_seed_keeps_of_every_image_counts_as_memory(tmp_path, monkeypatch):
+    needs, stacks, sizes = [], [], (10, 30)
+    monkeypatch.setattr("study.run.check_memory", lambda need, device: needs.append(need))
+    monkeypatch.setattr("study.run.stacks_at_a_time", lambda seeds, floats: stacks.append(floats) or 1)
+    for per_cell in sizes:
+        run = make_run(save_blobs(tmp_path / f"{per_cell}.safetensors", per_cell=per_cell), tmp_path / str(per_cell))
+        units = [("art", (0, 1, 2))]
+        run.check_memory(units, 2)
+        list(run.side_by_side("Phase 1", units, lambda unit, tick: tick(), 1, 100))
+    images = 9 * (sizes[1] - sizes[0])  # of three domains and three classes
+    assert needs[1] - needs[0] == 3 * images * 5 * 8  # three seeds, five int64
+    assert stacks == [100 + 9 * per_cell for per_cell in sizes]
