@@ -1,0 +1,106 @@
+"""Is the project's own pool of forked processes worth keeping beside loky's, which joblib brings?
+
+Runs a whole command of `experiment.py` with each, from the start of the process to its end, into an empty results
+directory. What loky's processes need is pickled once per phase into a temporary file, which each of them reads once;
+the processes are used again by the next phase. The pools take turns.
+
+Run:  python benchmarks/pools.py --output benchmarks/results/pools_cpu.json
+
+Columns: the command, the pool; seconds, and how many times those of the forked processes, medians over repeats
+(lowest–highest).
+"""
+
+import argparse
+import runpy
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from measuring import ROOT, Measured, in_turn, new_parser, ratio, run, seconds, shown, spread, start_python
+
+COMMANDS = ("run --seeds 20", "run --seeds 20 --no-figures")
+POOLS = ("fork", "loky")
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    """Seconds of each command with each pool."""
+    actions = {(command, pool): partial(pool_seconds, pool, command) for command in args.commands for pool in POOLS}
+    taken, rows = in_turn(actions, args.repeats), []
+    for command, pool in actions:
+        times, forked = taken[command, pool], taken[command, POOLS[0]]
+        rows.append({"command": command, "pool": pool, "seconds": spread(times), "over_fork": ratio(times, forked)})
+    return {"threads per process": 1}, rows
+
+
+def pool_seconds(pool: str, command: str) -> float:
+    """Seconds of a command with one of the `POOLS`, as a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [str(Path(__file__).resolve()), "--inside", pool, *shlex.split(command), "--results-dir", folder]
+        return seconds(lambda: start_python(arguments, ROOT))
+
+
+def inside(pool: str, arguments: Sequence[str]) -> None:
+    """Be `experiment.py` with these arguments and one of the `POOLS`."""
+    if pool == "loky":
+        import pools  # by its name, under which loky's processes find it
+
+        import study.run
+
+        beside, study.run.side_by_side = study.run.Run.side_by_side, pools.in_loky
+
+        def with_phase1(self, *given, **options) -> Iterator:
+            self.archive.keep_phase1()
+            yield from beside(self, *given, **options)
+
+        study.run.Run.side_by_side = with_phase1
+    sys.argv = ["experiment.py", *arguments]
+    runpy.run_path(str(ROOT / "experiment.py"), run_name="__main__")
+
+
+def in_loky(work: Callable, units: Sequence, at_a_time: int, bar) -> Iterator:
+    """As `engine.side_by_side`, in processes of loky; the bar moves when a unit is done."""
+    import cloudpickle
+    from joblib.externals.loky import get_reusable_executor
+
+    executor = get_reusable_executor(at_a_time)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "work"
+        path.write_bytes(cloudpickle.dumps(work))
+        futures = [executor.submit(perform, str(path), unit) for unit in units]
+        for future in futures:
+            result, ticks = future.result()
+            bar.update(ticks)
+            yield result
+
+
+def perform(path: str, unit: object) -> tuple[object, int]:
+    """The result of a unit, and how often its work ticked."""
+    import torch
+
+    torch.set_num_threads(1)
+    ticks = []
+    return load(path)(unit, lambda: ticks.append(None)), len(ticks)
+
+
+@cache
+def load(path: str) -> Callable:
+    """Pickled work, read once in each process."""
+    import cloudpickle
+
+    return cloudpickle.loads(Path(path).read_bytes())
+
+
+def columns(row: dict) -> dict[str, object]:
+    """A row of the table."""
+    cells = {"command": row["command"], "pool": row["pool"], "seconds": shown(row["seconds"])}
+    return cells | {"over fork": shown(row["over_fork"])}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        inside(sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit(run(new_parser(__doc__, COMMANDS), measure, columns))

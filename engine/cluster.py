@@ -1,0 +1,203 @@
+"""Units of work on a Dask cluster: the workers of one scheduler, on this machine or others. Needs `distributed`.
+
+What is wrong with a cluster is said in one sentence before anything is trained: no scheduler, no worker, another
+version of a library or of this project. Workers may come and go later; `perform` looks at those that come.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import ModuleType
+
+from config import InputError
+from engine.executors import SAME, Place, difference
+
+log = logging.getLogger(__name__)
+
+CONNECTING = 5.0  # seconds that a scheduler has to answer
+WAITING = 60.0  # seconds without a worker after which work is given up
+RETRIES = 3  # of a unit that a worker could not do
+PROTOCOL = ("dask", "distributed", "cloudpickle")  # what a scheduler must have in common with its clients
+
+_open: dict[str, "Cluster"] = {}
+
+
+def connect(address: str) -> "Cluster":
+    """The cluster of a scheduler, checked; the connection is kept for the next phase.
+
+    Raises:
+        InputError: see `Cluster.check`.
+    """
+    if address not in _open or _open[address].lost:
+        cluster = Cluster(address)
+        cluster.check()
+        _open[address] = cluster
+    return _open[address]
+
+
+def check_cluster(address: str) -> None:
+    """Raise the `InputError` that `connect` would, and leave no connection behind."""
+    cluster = Cluster(address)
+    try:
+        cluster.check()
+    finally:
+        cluster.client.close()
+
+
+class Cluster(Place):
+    """A connection to a scheduler.
+
+    Args:
+        address: such as ``tcp://HOST:8786``.
+
+    Raises:
+        InputError: `distributed` is missing, or nothing that understands it answers at the address.
+    """
+
+    def __init__(self, address: str):
+        self.address, self._sent, self._looked = address, {}, 0.0
+        distributed = _distributed()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", distributed.versions.VersionMismatchWarning)  # `check` says it
+                self.client = distributed.Client(address, timeout=CONNECTING, set_as_default=False)
+        except OSError as error:
+            raise InputError(
+                f"No Dask scheduler answers at '{address}': start one with `dask scheduler` and give the address that "
+                "it prints."
+            ) from error
+        except Exception as error:  # whatever a server of another kind or version makes of it
+            raise InputError(
+                f"What answers at '{address}' is no Dask scheduler of version {distributed.__version__} "
+                f"({type(error).__name__}: {error}): start one with `dask scheduler` where this command's packages are."
+            ) from error
+        self.executor = self.client.get_executor(retries=RETRIES)
+        self._seen = time.monotonic()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is over."""
+        return self.client.status not in ("running", "connecting")
+
+    def check(self) -> None:
+        """Refuse a cluster that would not train as this process does.
+
+        Raises:
+            InputError: the scheduler has other versions; no worker comes within a minute; a worker has several threads,
+                cannot import this project, or has another version of it or of a library.
+        """
+        self._check_scheduler()
+        self._wait_for_worker()
+        for worker, threads in self.client.nthreads().items():
+            if threads != 1:
+                raise InputError(
+                    f"The worker {worker} has {threads} threads, and a unit takes a whole process: start it with "
+                    "--nthreads 1."
+                )
+        here = _by_value("facts")()
+        for worker, there in self.client.run(_by_value("facts"), on_error="return").items():
+            if isinstance(there, Exception):
+                raise InputError(f"The worker {worker} cannot import this project ({there}): {SAME}.") from there
+            if wrong := difference(there, here):
+                raise InputError(f"The worker {worker} {wrong}: {SAME}.")
+
+    def _check_scheduler(self) -> None:
+        versions = self.client.get_versions()
+        there, here = (versions[side]["packages"] for side in ("scheduler", "client"))
+        there, here = ({name: side.get(name) for name in (*PROTOCOL, "python")} for side in (there, here))
+        if wrong := difference(there, here):
+            raise InputError(
+                f"The scheduler at '{self.address}' {wrong}: start scheduler and workers where this command's "
+                "packages are."
+            )
+
+    def _wait_for_worker(self) -> None:
+        """Wait for one, and raise an `InputError` if none comes."""
+        try:
+            self.client.wait_for_workers(1, timeout=WAITING)
+        except TimeoutError:
+            raise self._without_workers() from None
+        self._seen = time.monotonic()
+
+    def _without_workers(self) -> InputError:
+        return InputError(
+            f"The scheduler at '{self.address}' has had no worker for {WAITING:.0f} seconds: start some with "
+            f"`dask worker {self.address} --nthreads 1` and give the same command again."
+        )
+
+    def submit(self, *arguments: object) -> Future:
+        """`perform` on a worker."""
+        return self.executor.submit(_by_value("perform"), *arguments)
+
+    def send(self, contents: Mapping[str, object]) -> list:
+        """Contents on all workers; those that were there already stay, others are dropped."""
+        self._seen = time.monotonic()
+        kept = {name: self._sent[name] for name in contents if name in self._sent}
+        for name in contents.keys() - kept.keys():
+            kept[name] = self.client.scatter(contents[name], broadcast=True, hash=False)
+        self._sent = kept
+        return [kept[name] for name in contents]
+
+    def watch(self) -> None:
+        """See `Place`: the scheduler is gone, or all workers are for a minute."""
+        if self.lost:
+            raise InputError(
+                f"The scheduler at '{self.address}' is gone: start it and its workers again; the same command goes on "
+                "from here."
+            )
+        now = time.monotonic()
+        if now - self._looked < 1 or self.client.status != "running":
+            return
+        self._looked = now
+        if self._has_workers():
+            self._seen = now
+        elif now - self._seen > WAITING:
+            raise self._without_workers()
+
+    def _has_workers(self) -> bool:
+        try:
+            return bool(self.client.nthreads())
+        except OSError:  # the connection is being lost: the next look tells
+            return False
+
+    def recover(self) -> None:
+        """What was sent has gone with the workers that had it: have it sent again."""
+        while self.client.status == "connecting":
+            time.sleep(0.1)
+        self.watch()
+        log.warning("The workers that held the data are gone; it is sent again.")
+        self._sent = {}
+        self._wait_for_worker()
+
+    def explained(self, error: Exception) -> Exception:
+        """One sentence for a unit that no worker survives."""
+        if type(error).__name__ == "KilledWorker":
+            return InputError(
+                f"One worker of '{self.address}' after the other was ended by the same unit, most likely for lack of "
+                "memory: give them more of it (`dask worker --memory-limit`), or lower SEEDS_PER_CHUNK."
+            )
+        return error
+
+
+def _distributed() -> ModuleType:
+    """The package, with its own reports of lost connections off: what matters of them is said here."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise InputError(f"A cluster needs Dask ({error}): `pip install distributed`.") from error
+    for name in ("client", "core", "comm", "worker", "batched"):
+        logging.getLogger(f"distributed.{name}").setLevel(logging.CRITICAL)
+    return distributed
+
+
+def _by_value(name: str) -> Callable:
+    """A function of `engine.executors`, pickled by value: a scheduler unpickles it, and need not have this project."""
+
+    def call(*arguments):
+        from importlib import import_module
+
+        return getattr(import_module("engine.executors"), name)(*arguments)
+
+    return call
