@@ -6,11 +6,12 @@ the processes are used again by the next phase. The pools take turns.
 
 Run:  python benchmarks/pools.py --output benchmarks/results/pools_cpu.json
 
-Columns: the command, the pool; seconds, and how many times those of the forked processes, medians over repeats
-(lowest–highest).
+Columns: the command, the pool; seconds and how many times those of the forked processes, then processor seconds of
+all processes together, on which other programs have less influence, likewise; medians over repeats (lowest–highest).
 """
 
 import argparse
+import os
 import runpy
 import shlex
 import sys
@@ -30,16 +31,23 @@ def measure(args: argparse.Namespace) -> Measured:
     actions = {(command, pool): partial(pool_seconds, pool, command) for command in args.commands for pool in POOLS}
     taken, rows = in_turn(actions, args.repeats), []
     for command, pool in actions:
-        times, forked = taken[command, pool], taken[command, POOLS[0]]
-        rows.append({"command": command, "pool": pool, "seconds": spread(times), "over_fork": ratio(times, forked)})
+        row = {"command": command, "pool": pool}
+        for i, kind in enumerate(("seconds", "processor_seconds")):
+            own, forked = ([costs[i] for costs in taken[command, name]] for name in (pool, POOLS[0]))
+            row |= {kind: spread(own), f"{kind}_over_fork": ratio(own, forked)}
+        rows.append(row)
     return {"threads per process": 1}, rows
 
 
-def pool_seconds(pool: str, command: str) -> float:
-    """Seconds of a command with one of the `POOLS`, as a process."""
+def pool_seconds(pool: str, command: str) -> tuple[float, float]:
+    """Seconds and processor seconds of a command with one of the `POOLS`, as a process."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(Path(__file__).resolve()), "--inside", pool, *shlex.split(command), "--results-dir", folder]
-        return seconds(lambda: start_python(arguments, ROOT))
+        before = os.times()
+        taken = seconds(lambda: start_python(arguments, ROOT))
+        after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return taken, used
 
 
 def inside(pool: str, arguments: Sequence[str]) -> None:
@@ -95,8 +103,11 @@ def load(path: str) -> Callable:
 
 def columns(row: dict) -> dict[str, object]:
     """A row of the table."""
-    cells = {"command": row["command"], "pool": row["pool"], "seconds": shown(row["seconds"])}
-    return cells | {"over fork": shown(row["over_fork"])}
+    cells = {"command": row["command"], "pool": row["pool"]}
+    for kind in ("seconds", "processor_seconds"):
+        words = kind.replace("_", " ")
+        cells |= {words: shown(row[kind]), f"{words} / fork": shown(row[f"{kind}_over_fork"])}
+    return cells
 
 
 if __name__ == "__main__":

@@ -4,17 +4,16 @@ What is wrong with a cluster is said in one sentence before anything is trained:
 version of a library or of this project. Workers may come and go later; `perform` looks at those that come.
 """
 
+import asyncio
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
 
 from config import InputError
 from engine.executors import SAME, Place, difference
-
-log = logging.getLogger(__name__)
 
 CONNECTING = 5.0  # seconds that a scheduler has to answer
 WAITING = 60.0  # seconds without a worker after which work is given up
@@ -60,6 +59,8 @@ class Cluster(Place):
         self.address, self._sent, self._looked = address, {}, 0.0
         distributed = _distributed()
         try:
+            with ThreadPoolExecutor(1) as thread:  # a notebook has a loop of its own in this one
+                thread.submit(asyncio.run, _greet(address)).result()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", distributed.versions.VersionMismatchWarning)  # `check` says it
                 self.client = distributed.Client(address, timeout=CONNECTING, set_as_default=False)
@@ -132,21 +133,24 @@ class Cluster(Place):
         return self.executor.submit(_by_value("perform"), *arguments)
 
     def send(self, contents: Mapping[str, object]) -> list:
-        """Contents on all workers; those that were there already stay, others are dropped."""
-        self._seen = time.monotonic()
-        kept = {name: self._sent[name] for name in contents if name in self._sent}
-        for name in contents.keys() - kept.keys():
-            kept[name] = self.client.scatter(contents[name], broadcast=True, hash=False)
-        self._sent = kept
-        return [kept[name] for name in contents]
+        """Contents that workers have or fetch from one another; what is not among them any more is dropped.
+
+        They are results of tasks and not scattered: what is lost with a worker is made again from the scheduler's copy.
+        """
+        import dask
+
+        self._seen, same = time.monotonic(), lambda content: content  # a lambda is pickled by value
+        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+            self._sent = {
+                name: self._sent.get(name) or self.client.submit(same, content, pure=False)
+                for name, content in contents.items()
+            }
+        return list(self._sent.values())
 
     def watch(self) -> None:
         """See `Place`: the scheduler is gone, or all workers are for a minute."""
         if self.lost:
-            raise InputError(
-                f"The scheduler at '{self.address}' is gone: start it and its workers again; the same command goes on "
-                "from here."
-            )
+            raise self.gone()
         now = time.monotonic()
         if now - self._looked < 1 or self.client.status != "running":
             return
@@ -156,20 +160,24 @@ class Cluster(Place):
         elif now - self._seen > WAITING:
             raise self._without_workers()
 
+    def cancel(self, futures: Iterable[Future]) -> None:
+        """All at once: one by one takes a message each."""
+        if futures and self.client.status == "running":
+            self.executor.shutdown(wait=False)
+            self.executor = self.client.get_executor(retries=RETRIES)
+
+    def gone(self) -> InputError:
+        """That the scheduler is."""
+        return InputError(
+            f"The scheduler at '{self.address}' is gone: start it and its workers again; the same command goes on from "
+            "here."
+        )
+
     def _has_workers(self) -> bool:
         try:
             return bool(self.client.nthreads())
         except OSError:  # the connection is being lost: the next look tells
             return False
-
-    def recover(self) -> None:
-        """What was sent has gone with the workers that had it: have it sent again."""
-        while self.client.status == "connecting":
-            time.sleep(0.1)
-        self.watch()
-        log.warning("The workers that held the data are gone; it is sent again.")
-        self._sent = {}
-        self._wait_for_worker()
 
     def explained(self, error: Exception) -> Exception:
         """One sentence for a unit that no worker survives."""
@@ -190,6 +198,14 @@ def _distributed() -> ModuleType:
     for name in ("client", "core", "comm", "worker", "batched"):
         logging.getLogger(f"distributed.{name}").setLevel(logging.CRITICAL)
     return distributed
+
+
+async def _greet(address: str) -> None:
+    """Raise an `OSError` if nothing answers: a client itself would wait for a server that is silent for ever."""
+    from distributed.comm import connect
+
+    comm = await asyncio.wait_for(connect(address, CONNECTING), CONNECTING)
+    await comm.close()
 
 
 def _by_value(name: str) -> Callable:

@@ -14,8 +14,8 @@ import sys
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future, wait
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -33,7 +33,6 @@ from engine.machine import training_threads
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 0.1  # between two looks at what is done
 LARGE = 2**20  # bytes from which on a tensor travels by itself
-LOSSES = 3  # how often in a row what was sent may be lost
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 INSTALLED = ("site-packages", "dist-packages")
 
@@ -58,9 +57,14 @@ class Place:
     def watch(self) -> None:
         """Called several times a second while there is work; raises an `InputError` if none of it will be done."""
 
-    def recover(self) -> None:
-        """Called when submitted work was cancelled by the other side; raises an `InputError` if that is final."""
-        raise InputError("The executor was shut down before its work was done: the same command goes on from here.")
+    def cancel(self, futures: Iterable[Future]) -> None:
+        """Cancel what has not begun of the work that is left."""
+        for future in futures:
+            future.cancel()
+
+    def gone(self) -> InputError:
+        """What to say when the other side has cancelled what was submitted."""
+        return InputError("The executor was shut down before its work was done: the same command goes on from here.")
 
     def explained(self, error: Exception) -> Exception:
         """What to raise for an error of the other side itself."""
@@ -70,35 +74,22 @@ class Place:
 def in_executor(place: Place, work: Callable, units: Sequence, bar) -> Iterator:
     """Results of `work` for each unit, in the order of the units, see `engine.side_by_side`.
 
-    The bar moves when a unit is done. What is lost with a process is submitted again. After an error or Ctrl-C, what
-    has not begun is cancelled.
+    The bar moves when a unit is done. After an error or Ctrl-C, what has not begun is cancelled.
 
     Raises:
         InputError: something cannot be pickled, or the other side is not fit, in a sentence.
     """
     job, packed = _pack(work, units)
-    futures, counted, losses = dict(enumerate(_submit(place, job, packed))), set(), 0
+    futures, counted = dict(enumerate(_submit(place, job, packed))), set()
     try:
         for number in range(len(units)):
-            while not wait([futures[number]], SECONDS).done or futures[number].cancelled():
-                if futures[number].cancelled():
-                    place.recover()
-                    losses += 1
-                    lost = [n for n, future in futures.items() if future.cancelled()]
-                    futures |= zip(lost, _submit(place, job, [packed[n] for n in lost]), strict=True)
-                if losses > LOSSES:
-                    raise InputError(
-                        f"Whatever trained unit {number + 1} of {len(units)} was ended {losses} times, most likely for "
-                        "lack of memory: give workers more of it, or lower SEEDS_PER_CHUNK."
-                    )
+            while not wait([futures[number]], SECONDS).done:
                 place.watch()
                 _count(futures, counted, bar)
             _count(futures, counted, bar)
-            losses = 0
             yield _result(place, futures.pop(number))
     finally:
-        for future in futures.values():
-            future.cancel()
+        place.cancel(futures.values())
 
 
 def _submit(place: Place, job: "_Job", units: Sequence[bytes]) -> list[Future]:
@@ -117,6 +108,8 @@ def _count(futures: Mapping[int, Future], counted: set[int], bar) -> None:
 def _result(place: Place, future: Future) -> object:
     try:
         _, packed = future.result()
+    except CancelledError:
+        raise place.gone() from None
     except ImportError as error:
         raise InputError(f"A worker cannot import this project ({error}): {SAME}.") from error
     except Exception as error:
