@@ -1,8 +1,8 @@
 """Is the project's own pool of forked processes worth keeping beside loky's, which joblib brings?
 
 Runs a whole command of `experiment.py` with each, from the start of the process to its end, into an empty results
-directory. What loky's processes need is pickled once per phase into a temporary file, which each of them reads once;
-the processes are used again by the next phase. The pools take turns.
+directory; without figures, which one process draws, whatever the pool. Loky's processes get their work as those of any
+executor do (`engine.executors`), and the next phase uses them again. The pools take turns.
 
 Run:  python benchmarks/pools.py --output benchmarks/results/pools_cpu.json
 
@@ -16,13 +16,14 @@ import runpy
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from measuring import ROOT, Measured, in_turn, new_parser, ratio, run, seconds, shown, spread, start_python
 
-COMMANDS = ("run --seeds 20", "run --seeds 20 --no-figures")
+COMMANDS = ("run --seeds 20 --no-figures",)
 POOLS = ("fork", "loky")
 
 
@@ -53,52 +54,19 @@ def pool_seconds(pool: str, command: str) -> tuple[float, float]:
 def inside(pool: str, arguments: Sequence[str]) -> None:
     """Be `experiment.py` with these arguments and one of the `POOLS`."""
     if pool == "loky":
-        import pools  # by its name, under which loky's processes find it
+        from joblib.externals.loky import get_reusable_executor
 
         import study.run
+        from engine import default_workers
 
-        beside, study.run.side_by_side = study.run.Run.side_by_side, pools.in_loky
+        usual = study.run.current_execution
 
-        def with_phase1(self, *given, **options) -> Iterator:
-            self.archive.keep_phase1()
-            yield from beside(self, *given, **options)
+        def in_loky(*given) -> study.Execution:
+            return replace(usual(*given), executor=get_reusable_executor(default_workers()))
 
-        study.run.Run.side_by_side = with_phase1
+        study.run.current_execution = in_loky
     sys.argv = ["experiment.py", *arguments]
     runpy.run_path(str(ROOT / "experiment.py"), run_name="__main__")
-
-
-def in_loky(work: Callable, units: Sequence, at_a_time: int, bar) -> Iterator:
-    """As `engine.side_by_side`, in processes of loky; the bar moves when a unit is done."""
-    import cloudpickle
-    from joblib.externals.loky import get_reusable_executor
-
-    executor = get_reusable_executor(at_a_time)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "work"
-        path.write_bytes(cloudpickle.dumps(work))
-        futures = [executor.submit(perform, str(path), unit) for unit in units]
-        for future in futures:
-            result, ticks = future.result()
-            bar.update(ticks)
-            yield result
-
-
-def perform(path: str, unit: object) -> tuple[object, int]:
-    """The result of a unit, and how often its work ticked."""
-    import torch
-
-    torch.set_num_threads(1)
-    ticks = []
-    return load(path)(unit, lambda: ticks.append(None)), len(ticks)
-
-
-@cache
-def load(path: str) -> Callable:
-    """Pickled work, read once in each process."""
-    import cloudpickle
-
-    return cloudpickle.loads(Path(path).read_bytes())
 
 
 def columns(row: dict) -> dict[str, object]:

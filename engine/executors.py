@@ -80,21 +80,20 @@ def in_executor(place: Place, work: Callable, units: Sequence, bar) -> Iterator:
         InputError: something cannot be pickled, or the other side is not fit, in a sentence.
     """
     job, packed = _pack(work, units)
-    futures, counted = dict(enumerate(_submit(place, job, packed))), set()
+    futures, counted = {}, set()
     try:
+        sent = place.send({job.name: job.pickled} | job.tensors)
+        for number, unit in enumerate(packed):
+            futures[number] = place.submit(facts(), unit, job.name, tuple(job.tensors), *sent)
         for number in range(len(units)):
-            while not wait([futures[number]], SECONDS).done:
+            while not futures[number].done():
                 place.watch()
                 _count(futures, counted, bar)
+                wait([futures[number]], SECONDS)
             _count(futures, counted, bar)
             yield _result(place, futures.pop(number))
     finally:
         place.cancel(futures.values())
-
-
-def _submit(place: Place, job: "_Job", units: Sequence[bytes]) -> list[Future]:
-    sent = place.send({job.name: job.pickled} | job.tensors)
-    return [place.submit(facts(), unit, job.name, tuple(job.tensors), *sent) for unit in units]
 
 
 def _count(futures: Mapping[int, Future], counted: set[int], bar) -> None:

@@ -75,7 +75,7 @@ def side_by_side(
         executor: where else to work, see `engine.executors`: any executor, or a Dask cluster by the address of its
             scheduler. `at_a_time` is then up to it.
     """
-    if executor is not None:
+    if executor is not None and units:
         place = connect(executor) if isinstance(executor, str) else Place(executor)
         yield from in_executor(place, work, units, bar)
         return
