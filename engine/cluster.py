@@ -18,7 +18,7 @@ from engine.executors import SAME, Place, difference
 CONNECTING = 5.0  # seconds that a scheduler has to answer
 WAITING = 60.0  # seconds without a worker after which work is given up
 RETRIES = 3  # of a unit that a worker could not do
-PROTOCOL = ("dask", "distributed", "cloudpickle")  # what a scheduler must have in common with its clients
+PROTOCOL = ("python", "dask", "distributed", "cloudpickle")  # what a scheduler must have in common with its clients
 
 _open: dict[str, "Cluster"] = {}
 
@@ -27,7 +27,7 @@ def connect(address: str) -> "Cluster":
     """The cluster of a scheduler, checked; the connection is kept for the next phase.
 
     Raises:
-        InputError: see `Cluster.check`.
+        InputError: see `Cluster` and `Cluster.check`.
     """
     if address not in _open or _open[address].lost:
         cluster = Cluster(address)
@@ -52,7 +52,8 @@ class Cluster(Place):
         address: such as ``tcp://HOST:8786``.
 
     Raises:
-        InputError: `distributed` is missing, or nothing that understands it answers at the address.
+        InputError: `distributed` is missing, nothing that understands it answers at the address, or a scheduler of
+            another version does.
     """
 
     def __init__(self, address: str):
@@ -60,7 +61,8 @@ class Cluster(Place):
         distributed = _distributed()
         try:
             with ThreadPoolExecutor(1) as thread:  # a notebook has a loop of its own in this one
-                thread.submit(asyncio.run, _greet(address)).result()
+                there = thread.submit(asyncio.run, _versions(address)).result()
+            self._check_scheduler(there, distributed.versions.get_versions()["packages"])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", distributed.versions.VersionMismatchWarning)  # `check` says it
                 self.client = distributed.Client(address, timeout=CONNECTING, set_as_default=False)
@@ -69,6 +71,8 @@ class Cluster(Place):
                 f"No Dask scheduler answers at '{address}': start one with `dask scheduler` and give the address that "
                 "it prints."
             ) from error
+        except InputError:
+            raise
         except Exception as error:  # whatever a server of another kind or version makes of it
             raise InputError(
                 f"What answers at '{address}' is no Dask scheduler of version {distributed.__version__} "
@@ -86,10 +90,9 @@ class Cluster(Place):
         """Refuse a cluster that would not train as this process does.
 
         Raises:
-            InputError: the scheduler has other versions; no worker comes within a minute; a worker has several threads,
-                cannot import this project, or has another version of it or of a library.
+            InputError: no worker comes within a minute, or one has several threads, cannot import this project, or has
+                another version of it or of a library.
         """
-        self._check_scheduler()
         self._wait_for_worker()
         for worker, threads in self.client.nthreads().items():
             if threads != 1:
@@ -104,14 +107,12 @@ class Cluster(Place):
             if wrong := difference(there, here):
                 raise InputError(f"The worker {worker} {wrong}: {SAME}.")
 
-    def _check_scheduler(self) -> None:
-        versions = self.client.get_versions()
-        there, here = (versions[side]["packages"] for side in ("scheduler", "client"))
-        there, here = ({name: side.get(name) for name in (*PROTOCOL, "python")} for side in (there, here))
-        if wrong := difference(there, here):
+    def _check_scheduler(self, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+        """Refuse a scheduler that does not have what it must have in common with this process."""
+        if wrong := difference(there, {name: here[name] for name in PROTOCOL}):
             raise InputError(
-                f"The scheduler at '{self.address}' {wrong}: start scheduler and workers where this command's "
-                "packages are."
+                f"The scheduler at '{self.address}' {wrong}: start scheduler and workers where this command's packages "
+                "are."
             )
 
     def _wait_for_worker(self) -> None:
@@ -200,12 +201,23 @@ def _distributed() -> ModuleType:
     return distributed
 
 
-async def _greet(address: str) -> None:
-    """Raise an `OSError` if nothing answers: a client itself would wait for a server that is silent for ever."""
-    from distributed.comm import connect
+async def _versions(address: str) -> dict[str, str]:
+    """What a scheduler has, asked without a client, which other versions confuse.
 
-    comm = await asyncio.wait_for(connect(address, CONNECTING), CONNECTING)
-    await comm.close()
+    Raises:
+        OSError: nothing answers; a client itself would wait for a silent server for ever.
+    """
+    from distributed.core import connect, send_recv
+
+    async def ask() -> dict:
+        comm = await connect(address, CONNECTING)
+        try:
+            return await send_recv(comm, op="versions")
+        finally:
+            comm.abort()
+
+    found = await asyncio.wait_for(ask(), CONNECTING)
+    return found["packages"]
 
 
 def _by_value(name: str) -> Callable:

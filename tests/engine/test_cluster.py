@@ -144,6 +144,16 @@ def test_data_that_is_gone_with_all_workers_is_there_again(scheduler, tmp_path):
     assert bar.n == 4
 
 
+def test_a_unit_that_no_worker_survives_is_a_sentence(scheduler):
+    def work(unit, tick):
+        if unit == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit
+
+    with pytest.raises(InputError, match="ended by the same unit, most likely for lack of memory"):
+        run(work, range(3), scheduler)
+
+
 def begin_no_more(folder):
     """Whether no unit that leaves a file in a folder begins any more, after those that had begun."""
     time.sleep(1)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from config import InputError
+from config import InputError, Settings
 from engine import executors, side_by_side
 from engine.executors import Place, in_executor
 from field import Comparison
 from field.algorithms import ALGORITHMS
-from study import Execution, Study
-from tests.factories import LEARNING, everything, make_run, save_blobs
+from study import ERM, IMPORTANCE, Arm, Execution, Study
+from tests.factories import LEARNING, everything, make_run, save_blobs, token_blobs
 
 SMOOTHING = """
 from torch.nn import functional as F
@@ -148,6 +148,26 @@ def test_facts_tell_versions_and_code():
         executors.difference(changed, found)
         == f"has this project {'0' * 12}, and the calling process " + found["this project"]
     )
+
+
+BLOCKS = Settings.current(trained_blocks=1, batch_size=32, ph1_num_epochs=1, ph2_num_epochs=1)
+FORMS = [
+    Arm("importance", start="merged_mean"),
+    Arm("importance", changes={"IMPORTANCE_CRITERION": "path"}),
+    Arm("permuted", start="phase1"),
+    Arm("other_seed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "arms"), [(LEARNING, FORMS), (BLOCKS, [ERM, IMPORTANCE])], ids=["forms", "blocks"]
+)
+def test_whatever_is_read_of_phase_1_is_there_without_the_results_directory(settings, arms, threads, tmp_path):
+    features = save_blobs(tmp_path / "blobs.safetensors") if settings is LEARNING else token_blobs()
+    for name, executor in (("here", None), ("there", threads)):
+        execution = Execution(progress=False, seeds_per_chunk=1, executor=executor)
+        Study(make_run(features, tmp_path / name, 2, settings, ["photo"], execution), arms).train()
+    assert everything(tmp_path / "here") == everything(tmp_path / "there")
 
 
 def test_a_comparison_with_a_method_of_a_users_file_and_a_module_beside_it_in_new_processes(tmp_path, monkeypatch):
