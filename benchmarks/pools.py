@@ -16,7 +16,7 @@ import runpy
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,15 +56,16 @@ def inside(pool: str, arguments: Sequence[str]) -> None:
     if pool == "loky":
         from joblib.externals.loky import get_reusable_executor
 
-        import study.run
         from engine import default_workers
+        from study import Run
 
-        usual = study.run.current_execution
+        usual = Run.side_by_side
 
-        def in_loky(*given) -> study.Execution:
-            return replace(usual(*given), executor=get_reusable_executor(default_workers()))
+        def in_loky(run: Run, *given) -> Iterator:  # the first phase comes here before anything else is done
+            run.execution = replace(run.execution, executor=get_reusable_executor(default_workers()))
+            yield from usual(run, *given)
 
-        study.run.current_execution = in_loky
+        Run.side_by_side = in_loky
     sys.argv = ["experiment.py", *arguments]
     runpy.run_path(str(ROOT / "experiment.py"), run_name="__main__")
 
