@@ -80,6 +80,7 @@ NUM_SEEDS: int = 10  # seeds 0 … N-1
 SEEDS_PER_CHUNK: int = 50  # seeds trained together and written together
 DEVICE: str | None = None  # "cpu" or "cuda"; None = CUDA where there is one
 THREADS: int | None = None  # CPU threads; None = one to train, all to extract features
+SCHEDULER: str | None = None  # of a Dask cluster, as tcp://HOST:8786, to train on; None = this machine's cores
 RESULTS_DIR: str = "results"
 
 AGGREGATIONS = ("sum", "mean", "max", "min", "union", "intersection", "normalized_sum")
@@ -246,6 +247,11 @@ RULES = (  # other settings, what they must do, and whether a value does
     (("IMPORTANCE_CRITERION",), f"be one of {', '.join(CRITERIA)}", lambda criterion: criterion in CRITERIA),
     (("IMPORTANCE_AGGREGATION",), f"be one of {', '.join(AGGREGATIONS)}", lambda method: method in AGGREGATIONS),
     (("MASK_SCOPE",), f"be one of {', '.join(SCOPES)}", lambda scope: scope in SCOPES),
+    (
+        ("SCHEDULER",),
+        "be an address such as tcp://HOST:8786",
+        lambda address: address is None or re.fullmatch(r"(\w+://)?[^\s/]+:\d+", address),
+    ),
     (("RESULTS_DIR",), "name a directory", str.strip),
 )
 

@@ -28,13 +28,14 @@ from config import InputError
 TRAINING = ("run", "study", "forms", "confirm", "compare", "columns")
 IMAGES = ("VIT_MODEL", "POOLING", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS")
 MACHINE = ("DEVICE", "THREADS")
+TRAINED_ON = (*MACHINE, "SCHEDULER")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
-    "columns": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", *MACHINE),
+    "columns": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", *TRAINED_ON),
     "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "features": ("DATA_ROOT", *IMAGES, "TRAINED_BLOCKS", *MACHINE),
     "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
-    "transfer": (*TRANSFER, "HIDDEN_SIZES", "RESULTS_DIR", *MACHINE),
+    "transfer": (*TRANSFER, "HIDDEN_SIZES", "RESULTS_DIR", *TRAINED_ON),
     "export-domainbed": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "import-domainbed": (),
     "export-original": ("RESULTS_DIR",),
@@ -51,6 +52,7 @@ CONSTANTS = {  # option -> the setting that it gives
     "seeds": "NUM_SEEDS",
     "device": "DEVICE",
     "threads": "THREADS",
+    "scheduler": "SCHEDULER",
     "updates": "TRANSFER_UPDATES",
     "channels": "TRANSFER_CHANNELS",
 }
@@ -480,6 +482,8 @@ def _shared_options(command: str, add: Callable) -> None:
         add("--data-root", metavar="DIR", help=where)
         add("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
         add("--verify", action="store_true", help="read all image files again, trust no time stamp")
+    if command in (*TRAINING, "transfer"):
+        add("--scheduler", metavar="ADDRESS", help="train on the Dask cluster of this scheduler, as tcp://HOST:8786")
     if {*MACHINE} <= {*HONOURED.get(command, MACHINE)}:
         add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         add("--threads", type=int, metavar="N", help="CPU threads")

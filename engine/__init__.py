@@ -1,5 +1,6 @@
 """Thousands of small networks at once: data on a device, random streams, stacks of networks, and the one loop."""
 
+from engine.cluster import check_cluster
 from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.gradients import PathRecorder, loss_gradients
@@ -42,6 +43,7 @@ __all__ = [
     "Validation",
     "accuracies",
     "block_matrices",
+    "check_cluster",
     "check_memory",
     "choose_device",
     "classify",

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait as wait_for_any
@@ -20,6 +20,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+from engine.cluster import connect
+from engine.executors import Place, in_executor
 from engine.machine import default_workers, free_memory, training_memory
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,11 @@ def stacks_at_a_time(networks: int, floats: int) -> int:
 
 
 def side_by_side(
-    work: Callable[[Unit, Callable[[], object]], Result], units: Sequence[Unit], at_a_time: int, bar: Bar
+    work: Callable[[Unit, Callable[[], object]], Result],
+    units: Sequence[Unit],
+    at_a_time: int,
+    bar: Bar,
+    executor: Executor | str | None = None,
 ) -> Iterator[Result]:
     """Results of `work` for each unit, in the order of the units.
 
@@ -66,7 +72,13 @@ def side_by_side(
         at_a_time: number of processes, each on one core. With 1, and on other systems than Linux, this process does
             all the work. When the system ends one, the work goes on with half as many.
         bar: advanced by one for each tick.
+        executor: where else to work, see `engine.executors`: any executor, or a Dask cluster by the address of its
+            scheduler. `at_a_time` is then up to it.
     """
+    if executor is not None and units:
+        place = connect(executor) if isinstance(executor, str) else Place(executor)
+        yield from in_executor(place, work, units, bar)
+        return
     if len(units) <= 1 or at_a_time == 1 or sys.platform != "linux":
         yield from (work(unit, bar.update) for unit in units)
         return

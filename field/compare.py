@@ -160,6 +160,7 @@ class Comparison:
 
         vmap(grad(torch.sum))(torch.ones(1, 1))  # torch.func loads 900 modules: here once, not in every process
         with run.writing(units):
+            run.keep_phase1(weights=any("networks" in unit.method.phase1.values() for unit in units))
             floats = CLASSIFIERS * run.network.size * max(len(unit.trials) for unit in units)
             epochs = run.settings.ph2_num_epochs
             for unit, trained in zip(units, run.side_by_side("Methods", units, train, epochs, floats), strict=True):

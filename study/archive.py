@@ -34,7 +34,7 @@ from torch import Tensor
 
 from config import InputError
 from engine import Network, Params
-from importance import normalize, top_k_mask
+from importance import CRITERIA, normalize, top_k_mask
 from models import BackboneTail
 from storage import Results, check_arrays, damaged, load_arrays
 from trainer_phase1 import DomainNetworks
@@ -128,6 +128,21 @@ class Archive:
         self.pretrained = not network.chained
         self._files: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._seeds: dict[tuple[str, str], set[int]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """What another machine reads: of the files, those of Phase 1 that are kept here; no directory."""
+        files = {file: content for file, content in self._files.items() if content[1].get("phase") == 1}
+        return vars(self) | {"results": None, "_files": files, "_seeds": {}}
+
+    def keep_phase1(self, weights: bool = False) -> None:
+        """Read all files of Phase 1, those of whole networks if `weights`, for where the directory is not."""
+        kinds = ("importance", "histories", "weights") if weights else ("importance", "histories")
+        evidence = self._measured(name for criterion in CRITERIA.values() for name in criterion.needs)
+        for domain in self.header["domain_names"]:
+            files = [(kind, f"phase1_{domain}") for kind in kinds]
+            for file in (*files, *(("evidence", f"{name}_{domain}") for name in evidence)):
+                if self.results.has(*file):
+                    self.read(*file)
 
     def phase1(self, domain: str, seeds: Sequence[int] | None = None) -> SavedNetworks:
         """Phase 1 of a domain; of other seeds than the run's where `seeds` says so."""

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from dataset import find_dataset
 from engine import (
     Network,
     SplitFeatures,
+    check_cluster,
     check_memory,
     prepare_machine,
     side_by_side,
@@ -43,6 +45,8 @@ class Execution:
         seeds_per_chunk: seeds that are trained together and written together.
         strict: stop at the first failed network instead of recording it.
         progress: show a progress bar for each phase.
+        executor: where units are trained: None = on the cores of this machine, else any executor or the address of a
+            Dask scheduler.
     """
 
     device: str = "cpu"
@@ -50,6 +54,11 @@ class Execution:
     seeds_per_chunk: int = 50
     strict: bool = False
     progress: bool = True
+    executor: Executor | str | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Of a unit that is trained elsewhere: there is no further executor."""
+        return vars(self) | {"executor": None}
 
     def __post_init__(self) -> None:
         config.check("SEEDS_PER_CHUNK", self.seeds_per_chunk)
@@ -101,6 +110,10 @@ class Run:
         self.archive = Archive(self.results, self.seeds, self.network, header)
         with self.results:  # an unfit directory is refused now, not after Phase 1
             self.results.claim(settings, self.facts)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What another machine trains with: all but the results directory, which this process alone uses."""
+        return {name: value for name, value in vars(self).items() if name not in ("results", "environment")}
 
     @classmethod
     def from_config(
@@ -235,6 +248,8 @@ class Run:
     ) -> Iterator:
         """Results of `train` for each unit, in order; on a CPU as many at a time as cores and memory allow.
 
+        With an executor of `execution`, `train` gets all but the results directory of this run there.
+
         Args:
             units: what to train, each with its chunk of seeds last.
             train: (unit, tick) -> result.
@@ -246,10 +261,20 @@ class Run:
         seeds = max((len(unit[-1]) for unit in units), default=0)
         at_a_time = 1 if self.data.features.is_cuda else stacks_at_a_time(seeds, self._numbers(floats_per_seed))
         with tqdm(total=len(units) * epochs, desc=phase, unit=unit, **quiet) as bar:
-            yield from side_by_side(train, units, at_a_time, bar)
+            yield from side_by_side(train, units, at_a_time, bar, self.execution.executor)
+
+    def keep_phase1(self, weights: bool = False) -> None:
+        """Have Phase 1 in memory for units that read it elsewhere, see `Archive.keep_phase1`."""
+        if self.execution.executor is not None:
+            self.archive.keep_phase1(weights)
 
     def check_memory(self, units: Sequence, networks: int) -> None:
-        """Refuse to train units (see `side_by_side`) of so many networks per seed if they do not fit into memory."""
+        """Refuse to train units (see `side_by_side`) of so many networks per seed if they do not fit into memory.
+
+        That of other machines is not known here.
+        """
+        if self.execution.executor is not None:
+            return
         batch = min(self.settings.batch_size, len(self.features))
         computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
         if units and self.data.tail is not None:  # with the shortcut, all of it is of [CLS] alone
@@ -276,10 +301,12 @@ class Run:
 
 
 def current_execution(strict: bool = False) -> Execution:
-    """`Execution` as the constants of `config` say; sets up the machine."""
+    """`Execution` as the constants of `config` say; sets up the machine, and looks whether a cluster is fit."""
     device = prepare_machine(config.DEVICE, config.THREADS)
+    if config.SCHEDULER is not None:
+        check_cluster(config.SCHEDULER)
     chunk = config.BLOCK_SEEDS_PER_CHUNK if config.TRAINED_BLOCKS else config.SEEDS_PER_CHUNK
-    return Execution(device, config.THREADS or 1, chunk, strict)
+    return Execution(device, config.THREADS or 1, chunk, strict, executor=config.SCHEDULER)
 
 
 def check_tokens(features: FeatureSet, settings: Settings) -> None:

@@ -117,6 +117,7 @@ class Study:
         most = max(map(len, self.by_holdout.values()))
         run.check_memory(units, most)
         with run.writing(units):
+            run.keep_phase1(weights=any(arm.settings(run.settings).ph2_init in MERGES for arm in self.arms))
             floats, epochs = run.network.size * most, run.settings.ph2_num_epochs
             for arms, networks, masks in run.side_by_side("Phase 2", units, train, epochs, floats):
                 self._save(arms, networks, masks)

@@ -169,6 +169,15 @@ def test_size_measures_seconds_and_memory(rows_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_pools_compares_forked_processes_with_loky(rows_of):
+    short = "run --seeds 2 --holdouts photo --no-figures --set PH1_NUM_EPOCHS=1 --set PH2_NUM_EPOCHS=1"
+    rows = rows_of("pools", "pool", f"{short} --set BATCH_SIZE=512")
+    assert [row["pool"] for row in rows] == ["fork", "loky"]
+    for row in rows:
+        for kind in ("seconds", "processor_seconds"):
+            assert row[f"{kind}_over_fork"]["median"] == pytest.approx(row[kind]["median"] / rows[0][kind]["median"])
+
+
 def test_versions_compares_two_checkouts(rows_of):
     rows = rows_of("versions", "what", "--against", ROOT, "--networks", 2, "--epochs", 1, "run --help")
     assert [row["what"] for row in rows] == ["training of 2", "run --help"]

@@ -259,7 +259,16 @@ def test_bad_input_in_a_process_of_the_shell_is_one_line_and_exit_code_2(tmp_pat
 IMAGES = {"DATA_ROOT", "VIT_MODEL", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BATCH_SIZE", "EXTRACTION_WORKERS"}
 USED = {  # by commands that do not train
     ("features",): {*IMAGES, "TRAINED_BLOCKS", "DEVICE", "THREADS"},
-    ("columns",): {*IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", "DEVICE", "THREADS"},
+    ("columns",): {
+        *IMAGES,
+        "FEATURES_FILE",
+        "OUT_FRACTION",
+        "NUM_SEEDS",
+        "RESULTS_DIR",
+        "DEVICE",
+        "THREADS",
+        "SCHEDULER",
+    },
     ("figures",): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},
     ("predict", "x.png", "--weights", "no.safetensors"): {"VIT_MODEL", "EXTRACTION_BATCH_SIZE", "DEVICE", "THREADS"},
     ("export-domainbed", "out"): {*IMAGES, "FEATURES_FILE", "RESULTS_DIR", "DEVICE", "THREADS"},

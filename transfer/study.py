@@ -126,6 +126,10 @@ class TransferStudy:
         with self.results:
             self.results.claim(self.settings, self.facts)
 
+    def __getstate__(self) -> dict[str, object]:
+        """What another machine trains with: all but the results directory, which this process alone uses."""
+        return vars(self) | {"results": None}
+
     def _check_pretrained(self) -> None:
         """Refuse a given network that does not fit the images, and arms that cannot be made from it."""
         if needy := [arm.name for arm in self.arms if arm.kind in NEED_START]:
@@ -226,7 +230,7 @@ class TransferStudy:
                 return work(unit, tick)
 
         with tqdm(total=total, desc=what, unit="test", **quiet) as bar:
-            yield from side_by_side(one, units, at_a_time, bar)
+            yield from side_by_side(one, units, at_a_time, bar, self.execution.executor)
 
     def _missing(self) -> Iterator[Unit]:
         """What is not on disk yet. Which repeats share a unit depends on their numbers alone."""

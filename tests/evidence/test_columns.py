@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -59,6 +60,14 @@ def whole(features, tmp_path_factory):
     made.train()
     made.write()
     return made
+
+
+def test_another_executor_fits_the_same(whole, features, tmp_path):
+    with ThreadPoolExecutor(1) as executor:
+        execution = Execution(progress=False, executor=executor)
+        elsewhere = ColumnProtocol(Run(features, Settings.current(), tmp_path, (0, 1, 2), execution=execution))
+        elsewhere.train()
+    assert (tmp_path / "records.jsonl").read_bytes() == (whole.run.results.directory / "records.jsonl").read_bytes()
 
 
 # Importance and what is kept
