@@ -225,6 +225,8 @@ class BlockProtocol:
         tables = {"rates": rates} | answers(every, frozen, rates, "")
         seeds = (self.fixed or self.studies["grid"]).run.seeds
         tables |= answers([r for r in every if r["seed"] in seeds], arms["grid"], fixed, "_fixed_rate")
+        if "controls" in arms:
+            tables["controls"] = controls_table(tables["seeds"])
         if "schedule" in arms:
             scheduled = [ERM, HEAD, *arms["schedule"]]
             rates = chosen_rates(tried["grid"] + tried["schedule"], scheduled, self.run.holdouts)
@@ -319,6 +321,24 @@ def densities_table(averages: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=columns)
 
 
+def controls_table(averages: pd.DataFrame) -> pd.DataFrame:
+    """Importance minus each of the other controls, at every density, paired by seed.
+
+    Args:
+        averages: seeds × arms, see `contrasts.seed_averages`.
+
+    Returns:
+        control, density (per cent), n, mean, low, high: fractions, with 95 % t intervals over the seeds of both.
+    """
+    rows = []
+    for control in CONTROLS:
+        for density in DENSITIES:
+            pair = label(masked("importance", density)), label(masked(control, density))
+            values = (averages[pair[0]] - averages[pair[1]]).dropna()
+            rows.append((control, density, len(values), *t_interval(values)))
+    return pd.DataFrame(rows, columns=["control", "density", "n", "mean", "low", "high"])
+
+
 def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study]) -> str:
     """The finding in plain sentences, then the tables of `BlockProtocol.tables`, and what failed in the studies."""
     seeds = len(tables["seeds"])
@@ -339,6 +359,8 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study
         *section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", by_density(tables["densities"])),
         *section("Learning rates of the blocks that were chosen", rates_shown(tables["rates"])),
     ]
+    if "controls" in tables:
+        lines += section("EXPLORATORY: importance minus other controls (points)", controls_shown(tables["controls"]))
     appendices = {
         "_fixed_rate": f"Appendix: all arms at the rate {run.settings.backbone_learning_rate:g}",
         "_schedule": "Appendix: unmarked weights at a tenth of the rate, halved each epoch, frozen after "
@@ -392,6 +414,15 @@ def by_density(table: pd.DataFrame) -> pd.DataFrame:
     ]
     columns = ["criterion", "weights that learn (%)", "seeds", "accuracy (%)", "minus head (points)"]
     return pd.DataFrame(rows, columns=columns).set_index("criterion")
+
+
+def controls_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `controls_table` for reading: controls × densities, in points."""
+    cells = [in_points(row.mean, row.low, row.high) for row in table.itertuples()]
+    shown = table.assign(cell=cells, density=[f"{density:g} %" for density in table["density"]])
+    wide = shown.pivot(index=["control", "n"], columns="density", values="cell")
+    wide = wide.loc[list(dict.fromkeys(zip(table["control"], table["n"], strict=True)))]
+    return wide[list(dict.fromkeys(shown["density"]))].reset_index("n").rename(columns={"n": "seeds"})
 
 
 def rates_shown(table: pd.DataFrame) -> pd.DataFrame:

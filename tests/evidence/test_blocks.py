@@ -97,11 +97,21 @@ def test_tables_and_report_say_what_was_measured(whole):
     averages = tables["seeds"]
     assert densities.loc[("magnitude", 1.0), "mean"] == pytest.approx(averages["magnitude 1 %"].mean())
     assert densities.loc[("erm", 100.0), "above"] == pytest.approx((averages["erm"] - averages["head"]).mean())
+    controls = tables["controls"].set_index(["control", "density"])
+    expected = (averages["importance 1 %"] - averages["inverted 1 %"]).mean()
+    assert controls.loc[("inverted", 1.0), ["n", "mean"]].tolist() == pytest.approx([2, expected])
+    assert len(controls) == 3 * 4
     fixed = tables["seeds_fixed_rate"]["erm"]
     at_default = [r for r in whole.studies["grid"].records() if r["algorithm"] == "erm[BACKBONE_LEARNING_RATE=0.0001]"]
     expected = pd.DataFrame([(r["seed"], r["accuracy"]["full"]) for r in at_default]).groupby(0)[1].mean()
     assert fixed.tolist() == pytest.approx(expected.tolist())
-    for word in ("importance 10 % − random_layer 10 %", "too few seeds", f"{RATES[0]:g} (edge)", "Appendix"):
+    for word in (
+        "importance 10 % − random_layer 10 %",
+        "too few seeds",
+        "minus other controls",
+        f"{RATES[0]:g} (edge)",
+        "Appendix",
+    ):
         assert word in text
 
 
