@@ -35,6 +35,7 @@ MODELS = {  # configuration, what "auto" takes, D
         24,
     ),
     "dinov2": (transformers.Dinov2WithRegistersConfig(**VIT, mlp_ratio=2), "cls", 24),
+    "dinov3": (transformers.DINOv3ViTConfig(**VIT, num_register_tokens=4), "cls", 24),
     "segformer": (
         transformers.SegformerConfig(
             num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 12], sr_ratios=[2, 1], num_attention_heads=[1, 2]
