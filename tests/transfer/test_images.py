@@ -99,6 +99,58 @@ def test_folder_of_npm(tmp_path):
     same(load_images(tmp_path), images, labels, [False] * 50 + [True] * 10)
 
 
+def write_classes(root, classes, count, size=(9, 8)):
+    """Write root/class/N.png; the first pixel tells the number."""
+    for label in classes:
+        (root / label).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", size, (number, 50, 60)).save(root / label / f"{number}.png")
+
+
+def test_folders_of_classes_with_a_fixed_fifth_for_the_test(tmp_path):
+    write_classes(tmp_path / "mine", ["dog", "cat", "owl"], 10)
+    found = load_images(tmp_path / "mine")
+    assert (found.name, found.class_names, found.images.shape) == ("mine", ("cat", "dog", "owl"), (30, 3, 8, 9))
+    assert found.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert found.images[:10, 0, 0, 0].tolist() == list(range(10))
+    assert [int(found.test[found.labels == label].sum()) for label in range(3)] == [2, 2, 2]
+    assert torch.equal(found.test, load_images(tmp_path / "mine").test)
+
+
+def test_folders_for_training_and_test(tmp_path):
+    write_classes(tmp_path / "mine" / "train", ["cat", "dog"], 4)
+    write_classes(tmp_path / "mine" / "test", ["cat", "dog"], 3)
+    found = load_images(tmp_path / "mine")
+    assert found.test.tolist() == [False] * 8 + [True] * 6
+    assert found.labels.tolist() == [0] * 4 + [1] * 4 + [0] * 3 + [1] * 3
+
+
+def test_a_task_of_ones_own_classes(tmp_path):
+    write_classes(tmp_path / "mine", ["a", "b", "c", "d"], 5)
+    task = load_task("images", tmp_path / "mine", (["a", "d"], ["c", "b"]))
+    assert (task.name, task.source_classes, task.target_classes) == ("images", (0, 3), (2, 1))
+    assert task.source is task.target
+    assert len(task.finetuning()) == 2 * 4
+
+
+def test_folders_and_tasks_of_ones_own_that_are_of_no_use_are_refused(tmp_path):
+    write_classes(tmp_path / "sizes", ["a"], 2)
+    write_classes(tmp_path / "sizes", ["b"], 2, size=(5, 4))
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    write_classes(tmp_path / "broken", ["a", "b"], 2)
+    (tmp_path / "broken" / "a" / "0.png").write_bytes(b"no image")
+    for name, message in (("sizes", "9×8 and 5×4"), ("empty", "no images"), ("broken", "0.png")):
+        with pytest.raises(InputError, match=message):
+            load_images(tmp_path / name)
+    for task, data, classes, message in (
+        ("images", None, (["a"], ["b"]), "--data"),
+        ("images", tmp_path, None, "--classes"),
+        ("digits", None, (["1", "2"], ["3", "4"]), "classes of its own"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_task(task, data, classes)
+
+
 def test_digits_have_a_fixed_stratified_test_split():
     digits = load_images("digits")
     assert digits.images.shape == (1797, 1, 8, 8)

