@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from config import InputError
-from evidence.blocks import by_density, rates_shown, sentences
+from evidence.blocks import by_density, controls_shown, rates_shown, sentences
 from evidence.confirmation import confirmation_sentence
 from evidence.form_tables import forms_wide, starts_shown
 from evidence.form_tables import sentences as form_sentences
@@ -198,7 +198,9 @@ def _blocks_tables(folder: Path) -> dict[str, str]:
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
     densities, rates = by_density(tables["densities"]).reset_index(), rates_shown(tables["rates"]).reset_index()
     contrasts = family_shown(tables["contrasts"]).reset_index()
+    controls = controls_shown(tables["controls"]).reset_index()
     return {
+        "blocks-controls": markdown_table("l" + "r" * (controls.shape[1] - 1), [*controls], controls.to_numpy()),
         "blocks-finding": "\n".join(paragraph(text, "- ") for text in sentences(tables)),
         "blocks-contrasts": markdown_table("lrrrl", [*contrasts], contrasts.to_numpy()),
         "blocks-accuracy": _accuracies(tables["accuracy"]),
