@@ -142,10 +142,10 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
             f"There is no folder '{os.path.abspath(top)}': DATA_ROOT must be a folder of domain folders of class "
             "folders of images, or of Parquet files."
         )
-    while len(inner := _folders(top)) == 1 and not _is_domain(top / inner[0]):
+    while len(inner := folders(top)) == 1 and not _is_domain(top / inner[0]):
         top = top / inner[0]
     _check_domains(inner, given)
-    images = {domain: {label: _images(top / domain / label) for label in _folders(top / domain)} for domain in inner}
+    images = {domain: {label: images_in(top / domain / label) for label in folders(top / domain)} for domain in inner}
     class_names = sorted({label for classes in images.values() for label in classes})
     if not class_names:
         raise InputError(f"The folders in '{given}' hold no class folders; expected is domain/class/image.")
@@ -171,8 +171,8 @@ def find_dataset(root: str | os.PathLike) -> ImageDataset:
 
 def _check_domains(found: Sequence[str], given: str | os.PathLike) -> None:
     if len(found) < 2:
-        words = f"only the domain '{found[0]}'" if found else "no domain folders"
-        raise InputError(f"There is {words} in '{given}': leave-one-domain-out needs two domain folders or more.")
+        words = f"only the domain '{found[0]}'" if found else "no domain"
+        raise InputError(f"There is {words} in '{given}': leave-one-domain-out needs two domains or more.")
 
 
 def _check_classes(found: Mapping[str, Collection[str]], class_names: Sequence[str], given: str | os.PathLike) -> None:
@@ -233,12 +233,15 @@ def _check_columns(schema, path: Path) -> None:
 
 def _words(file, name: str, path: Path) -> list[str]:
     """A column of a Parquet file as words: numbers by the names that `datasets` notes in the file."""
-    noted = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
-    names = dict(enumerate(noted.get("features", {}).get(name, {}).get("names") or ()))
+    noted = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        names = dict(enumerate(json.loads(noted)["info"]["features"][name]["names"]))
+    except (ValueError, KeyError, TypeError):  # none are noted
+        names = {}
     values = file.read([name]).column(name).to_pylist()
     words = [names.get(value) if names and isinstance(value, int) else value for value in values]
     for row, word in enumerate(words):
-        if word is None or re.search(r"^\W*$|[/\\]", str(word)):
+        if not isinstance(word, str | int) or re.search(r"^\W*$|[/\\\0\r\n]", str(word)):
             raise InputError(f"The {name} of row {row} of '{path}' is {values[row]!r}, which is no name of a folder.")
     return [*map(str, words)]
 
@@ -257,12 +260,14 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # the latter: resource forks in archives made on a Mac
 
 
-def _folders(folder: Path) -> list[str]:
+def folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not hidden(entry.name) and entry.is_dir())
 
 
-def _images(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
+    """Names of the images in a folder, sorted, without hidden ones."""
     known = image_extensions()
     with os.scandir(folder) as entries:
         found = (entry for entry in entries if os.path.splitext(entry.name)[1].lower() in known)
@@ -284,14 +289,14 @@ def images_below(folder: str | os.PathLike) -> list[Path]:
         top = todo.pop()
         if (real := top.resolve()) not in seen:  # links may lead in a circle
             seen.add(real)
-            found += [top / name for name in _images(top)]
-            todo += [top / name for name in _folders(top)]
+            found += [top / name for name in images_in(top)]
+            todo += [top / name for name in folders(top)]
     return sorted(found)
 
 
 def _is_domain(folder: Path) -> bool:
     """Whether it contains folders of images."""
-    return any(_images(folder / name) for name in _folders(folder))
+    return any(images_in(folder / name) for name in folders(folder))
 
 
 def load_image(file: str | os.PathLike | io.BytesIO) -> Image.Image:

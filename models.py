@@ -169,7 +169,8 @@ class Preprocessing:
     """
 
     GEOMETRY = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square", "backend")
-    GEOMETRY += ("crop_pct", "do_flip_channel_order")
+    GEOMETRY += ("crop_pct", "do_flip_channel_order", "do_pad", "pad_size", "size_divisor", "keep_aspect_ratio")
+    GEOMETRY += ("ensure_multiple_of",)
 
     def __init__(self, processor):
         self.processor = processor
@@ -209,7 +210,7 @@ class Preprocessing:
     def describe(self) -> dict[str, object]:
         """What determines the pixels, ready for JSON: part of the cache key and of the file's header."""
         values = {key: getattr(self.processor, key, None) for key in self.GEOMETRY}
-        for key in ("size", "crop_size"):
+        for key in ("size", "crop_size", "pad_size"):
             if values[key] is not None:  # there are many ways to give a size: keep those that are set
                 values[key] = {name: number for name, number in dict(values[key]).items() if number is not None}
         values["resample"] = None if values["resample"] is None else int(values["resample"])
@@ -314,14 +315,16 @@ class FeatureExtractor(nn.Module):
         return wanted
 
     @cached_property
-    def _example(self) -> "_Output":
+    def _example(self) -> _Output:
         """What the model makes of a random image: tells shapes, and what there is."""
         return self._output(self._random_pixels(1))
 
     def _random_pixels(self, count: int) -> Tensor:
-        """Random images of the size that the model takes, uint8 ``[count, 3, H, W]``."""
+        """Random images of the size that the model is given, uint8 ``[count, 3, H, W]``."""
+        height, width = image_size(self.model)
+        size = self.preprocessing(Image.new("RGB", (width, height))).shape[-2:]
         draw = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (count, 3, *image_size(self.model)), generator=draw, dtype=torch.uint8)
+        return torch.randint(0, 256, (count, 3, *size), generator=draw, dtype=torch.uint8)
 
     @cached_property
     def feature_size(self) -> int:
@@ -358,7 +361,7 @@ class FeatureExtractor(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         return self._pool(self._output(pixels)) if self.layers == "last" else self._all_layers(pixels)
 
-    def _pool(self, output: "_Output") -> Tensor:
+    def _pool(self, output: _Output) -> Tensor:
         """Features ``[B, D]``, float32."""
         hidden, pooled = output.hidden.float(), output.pooled
         if self.pooling == "cls":
@@ -394,10 +397,10 @@ class FeatureExtractor(nn.Module):
 
     def _prefix(self, tokens: int, size: tuple[int, int]) -> int:
         """How many tokens of an image of that size stand before those of its patches: CLS, distillation, registers."""
+        if (timm_model := getattr(self.model, "timm_model", None)) is not None:
+            return getattr(timm_model, "num_prefix_tokens", 0)
         if not has_cls_token(self.model):
             return 0
-        if (timm_model := getattr(self.model, "timm_model", None)) is not None:
-            return timm_model.num_prefix_tokens
         height, width = _pair(getattr(self.model.config, "patch_size", None) or 0)
         patches = (size[0] // height) * (size[1] // width) if height and width else 0
         after = getattr(self.model.config, "num_detection_tokens", 0)
@@ -445,7 +448,7 @@ class FeatureExtractor(nn.Module):
             hidden = self._output(pixels, exact).hidden
         return hidden, *seen[0]
 
-    def _output(self, pixels: Tensor, exact: bool = False) -> "_Output":
+    def _output(self, pixels: Tensor, exact: bool = False) -> _Output:
         """What the model makes of pixels; `exact`: in float32 whatever the device."""
         size = pixels.shape[-2], pixels.shape[-1]
         pixels = (pixels.to(self.device, non_blocking=True).float() * self.preprocessing.scale - self.mean) / self.std
@@ -506,4 +509,7 @@ class ImageClassifier(nn.Module):
 
     def predict(self, images: Sequence) -> Tensor:
         """RGB ``PIL.Image`` objects -> probabilities ``[len(images), classes]``."""
-        return self(torch.stack([self.extractor.preprocessing(image) for image in images]))
+        pixels = [self.extractor.preprocessing(image) for image in images]
+        if len({part.shape for part in pixels}) > 1:
+            raise InputError(f"'{self.extractor.name}' does not resize images, and these differ in size: resize them.")
+        return self(torch.stack(pixels))

@@ -31,7 +31,11 @@ def connect(address: str) -> "Cluster":
     """
     if address not in _open or _open[address].lost:
         cluster = Cluster(address)
-        cluster.check()
+        try:
+            cluster.check()
+        except BaseException:
+            cluster.client.close()
+            raise
         _open[address] = cluster
     return _open[address]
 
@@ -102,18 +106,17 @@ class Cluster(Place):
                 )
         here = _by_value("facts")()
         for worker, there in self.client.run(_by_value("facts"), on_error="return").items():
+            if isinstance(there, OSError):  # it has just left
+                continue
             if isinstance(there, Exception):
                 raise InputError(f"The worker {worker} cannot import this project ({there}): {SAME}.") from there
             if wrong := difference(there, here):
-                raise InputError(f"The worker {worker} {wrong}: {SAME}.")
+                raise InputError(f"The worker {worker} {wrong}.")
 
     def _check_scheduler(self, there: Mapping[str, str], here: Mapping[str, str]) -> None:
         """Refuse a scheduler that does not have what it must have in common with this process."""
         if wrong := difference(there, {name: here[name] for name in PROTOCOL}):
-            raise InputError(
-                f"The scheduler at '{self.address}' {wrong}: start scheduler and workers where this command's packages "
-                "are."
-            )
+            raise InputError(f"The scheduler at '{self.address}' {wrong}.")
 
     def _wait_for_worker(self) -> None:
         """Wait for one, and raise an `InputError` if none comes."""
@@ -142,8 +145,9 @@ class Cluster(Place):
 
         self._seen, same = time.monotonic(), lambda content: content  # a lambda is pickled by value
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+            good = {name: future for name, future in self._sent.items() if future.status in ("pending", "finished")}
             self._sent = {
-                name: self._sent.get(name) or self.client.submit(same, content, pure=False)
+                name: good.get(name) or self.client.submit(same, content, pure=False)
                 for name, content in contents.items()
             }
         return list(self._sent.values())

@@ -33,7 +33,12 @@ from engine.machine import training_threads
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 0.1  # between two looks at what is done
 LARGE = 2**20  # bytes from which on a tensor travels by itself
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
+MODULES = ("config", "dataset", "importance", "models", "trainer_phase1", "trainer_phase2")  # of this project, to train
+FOLDERS = ("engine", "evidence", "features", "field", "storage", "study", "transfer")
+THIS = "this project"
+SAME = f"start workers again, in this project's folder or with PYTHONPATH={ROOT}"
+EQUAL = "start it in an environment with the same packages"
 INSTALLED = ("site-packages", "dist-packages")
 
 _one_at_a_time = threading.Lock()
@@ -111,15 +116,18 @@ def _result(place: Place, future: Future) -> object:
         raise place.gone() from None
     except ImportError as error:
         raise InputError(f"A worker cannot import this project ({error}): {SAME}.") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise InputError("A worker has too little memory for a unit: lower SEEDS_PER_CHUNK.") from error
+    except OSError as error:
+        raise InputError(f"A worker cannot use what is on its machine ({error}).") from error
     except Exception as error:
-        raise place.explained(error) from error
+        if (words := place.explained(error)) is error:
+            raise
+        raise words from error
     result, error = cloudpickle.loads(packed)
     if error is not None:
         raise error
     return result
-
-
-SAME = f"start workers in its folder, or with it in PYTHONPATH={ROOT}, and again after every change of it"
 
 
 def perform(
@@ -146,12 +154,12 @@ def perform(
     with _one_at_a_time, training_threads(1):
         try:
             if wrong := difference(facts(), here):
-                raise InputError(f"A worker {wrong}: {SAME}.")
+                raise InputError(f"The worker on {platform.node()} {wrong}.")
             work, known = _unpacked(name, pickled, dict(zip(digests, tensors, strict=True)))
             outcome = work(_Unpickler(io.BytesIO(unit), known).load(), tick), None
         except ImportError as error:
             outcome = None, InputError(f"A worker on {platform.node()} lacks what a unit needs: {error}.")
-        except (OSError, MemoryError):  # of this machine: another one may do it
+        except (OSError, MemoryError, torch.OutOfMemoryError):  # of this machine: another one may do it
             raise
         except Exception as error:
             outcome = None, _portable(error)
@@ -178,23 +186,27 @@ def _portable(error: Exception) -> Exception:
 
 
 @cache
+def _project_files() -> frozenset[Path]:
+    """The files of this project that training needs."""
+    inner = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    return frozenset([*(ROOT / f"{name}.py" for name in MODULES), *inner])
+
+
+@cache
 def facts() -> dict[str, str]:
     """What must be the same wherever units train: versions, and a hash of this project's code when asked first."""
-    folders = [path.parent for path in ROOT.glob("*/__init__.py")]
-    files = sorted([ROOT / "config.py", *(path for folder in folders for path in folder.rglob("*.py"))])
-    files += [ROOT / f"{name}.py" for name in ("dataset", "importance", "models", "trainer_phase1", "trainer_phase2")]
     digest = hashlib.sha256()
-    for path in files:
+    for path in sorted(_project_files()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes().replace(b"\r\n", b"\n"))
     versions = {name: version(name) for name in PACKAGES}
-    return {"Python": platform.python_version(), **versions, "this project": digest.hexdigest()[:12]}
+    return {"Python": platform.python_version(), **versions, THIS: digest.hexdigest()[:12]}
 
 
 def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-    """The first fact that differs, in words; None if none does."""
+    """The first fact that differs and what to do about it, in words; None if none does."""
     for name, value in here.items():
         if there.get(name) != value:
-            return f"has {name} {there.get(name)}, and the calling process {value}"
+            return f"has {name} {there.get(name)}, and the calling process {value}: {SAME if name == THIS else EQUAL}"
     return None
 
 
@@ -244,7 +256,8 @@ class _Pickler(cloudpickle.Pickler):
     def persistent_id(self, obj: object) -> str | None:
         if type(obj) is not Tensor or obj.is_cuda or obj.requires_grad or obj.dtype == torch.bfloat16:
             return None
-        return self._job.take(obj) if obj.is_contiguous() and obj.nbytes >= LARGE else None
+        travels = max(obj.nbytes, obj.untyped_storage().nbytes())  # pickled, a part takes the whole along
+        return self._job.take(obj) if obj.is_contiguous() and travels >= LARGE else None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -259,7 +272,9 @@ class _Unpickler(pickle.Unpickler):
 @contextmanager
 def _own_modules_by_value() -> Iterator[None]:
     """Pickle what modules define that are neither this project's nor installed, for the other side lacks them."""
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and _is_own(module)]
+    known = cloudpickle.list_registry_pickle_by_value()
+    found = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and _is_own(module)]
+    modules = [module for module in found if module.__name__ not in known]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
@@ -279,5 +294,5 @@ def _is_own(module: ModuleType) -> bool:
         return True
     library = Path(sysconfig.get_path("stdlib"))
     return path.is_absolute() and not (
-        path.is_relative_to(ROOT) or path.is_relative_to(library) or {*path.parts} & {*INSTALLED}
+        path in _project_files() or path.is_relative_to(library) or {*path.parts} & {*INSTALLED}
     )

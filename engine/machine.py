@@ -22,16 +22,21 @@ def rank() -> tuple[int, int]:
     """
     number, of = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
-        raise InputError(
-            f"RANK={number} and WORLD_SIZE={of} are set, and RANK must be a number from 0 below WORLD_SIZE."
-        )
+        said = " and ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ)
+        raise InputError(f"The environment has {said}: RANK must be a number from 0 below WORLD_SIZE, or both unset.")
     return int(number), int(of)
 
 
 def default_workers() -> int:
     """One per core this process may use, at most 16; processes that `torchrun` starts on a machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
+    return max(1, min(cores // max(1, _local("LOCAL_WORLD_SIZE", 1)), 16))
+
+
+def _local(name: str, default: int) -> int:
+    """A number that `torchrun` gives each process in its environment; the default where there is none."""
+    found = os.environ.get(name, "")
+    return int(found) if found.isdecimal() else default
 
 
 def free_memory(device: str = "cpu") -> float:
@@ -90,7 +95,7 @@ def prepare_machine(device: str | None = None, threads: int | None = None) -> st
         torch.set_num_threads(threads)
     device = choose_device(device)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(_local("LOCAL_RANK", 0) % torch.cuda.device_count())
     return device
 
 

@@ -420,9 +420,11 @@ def controls_shown(table: pd.DataFrame) -> pd.DataFrame:
     """A `controls_table` for reading: controls × densities, in points."""
     cells = [in_points(row.mean, row.low, row.high) for row in table.itertuples()]
     shown = table.assign(cell=cells, density=[f"{density:g} %" for density in table["density"]])
-    wide = shown.pivot(index=["control", "n"], columns="density", values="cell")
-    wide = wide.loc[list(dict.fromkeys(zip(table["control"], table["n"], strict=True)))]
-    return wide[list(dict.fromkeys(shown["density"]))].reset_index("n").rename(columns={"n": "seeds"})
+    wide = shown.pivot(index="control", columns="density", values="cell").loc[list(dict.fromkeys(table["control"]))]
+    wide = wide[list(dict.fromkeys(shown["density"]))].rename_axis(columns=None)
+    seeds = table.groupby("control")["n"].agg(lambda n: f"{n.min()}" if n.nunique() == 1 else f"{n.min()}-{n.max()}")
+    wide.insert(0, "seeds", seeds)
+    return wide
 
 
 def rates_shown(table: pd.DataFrame) -> pd.DataFrame:

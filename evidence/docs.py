@@ -197,12 +197,13 @@ def _blocks_tables(folder: Path) -> dict[str, str]:
     """What the study of trained blocks says: name -> Markdown."""
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
     densities, rates = by_density(tables["densities"]).reset_index(), rates_shown(tables["rates"]).reset_index()
-    contrasts = family_shown(tables["contrasts"]).reset_index()
+    families = {"contrasts": "contrasts", "fixed-rate": "contrasts_fixed_rate", "schedule": "contrasts_schedule"}
+    shown = {f"blocks-{name}": family_shown(tables[table]).reset_index() for name, table in families.items()}
     controls = controls_shown(tables["controls"]).reset_index()
     return {
         "blocks-controls": markdown_table("l" + "r" * (controls.shape[1] - 1), [*controls], controls.to_numpy()),
         "blocks-finding": "\n".join(paragraph(text, "- ") for text in sentences(tables)),
-        "blocks-contrasts": markdown_table("lrrrl", [*contrasts], contrasts.to_numpy()),
+        **{name: markdown_table("lrrrl", [*table], table.to_numpy()) for name, table in shown.items()},
         "blocks-accuracy": _accuracies(tables["accuracy"]),
         "blocks-densities": markdown_table("lrrrr", [*densities], densities.to_numpy()),
         "blocks-rates": markdown_table("l" + "r" * (rates.shape[1] - 1), [*rates], rates.to_numpy()),

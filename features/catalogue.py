@@ -114,8 +114,8 @@ def known_set(name: str) -> KnownSet:
     if _plain(name) not in known:
         near = known[difflib.get_close_matches(_plain(name), known, n=1, cutoff=0)[0]]
         raise InputError(
-            f"There is no known data set '{name}'; the nearest is {near.name}. Images of your own need no command: "
-            "give their folder as --data-root."
+            f"There is no known data set '{name}'; the nearest is {near.name} (images of your own need no command, but "
+            "their folder as --data-root)."
         )
     return known[_plain(name)]
 

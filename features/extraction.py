@@ -1,4 +1,4 @@
-"""Runs the frozen ViT over a data set once, and caches the result so that it can be trusted.
+"""Runs the frozen backbone over a data set once, and caches the result so that it can be trusted.
 
 The name of a cache file contains a hash of everything that determines the features: the model's weights and
 configuration, the preprocessing, the precision, and the path and content of every image. Nothing is looked up by name
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
@@ -179,9 +179,13 @@ def extract(
         tail = extractor.tail(blocks).cpu()
         check_tail(tail)
     progress = progress and not rank()[0]
-    with FileLock(memo_path(dataset, folder).with_suffix(".lock")):  # one reads the images, the others its memo
+    with _one_at_a_time(memo_path(dataset, folder).with_suffix(".lock")):  # one reads the images, the others its memo
         contents = check_images(dataset, folder, workers or None, verify, progress)
-    header = {"dataset": dataset.name, "model": _describe_model(extractor), "versions": _versions()}
+    header = {
+        "dataset": dataset.name,
+        "model": _describe_model(extractor),
+        "versions": _versions(extractor),
+    }
     header["preprocessing"] = extractor.preprocessing.describe()
     if (layers := extractor.describe_layers()) is not None:
         header["layers"] = layers
@@ -194,6 +198,21 @@ def extract(
     _cache(path, tokens, keys, run, dataset, header)
     features = load_features(path, f"images in {dataset.name}")
     return features if tokens is None else _with_tokens(features, tokens, tail)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes respect, and say so if it has to be waited for."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Another process checks these images; waiting for it (%s).", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_layers(layers: str, blocks: int) -> None:
@@ -296,12 +315,12 @@ def _describe_model(extractor: FeatureExtractor) -> dict[str, object]:
     }
 
 
-def _versions() -> dict[str, str]:
+def _versions(extractor: FeatureExtractor) -> dict[str, str]:
     """Versions of the libraries that can change a feature."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for name in ("torch", "torchvision", "transformers", "pillow"):
+    found, names = {}, ["torch", "torchvision", "transformers", "pillow"]
+    for name in (*names, "timm") if hasattr(extractor.model, "timm_model") else names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -313,7 +332,7 @@ def _key(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor
     """SHA-256 over everything that determines the features."""
     model = {key: value for key, value in header["model"].items() if key != "name"}
     if model["pooling"] == "cls":
-        del model["pooling"]  # as it was when there was no other
+        del model["pooling"]  # the key of a CLS token has no entry for it
     parts = {
         "versions": [FORMAT_VERSION, DECODING_VERSION],
         "model": model,
@@ -419,7 +438,7 @@ class _Pixels(torch.utils.data.Dataset):
 
     def __getitem__(self, rows: range) -> _Batch:
         # Problems are returned, not raised: an exception in a worker process reaches this one as a page of text.
-        files, read = [self.dataset.files[row] for row in rows], list(self.map(self._read, rows))
+        files, read = [self.dataset.files[row] for row in rows], _of_one_shape(self.map(self._read, rows))
         changed = [file for file, found in zip(files, read, strict=True) if found is None]
         unreadable = [f"{file} ({found})" for file, found in zip(files, read, strict=True) if isinstance(found, str)]
         good = [(torch.empty(0), torch.empty(0))] if changed or unreadable else read
@@ -435,10 +454,24 @@ class _Pixels(torch.utils.data.Dataset):
             return None
         try:
             image = load_image(io.BytesIO(data))
+            pixels = self.preprocessing(image)
         except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
             return image_problem(error, self.dataset.path(row))
         digest = hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).digest()
-        return self.preprocessing(image), torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        return pixels, torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+def _of_one_shape(read: Iterable[tuple[Tensor, Tensor] | str | None]) -> list[tuple[Tensor, Tensor] | str | None]:
+    """What `_Pixels` has read; of an image that comes out in another shape than the first, the reason."""
+    found = list(read)
+    shapes = [tuple(one[0].shape[1:]) if isinstance(one, tuple) else None for one in found]
+    first = next((shape for shape in shapes if shape), None)
+    return [
+        f"{shape[1]}×{shape[0]} beside {first[1]}×{first[0]}, and the model resizes none"
+        if shape not in (None, first)
+        else one
+        for one, shape in zip(found, shapes, strict=True)
+    ]
 
 
 def _loader(dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, batches: Iterator, workers):

@@ -75,7 +75,7 @@ def fetch_dataset(
             of images by domain and class than are known.
         WriteError: for example because the disk is full.
     """
-    known, output = known_set(name), Path(output)
+    known, output = known_set(name), Path(os.path.expanduser(output))
     given = [Path(os.path.expanduser(source)) for source in sources] or [_from_hub(known)]
     for source in given:
         if not source.exists():
@@ -252,14 +252,15 @@ def _files(folder: Path) -> Iterator[Member]:
 
 def _rows(source: Path) -> Iterator[Member]:
     rows = parquet_rows(source)
+    mark = f"{source.stem}_" if source.is_file() else ""  # one of several files, each of which numbers its own rows
     for row, file in enumerate(rows.files):
-        data = rows.read(row)
         try:
+            data = rows.read(row)
             with Image.open(io.BytesIO(data)) as image:
                 ending = {"JPEG": "jpg"}.get(image.format, image.format.lower())
         except OSError as error:
             raise InputError(f"Row {row} of '{source}' is no image that can be read.") from error
-        parts = (source.name, *file.split("/")[:-1], f"{row:08d}.{ending}")
+        parts = (source.name, *file.split("/")[:-1], f"{mark}{row:08d}.{ending}")
         yield Member(parts, len(data), lambda data=data: data)
 
 
@@ -281,7 +282,8 @@ def _tarred(path: Path) -> Iterator[Member]:
 
 def _names(archive: Path, name: str) -> tuple[str, ...]:
     """The folders above a file in an archive and its own name; first of all the archive's."""
-    return (archive.name.partition(".")[0], *name.replace("\\", "/").split("/"))
+    inner = (part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+    return (archive.name.partition(".")[0], *inner)
 
 
 def _is_image(parts: tuple[str, ...]) -> bool:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import nn
 
@@ -37,7 +38,8 @@ def load_extractor(name: str | Path, layers: str = "last", pooling: str = "auto"
     try:
         _check_available(place, name)
         with _quiet():
-            parts = _load_backbone(place, name, pooling), _preprocessing(place), _short(name)
+            model = _load_backbone(place, name, pooling)
+            parts = model, _preprocessing(place, hasattr(model, "timm_model")), _short(name)
             extractor = FeatureExtractor(*parts, layers, pooling)
             _try(extractor)
     except InputError:
@@ -143,7 +145,8 @@ def _load_backbone(place: str, name: str, pooling: str) -> nn.Module:
     kind = AutoModel if type(about) in MODEL_MAPPING else AutoBackbone
     if getattr(about, "model_args", None):  # of timm; without a classifier, the number of classes has no place
         about.model_args.pop("num_classes", None)
-    model, info = kind.from_pretrained(place, config=about, output_loading_info=True, trust_remote_code=False)
+    options = {"config": about, "dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    model, info = kind.from_pretrained(place, **options)
     if getattr(model.config, "mask_ratio", None):
         raise InputError(f"The model '{name}' drops patches at random (a masked autoencoder); use another one.")
     model = getattr(model, "vision_model", model)  # the image half of a two-tower model such as CLIP
@@ -160,21 +163,19 @@ def _load_backbone(place: str, name: str, pooling: str) -> nn.Module:
     return model
 
 
-def _preprocessing(place: str) -> Preprocessing:
-    """By the model's image processor; without one: 224×224 squashed, bilinear, mean = std = 0.5."""
+def _preprocessing(place: str, of_timm: bool) -> Preprocessing:
+    """By the model's image processor; without one: 224×224 squashed, bilinear, mean = std = 0.5.
+
+    That of a model of timm is made from the model's configuration.
+    """
     from transformers import AutoImageProcessor, ViTImageProcessor
 
-    if _is_timm(place):
+    if of_timm:
         return TimmPreprocessing(AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
     if not any(_has(place, file) for file in PROCESSOR_FILES):
         plain = ViTImageProcessor(size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         return Preprocessing(plain)
     return Preprocessing(AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
-
-
-def _is_timm(place: str) -> bool:
-    """Whether the image processor of a model comes with timm's configuration, and not in a file of its own."""
-    return place.startswith("timm/") or _describes_timm(Path(place))
 
 
 def _has(name: str, file: str) -> bool:

@@ -81,7 +81,9 @@ class TokenFile:
         self.type = TYPES[self._wide.is_dir()]
         array = _open(self._unfinished, self.shape, "r")
         if array is None or array.dtype != self.type:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.folder.glob("*"):
+                if path.is_file():  # the folder stays: it is the mark by which other processes know the type
+                    path.unlink(missing_ok=True)
 
     def widen(self) -> None:
         """Discard what there is in float16, which other processes then notice, and go on in float32."""

@@ -24,7 +24,7 @@ from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, regist
 from field.curves import read_curves
 from field.load import load_method
 from field.phase1 import PHASE1
-from field.selection import HEADLINE, find_rule, tables_by_rule
+from field.selection import HEADLINE, RULES, find_rule, tables_by_rule
 from field.unit import Trained, Unit, train_unit
 from storage import FeatureSet, Results, damaged
 from study import SELECTIONS, Arm, Counted, Run, SavedNetworks, Study, make_records
@@ -93,7 +93,7 @@ class Comparison:
         methods: Iterable[str | type[Algorithm]] | None = None,
         own: Iterable[str] = (),
     ) -> "Comparison":
-        """The comparison that a results directory holds, by its records.
+        """The comparison that a results directory holds, by its records; by one rule if it was reported so.
 
         Args:
             features: returns those that it was made with; called once a comparison was found, as it may take long.
@@ -112,7 +112,9 @@ class Comparison:
         if foreign := [place for place in own if _found(place).__name__ not in held]:
             raise InputError(f"'{results.directory}' has no results of {foreign[0]}; it has {', '.join(sorted(held))}.")
         methods = sorted(held) if methods is None else methods
-        return cls(run, methods, trials, any("+" in record["holdout"] for record in records))
+        reported = [rule for rule in RULES if (results.directory / f"comparison_{rule}.csv").is_file()]
+        rule = reported[0] if len(reported) == 1 else None
+        return cls(run, methods, trials, any("+" in record["holdout"] for record in records), rule)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def _has_results(directory: Path) -> bool:
 
 
 def read_text(directory: Path) -> Text | None:
-    """The report of a directory; None where a command was interrupted before it wrote one."""
+    """The report of a directory; None where a command did not come to its end, or wrote it into the folder above."""
     path = next((directory / name for name in REPORTS if (directory / name).is_file()), None)
     if path is None:
         return None

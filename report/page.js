@@ -27,7 +27,7 @@ function addSorting(head, column, body, rows) {
 }
 
 function number(cell) {
-  const found = parseFloat(cell?.title || cell?.textContent);
+  const found = parseFloat((cell?.title || cell?.textContent || "").replace(/inf/i, "Infinity"));
   return Number.isNaN(found) ? null : found;
 }
 

@@ -17,6 +17,7 @@ NO_FIGURES = (
     "<p>There are no figures here: <code>python experiment.py figures --results-dir DIR</code> draws them, of a "
     "<code>run</code> or <code>compare</code> with its <code>--features</code> or <code>--data-root</code>.</p>\n"
 )
+NO_REPORT = "<p>There is no report here: the command has not come to its end, or wrote it into the folder above.</p>\n"
 AS_IN_FILES = (
     "<p>A heading sorts, a field filters. Accuracies and differences are fractions, as in the files (0.61 is 61 %). A "
     f"number of more than {DIGITS} digits is shown whole when pointed at.</p>\n"
@@ -64,7 +65,7 @@ def _sections(directory: Path, text: Text | None) -> dict[str, str]:
     only_in_text = all(content.name == RECORDS for content in found)  # then the report's tables are in no other file
     files = [table(content, words_for(content.name.split(".")[0], TABLES), content.name) for content in found]
     return {
-        "Finding": _finding(text) if text else "<p>No report was written here: the command was interrupted.</p>\n",
+        "Finding": _finding(text) if text else NO_REPORT,
         "Figures": f'<div class="figures">\n{"".join(map(figure, drawn))}</div>\n' if drawn else NO_FIGURES,
         "Tables": "".join([AS_IN_FILES, *files]) if files else "",
         "Settings": "".join(table(content, content.name) for content in made_by),

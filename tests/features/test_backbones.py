@@ -163,6 +163,22 @@ def test_a_text_model_is_refused(tmp_path):
         load_extractor(save_model(about, tmp_path / "bert"))
 
 
+def test_weights_in_half_precision_are_computed_with_in_float32(vit, tmp_path):
+    folder = tmp_path / "half"
+    transformers.AutoModel.from_pretrained(vit).half().save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    assert {parameter.dtype for parameter in load_extractor(folder).parameters()} == {torch.float32}
+
+
+def test_blocks_are_split_on_images_of_the_size_that_the_model_is_given(tmp_path):
+    folder = save_model(MODELS["dinov3"][0], tmp_path / "dinov3")  # whose positions depend on it
+    transformers.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+    extractor = load_extractor(folder)
+    pixels = torch.randint(0, 256, (2, 3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features, tokens = extractor.tokens(pixels, 1)
+    torch.testing.assert_close(extractor.tail(1)(tokens), features, rtol=1e-4, atol=1e-5)
+
+
 # Preprocessing
 
 PROCESSORS = {

@@ -64,7 +64,7 @@ def tarred(path, files):
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-@pytest.mark.parametrize("above", ["", "kfold/", "a/b/"])
+@pytest.mark.parametrize("above", ["", "./", "kfold/", "a/b/"])
 def test_an_archive_becomes_folders(get, image_root, tmp_path, pack, above):
     wanted = images(image_root)
     extra = {"readme.txt": b"x", "__MACOSX/art/dog/._0.png": b"x", "art/cat/0.png": b"x", "music/dog/0.png": b"x"}
@@ -248,6 +248,22 @@ def test_lists_say_which_images_belong_to_domainnet(tmp_path):
     (tmp_path / "net" / "real_test.txt").write_text("nonsense\n")
     with pytest.raises(InputError, match=r"real_test\.txt' has the line 'nonsense'"):
         fetch_dataset("DomainNet", tmp_path / "out", [tmp_path / "net"], any_counts=True, progress=False)
+
+
+def test_rows_of_several_parquet_files_do_not_take_one_anothers_place(get, image_root, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow to read Parquet files")
+    import pyarrow
+
+    found = find_dataset(image_root)
+    for part, rows in (("train", range(0, 12, 2)), ("test", range(1, 12, 2))):
+        table = pyarrow.table({
+            "image": [found.read(row) for row in rows],
+            "domain": [found.files[row].split("/")[0] for row in rows],
+            "label": [found.files[row].split("/")[1] for row in rows],
+        })  # fmt: skip
+        parquet.write_table(table, tmp_path / f"{part}.parquet")
+    get(tmp_path / "train.parquet", tmp_path / "test.parquet")
+    assert sorted(images(tmp_path / "out").values()) == sorted(images(image_root).values())
 
 
 def test_the_hub_gives_parquet_files(get, image_root, tmp_path, monkeypatch):

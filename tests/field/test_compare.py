@@ -297,7 +297,7 @@ def test_the_ensemble_averages_probabilities(whole):
     rows = data.all_rows(["art"])
     total = 0
     for s in range(3):
-        x = data.features[rows]
+        x = data.features[rows].float()
         for i in range(4):
             x = x @ weights[f"layers.{i}.weight"][s].T + weights[f"layers.{i}.bias"][s]
             x = x.relu() if i < 3 else x.softmax(-1)
