@@ -309,7 +309,7 @@ COMMANDS = {
     "transfer": (transfer, "transfer", "how many layers of a small network carry over to new classes"),
     "figures": (figures, "field", "draw the figures of a results directory again, also as PDF or SVG"),
     "report": (report, "report", "write what a results directory holds as one page to look at"),
-    "features": (features, "features", "run the frozen ViT over a folder of images, nothing else"),
+    "features": (features, "features", "run the frozen backbone over a folder of images, nothing else"),
     "predict": (predict, "study", "class probabilities of images"),
     "export-domainbed": (export_domainbed, "field", "write a comparison or a run as DomainBed does"),
     "import-domainbed": (import_domainbed, "field", "tables of DomainBed's own runs, by its selection rules"),

@@ -94,7 +94,7 @@ def get_features(
         vit_model: hub name or local directory, with `data_root`.
         cache_dir: see `extract`; where `config.CACHE_DIR` is None too, `default_cache`.
         verify, progress: see `extract`.
-        device: where the ViT runs.
+        device: where the backbone runs.
         blocks: see `extract`; default `config.TRAINED_BLOCKS`.
         layers: "last" or "all", see `models.FeatureExtractor`; default `config.FEATURE_LAYERS`.
         pooling: "auto", "cls", "mean" or "pooler", see there; default `config.POOLING`.
@@ -140,7 +140,7 @@ def extract(
     blocks: int = 0,
     check_tail: Callable[[BackboneTail], object] = lambda tail: None,
 ) -> FeatureSet:
-    """Features of all images: from the cache, else by one pass of the frozen ViT, and then cached.
+    """Features of all images: from the cache, else by one pass of the frozen backbone, and then cached.
 
     An interrupted pass resumes where it stopped, to within 512 images. Processes that need the same features at the
     same time share the pass, 512 images each at a time, and make up for one that ends; the features are the same. Of

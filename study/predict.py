@@ -64,7 +64,7 @@ def join(
     """Frozen backbone and networks of a weights file as one model, whose probabilities are the mean of theirs.
 
     Raises:
-        InputError: the ViT is not the one that the networks were trained on, or they do not fit it.
+        InputError: the backbone is not the one that the networks were trained on, or they do not fit it.
     """
     trained_on, preprocessing = header["features"]["model"], header["features"]["preprocessing"]
     if extractor.weights_hash() != trained_on["weights_sha256"] or extractor.preprocessing.describe() != preprocessing:
