@@ -160,8 +160,8 @@ class Run:
         """
         results, settings = next(iter(places.items()))
         seeds = check_seeds(range(config.NUM_SEEDS) if seeds is None else seeds)
-        check_before_extraction(holdouts, places, overwrite)
         execution = current_execution(strict)
+        check_before_extraction(holdouts, places, overwrite)
         options = {"device": execution.device, "verify": verify, "check_tail": partial(check_density, settings)}
         features = get_features(config.DATA_ROOT, config.FEATURES_FILE, **options)
         check(features)

@@ -248,6 +248,7 @@ def test_a_worker_with_threads_is_a_sentence():
         check_cluster(local.scheduler_address)
 
 
+@pytest.mark.usefixtures("restored")
 def test_no_scheduler_is_a_sentence_before_anything_else_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECTING", 0.5)
     address, features = f"tcp://127.0.0.1:{free_port()}", tmp_path / "blobs.safetensors"
