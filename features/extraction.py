@@ -36,7 +36,7 @@ from features.check import check_images, image_problem, memo_path, raise_unreada
 from features.pretrained import load_extractor
 from features.shards import Shards
 from features.tokens import Float16OverflowError, TokenFile
-from models import BackboneTail, FeatureExtractor
+from models import BackboneTail, FeatureExtractor, image_size
 from storage import FORMAT_VERSION, FeatureSet, load_features, save_features
 
 log = getLogger(__name__)
@@ -221,8 +221,9 @@ def _check_layers(layers: str, blocks: int) -> None:
 
 
 def _token_shape(dataset: ImageDataset, extractor: FeatureExtractor, blocks: int) -> tuple[int, int, int]:
-    """N, T, D. Any image tells: a model preprocesses all to the same size."""
-    grey = extractor.preprocessing(Image.new("RGB", (64, 64), "grey"))
+    """N, T, D. An image of the model's own size tells: all come out in one, also where none is resized."""
+    height, width = image_size(extractor.model)
+    grey = extractor.preprocessing(Image.new("RGB", (width, height), "grey"))
     return len(dataset), *extractor.tokens(grey[None], blocks)[1].shape[1:]
 
 

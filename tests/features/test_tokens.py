@@ -10,7 +10,7 @@ from PIL import Image
 import config
 from config import InputError
 from features import bundled_features, copy_features, get_features, load_extractor, load_features
-from tests.conftest import make_vit
+from tests.conftest import make_images, make_vit
 from tests.factories import dated, everything
 from tests.features.conftest import ASKED
 
@@ -201,3 +201,11 @@ def test_tokens_that_cannot_be_had_are_refused(run, extractor, image_root, tiny_
     usual = {"vit_model": tiny_vit, "cache_dir": cache, "device": "cpu", "progress": False}
     assert get_features(image_root, **usual).header["tokens"]["blocks"] == 1
     assert get_features(image_root, **usual, blocks=2).header["tokens"]["blocks"] == 2
+
+
+def test_tokens_of_images_that_are_not_resized(tmp_path):
+    """A processor that resizes nothing: the images have the model's own size."""
+    root = make_images(tmp_path / "images", size=(32, 32))
+    model = make_vit(tmp_path / "vit", do_resize=False)
+    found = get_features(root, vit_model=model, blocks=1, cache_dir=tmp_path / "cache", device="cpu", progress=False)
+    assert found.tokens.shape == (12, 17, 24)
