@@ -25,6 +25,7 @@ from config import BlockSettings, InputError, Settings
 from evidence import own_rates
 from evidence.contrasts import Contrast, seed_averages
 from evidence.report import (
+    by_density,
     contrast_sentences,
     edge_sentences,
     failures_shown,
@@ -356,7 +357,9 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study
         *EXPLANATION.splitlines(),
         *section("Confirmatory family", family_shown(tables["contrasts"])),
         *section("Accuracy (%)", wide_table(tables["accuracy"])),
-        *section("EXPLORATORY: accuracy (%) by density, and minus `head` (points)", by_density(tables["densities"])),
+        *section(
+            "EXPLORATORY: accuracy (%) by density, and minus `head` (points)", densities_shown(tables["densities"])
+        ),
         *section("Learning rates of the blocks that were chosen", rates_shown(tables["rates"])),
     ]
     if "controls" in tables:
@@ -401,20 +404,9 @@ def cautions(rates: pd.DataFrame, run: Run) -> list[str]:
     return unlearned(*about, images="the sources' validation images")
 
 
-def by_density(table: pd.DataFrame) -> pd.DataFrame:
-    """A `densities_table` for reading: accuracy in per cent, and what it adds to head alone in points."""
-    rows = [
-        (
-            row.criterion,
-            f"{row.density:g}",
-            row.n,
-            f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
-            "" if row.criterion == HEAD.control else in_points(row.above, row.above_low, row.above_high),
-        )
-        for row in table.itertuples()
-    ]
-    columns = ["criterion", "weights that learn (%)", "seeds", "accuracy (%)", "minus head (points)"]
-    return pd.DataFrame(rows, columns=columns).set_index("criterion")
+def densities_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `densities_table` for reading."""
+    return by_density(table, HEAD.control, "weights that learn")
 
 
 def controls_shown(table: pd.DataFrame) -> pd.DataFrame:

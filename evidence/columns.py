@@ -33,7 +33,7 @@ import config
 from config import InputError
 from engine import accuracies, fit_linear, training_threads
 from evidence.contrasts import seed_averages
-from evidence.report import contrast_sentences, edge_sentences, family_shown, in_points, section, write_report
+from evidence.report import by_density, contrast_sentences, edge_sentences, family_shown, section, write_report
 from evidence.statistics import LEVEL, family
 from importance import aggregate, top_k_mask
 from storage import FeatureSet
@@ -421,6 +421,7 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
         index="layer", columns="criterion", values="share"
     )
     shares = (100 * shares.loc[list(dict.fromkeys(tables["layers"]["layer"])), list(CRITERIA)]).round(1)
+    densities = by_density(tables["densities"], ALL, "columns kept")
     lines = [
         "Importance of features: which columns of the ViT's layers carry over to a new domain?",
         "",
@@ -434,7 +435,7 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
         *EXPLANATION.splitlines(),
         *section("Confirmatory family", family_shown(tables["contrasts"])),
         *section("Accuracy (%)", wide_table(tables["accuracy"]).loc[list(tables["seeds"])]),
-        *section("EXPLORATORY: accuracy (%) by density, and minus all columns (points)", shown(tables["densities"])),
+        *section("EXPLORATORY: accuracy (%) by density, and minus all columns (points)", densities),
         *section(f"EXPLORATORY: share of each layer that is kept at {SHOWN:g} % (%)", shares),
         *section("C that was chosen (and the best layer)", chosen_shown(tables["chosen"])),
     ]
@@ -451,22 +452,6 @@ def column_sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         f"{100 * means[ALL]:.1f} %; the best mean is that of {best} ({100 * means[best]:.1f} %)."
     )
     return found + edge_sentences(tables["chosen"], "values of C")
-
-
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A `densities_table` for reading: accuracy in per cent, minus all columns in points."""
-    rows = [
-        (
-            row.criterion,
-            f"{row.density:.3g}",
-            row.n,
-            f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
-            "" if row.criterion == ALL else in_points(row.above, row.above_low, row.above_high),
-        )
-        for row in table.itertuples()
-    ]
-    columns = ["criterion", "columns kept (%)", "seeds", "accuracy (%)", "minus all (points)"]
-    return pd.DataFrame(rows, columns=columns).set_index("criterion")
 
 
 def chosen_shown(table: pd.DataFrame) -> pd.DataFrame:

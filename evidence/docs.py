@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from config import InputError
-from evidence.blocks import by_density, controls_shown, rates_shown, sentences
+from evidence.blocks import controls_shown, densities_shown, rates_shown, sentences
 from evidence.confirmation import confirmation_sentence
 from evidence.form_tables import forms_wide, starts_shown
 from evidence.form_tables import sentences as form_sentences
@@ -196,7 +196,7 @@ def data_tables() -> dict[str, str]:
 def _blocks_tables(folder: Path) -> dict[str, str]:
     """What the study of trained blocks says: name -> Markdown."""
     tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
-    densities, rates = by_density(tables["densities"]).reset_index(), rates_shown(tables["rates"]).reset_index()
+    densities, rates = densities_shown(tables["densities"]).reset_index(), rates_shown(tables["rates"]).reset_index()
     families = {"contrasts": "contrasts", "fixed-rate": "contrasts_fixed_rate", "schedule": "contrasts_schedule"}
     shown = {f"blocks-{name}": family_shown(tables[table]).reset_index() for name, table in families.items()}
     controls = controls_shown(tables["controls"]).reset_index()

@@ -155,6 +155,28 @@ def with_interval(value: float, low: float, high: float) -> str:
     return f"{value:+.2f}{between}".replace("-", "−")
 
 
+def by_density(table: pd.DataFrame, baseline: str, what: str) -> pd.DataFrame:
+    """Accuracy by density for reading: per cent, and minus a baseline in points.
+
+    Args:
+        table: criterion, density, n, mean, low, high, and above, above_low, above_high, which are minus the baseline.
+        baseline: the criterion that the others are compared with.
+        what: the densities are of, such as "columns kept".
+    """
+    rows = [
+        (
+            row.criterion,
+            f"{row.density:.3g}",
+            row.n,
+            f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]",
+            "" if row.criterion == baseline else in_points(row.above, row.above_low, row.above_high),
+        )
+        for row in table.itertuples()
+    ]
+    columns = ["criterion", f"{what} (%)", "seeds", "accuracy (%)", f"minus {baseline} (points)"]
+    return pd.DataFrame(rows, columns=columns).set_index("criterion")
+
+
 def summary(tables: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list[str]:
     """The finding in plain sentences: what was fixed in advance first, then what was not.
 
