@@ -21,7 +21,7 @@ from tests.factories import LEARNING, everything, make_run, save_blobs, token_bl
 SMOOTHING = """
 from torch.nn import functional as F
 
-from beside import AMOUNT
+from amount_of_smoothing import AMOUNT
 from field import Algorithm, Hyperparameter
 
 
@@ -171,7 +171,7 @@ def test_whatever_is_read_of_phase_1_is_there_without_the_results_directory(sett
 def test_a_comparison_with_a_method_of_a_users_file_and_a_module_beside_it_in_new_processes(tmp_path, monkeypatch):
     """The other processes are new ones: they know this project, and nothing of the user's folder."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "beside.py").write_text("AMOUNT = 0.2\n")
+    (tmp_path / "mine" / "amount_of_smoothing.py").write_text("AMOUNT = 0.2\n")
     (tmp_path / "mine" / "smoothing.py").write_text(SMOOTHING)
     features, place = save_blobs(tmp_path / "blobs.safetensors"), f"{tmp_path / 'mine' / 'smoothing.py'}:Smoothing"
     found = {}
