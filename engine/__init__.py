@@ -16,7 +16,8 @@ from engine.machine import (
     training_memory,
     training_threads,
 )
-from engine.networks import logistic_regression, make_engine, network_start, random_start
+from engine.networks import fit_probes, logistic_regression, make_engine, network_start, random_start
+from engine.pure import PureNetwork
 from engine.stack import FlatAdam, MatmulEngine, Params, Rates
 from engine.tail import BlockMatrix, ClsShortcut, TailEngine, block_matrices
 from engine.workers import side_by_side, stacks_at_a_time
@@ -35,6 +36,7 @@ __all__ = [
     "Network",
     "Params",
     "PathRecorder",
+    "PureNetwork",
     "Rates",
     "SplitFeatures",
     "TailEngine",
@@ -50,6 +52,7 @@ __all__ = [
     "default_workers",
     "failure_reason",
     "fit_linear",
+    "fit_probes",
     "free_memory",
     "generator",
     "logistic_regression",

@@ -42,6 +42,7 @@ class SplitFeatures:
     tail: BackboneTail | None = None  # the pretrained blocks after them, without a classifier
     dtype: torch.dtype = torch.float32  # to train in
     _networks: dict[tuple[int, ...], Network] = field(default_factory=dict, repr=False)  # by hidden sizes
+    probes: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # see `networks.fit_probes`
     _splits: dict[int, Tensor] = field(default_factory=dict, repr=False)  # split seed -> bool [N], True = `in`
 
     @classmethod

@@ -12,12 +12,15 @@ from torch.utils._pytree import tree_map
 
 from engine.stack import Params, Rates
 
+INPUT_FLOATS = 2**24  # largest piece of the inputs that a network is validated on
+
 
 class Batch(NamedTuple):
     """What one network sees in a step.
 
-    Shapes: `features` ``[B, D]``; `labels`, `domains` int64 ``[B]``. Domains are numbered 0 … n − 1 among the sources.
-    A balanced batch is ordered by domain, `batch_size` rows of each.
+    Shapes: `features` ``[B, D]``, or tokens ``[B, T, D]`` of a network with trained blocks; `labels`, `domains` int64
+    ``[B]``. Domains are numbered 0 … n − 1 among the sources. A balanced batch is ordered by domain, `batch_size` rows
+    of each.
     """
 
     features: Tensor
@@ -45,7 +48,7 @@ class Method(Protocol):
 class Validation(NamedTuple):
     """What a method is validated on while it trains: the rows of each network, of all data.
 
-    Shapes: `features` ``[N, D]``; `labels` int64 ``[N]``; `rows` int64 ``[S, n]``.
+    Shapes: `features` ``[N, D]``, or tokens ``[N, T, D]``; `labels` int64 ``[N]``; `rows` int64 ``[S, n]``.
     """
 
     features: Tensor
@@ -59,7 +62,7 @@ class FunctionalEngine:
     Args:
         methods: the method of each network. They are of one class and setup; what they draw has the same shapes. Their
             functions see one network; here they run under `vmap`.
-        start: initial parameters of the classifier, name -> ``[S, *shape]``, on the device and of the type to train in.
+        start: initial parameters of the network, name -> ``[S, *shape]``, on the device and of the type to train in.
         draws: the `noise` stream of each network, S CPU generators.
         sources: numbers of the source domains among all domains, in order.
         validation: the sources' `out` split; needed if the method sets `validate_every`.
@@ -136,17 +139,19 @@ class FunctionalEngine:
 
     def _validate(self) -> None:
         features, labels, rows = self.validation
-        dtype = next(iter(self.params.values())).dtype
-        if bool((rows == rows[:1]).all()):  # one split for all seeds
-            logits = self._every("forward", self.params, features[rows[0]].to(dtype), in_dims=(0, None))
-        else:
-            logits = self._every("forward", self.params, features[rows].to(dtype))
-        loss = F.cross_entropy(logits.movedim(1, 2), labels[rows], reduction="none").mean(-1)
+        dtype, size = next(iter(self.params.values())).dtype, max(1, INPUT_FLOATS // (len(rows) * features[0].numel()))
+        shared = bool((rows == rows[:1]).all())  # one split for all seeds
+        losses = []
+        for part in rows.split(size, dim=1):
+            inputs = features[part[0] if shared else part].to(dtype)
+            logits = self._every("forward", self.params, inputs, in_dims=(0, None if shared else 0))
+            losses.append(F.cross_entropy(logits.movedim(1, 2), labels[part], reduction="none"))
+        loss = torch.cat(losses, dim=1).mean(-1)
         self.state = self.state | self._every("validated", self.params, self.state, loss)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """``[N, D]`` -> ``[S, N, classes]``."""
+        """``[N, D]``, or tokens ``[N, T, D]`` -> ``[S, N, classes]``."""
         return self._every("logits", self.params, self.state, features, in_dims=(0, 0, None))
 
     def right(self, features: Tensor, targets: Tensor) -> Tensor:

@@ -85,22 +85,32 @@ def network_start(
     if settings.head_start == "random":
         head = random_start(seeds, purpose, network.head)
     else:
-        head = _probes(data, data.rows(domains, part, seeds), settings)
+        fit_probes(data, seeds, settings, domains, part)
+        fitted = [data.probes[settings.probe_c, tuple(row)] for row in data.rows(domains, part, seeds).tolist()]
+        weights, biases = zip(*fitted, strict=True)
+        head = {"layers.0.weight": torch.stack(weights), "layers.0.bias": torch.stack(biases)}
     return start | {f"head.{name}": value for name, value in head.items()}
 
 
-def _probes(data: SplitFeatures, rows: Tensor, settings: Settings) -> Params:
-    """A linear classifier per seed, fitted to the features of its rows ``[S, n]``."""
+def fit_probes(
+    data: SplitFeatures, seeds: Sequence[int], settings: Settings, domains: Sequence[str], part: str
+) -> dict[tuple, tuple[Tensor, Tensor]]:
+    """Fit the linear classifiers that `network_start` begins with, unless `data.probes` has them, and keep them there.
+
+    Returns:
+        Of these seeds: (C, row numbers) -> weights ``[classes, D]`` and biases ``[classes]``, float32 on the CPU.
+    """
+    keys = [(settings.probe_c, tuple(row)) for row in data.rows(domains, part, seeds).tolist()]
     labels = data.labels.cpu().numpy()
-    own = {tuple(row): None for row in rows.tolist()}
-    for row in own:
-        fitted = logistic_regression(data.features[[*row]].cpu().double().numpy(), labels[[*row]], settings.probe_c)
+    for strength, row in dict.fromkeys(keys):
+        if (strength, row) in data.probes:
+            continue
+        fitted = logistic_regression(data.features[[*row]].cpu().double().numpy(), labels[[*row]], strength)
         weight, bias = (torch.from_numpy(values).float() for values in (fitted.coef_, fitted.intercept_))
         if len(weight) == 1:  # of two classes: log odds of the second
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        own[row] = weight, bias
-    weights, biases = zip(*(own[tuple(row)] for row in rows.tolist()), strict=True)
-    return {"layers.0.weight": torch.stack(weights), "layers.0.bias": torch.stack(biases)}
+        data.probes[strength, row] = weight, bias
+    return {key: data.probes[key] for key in keys}
 
 
 def logistic_regression(x: np.ndarray, y: np.ndarray, strength: float, fitted=None, steps: int = STEPS):

@@ -11,6 +11,7 @@ itself, one network after the other.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ ROLES = {  # role in a pre-norm block -> what implementations call the module
 }
 OPTIONAL = ("scale1", "gate", "scale2")
 ACTIVATIONS = ("mlp.activation_fn", "mlp.act_fn", "intermediate.intermediate_act_fn")
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 TOLERANCE = 1e-9  # of the shortcut's features, relative to the largest, in float64
 
 
@@ -138,27 +140,40 @@ class ClsShortcut:
         eps = {role: norm.eps for role, norm in norms.items()}
         return cls(names, heads, eps, activation)
 
-    def representation(self, params: Params, tokens: Tensor) -> Tensor:
+    def representation(
+        self,
+        params: Params,
+        tokens: Tensor,
+        factors: Mapping[str, Tensor] = NOTHING,
+        mlp: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """The last ``[CLS]``.
 
         Args:
             params: of `BackboneTail`, name -> ``[S, V, *shape]``.
             tokens: before the block, ``[S, B, T, D]``; the V networks of a seed share them.
+            factors: on the inputs of linear layers, by role (a gate's are those of "in"): ``[S, V, B, width]``, the
+                same for all tokens of an image, so that they fold into u and m exactly.
+            mlp: takes the place of the block's: rows ``[S, V, B, D]`` in and out.
 
         Returns:
             ``[S, V, B, D]``.
         """
-        cls, of = tokens[:, None, :, 0], _Parameters(params, self.names)
+        cls, of = tokens[:, None, :, 0], _Parameters(params, self.names, factors)
         normalized = F.layer_norm(tokens, tokens.shape[-1:], eps=self.eps["norm1"])  # X̂
         attended = self._attention(of, normalized)
         cls = cls + of.scaled("scale1", of.linear("output", attended))
         hidden = of.norm("norm2", cls, self.eps)
-        if "gate" in self.names:
-            hidden = self.activation(of.linear("gate", hidden)) * of.linear("in", hidden)
-        else:
-            hidden = self.activation(of.linear("in", hidden))
-        cls = cls + of.scaled("scale2", of.linear("out", hidden))
+        cls = cls + of.scaled("scale2", self._mlp(of, hidden) if mlp is None else mlp(hidden))
         return of.norm("norm", cls, self.eps) if "norm" in self.names else cls
+
+    def _mlp(self, of: "_Parameters", rows: Tensor) -> Tensor:
+        """``[S, V, B, D]`` -> ``[S, V, B, D]``."""
+        if "gate" in self.names:
+            hidden = self.activation(of.linear("gate", rows)) * of.linear("in", rows)
+        else:
+            hidden = self.activation(of.linear("in", rows))
+        return of.linear("out", hidden)
 
     def _attention(self, of: "_Parameters", normalized: Tensor) -> Tensor:
         """Attention of ``[CLS]`` to all tokens: X̂ ``[S, B, T, D]`` -> ``[S, V, B, D]``."""
@@ -168,21 +183,22 @@ class ClsShortcut:
         query = of.linear("query", seen).unflatten(-1, (self.heads, -1)).movedim(-2, 2)  # [S, V, H, B, d]
         key, value = (of(role, "weight").unflatten(-2, (self.heads, -1)) for role in ("key", "value"))  # […, H, d, D]
         reads = (query @ key) * (gain[:, :, None, None] / math.sqrt(query.shape[-1]))  # u: [S, V, H, B, D]
+        reads = of.times("key", reads)
         every = reads.movedim(3, 1).reshape(seeds * batch, -1, width)  # all arms and heads of an image in one product
         images = normalized.flatten(0, 1)
         weights = (every @ images.transpose(1, 2)).softmax(-1)  # [S · B, V · H, T]
         means = (weights @ images).view(seeds, batch, *reads.shape[1:3], width).movedim(1, 3)  # m: [S, V, H, B, D]
-        means = means * gain[:, :, None, None] + shift[:, :, None, None]
+        means = of.times("value", means * gain[:, :, None, None] + shift[:, :, None, None])
         heads = means @ value.transpose(-1, -2)  # [S, V, H, B, d]
         attended = heads.movedim(2, 3).flatten(-2)
         return attended + of("value", "bias").unsqueeze(-2) if of.has("value", "bias") else attended
 
 
 class _Parameters:
-    """The parameters of a stack by role in the block."""
+    """The parameters of a stack by role in the block, and the factors on the inputs of its layers."""
 
-    def __init__(self, params: Params, names: Mapping[str, str]):
-        self.params, self.names = params, names
+    def __init__(self, params: Params, names: Mapping[str, str], factors: Mapping[str, Tensor]):
+        self.params, self.names, self.factors = params, names, factors
 
     def __call__(self, role: str, kind: str) -> Tensor:
         return self.params[f"{self.names[role]}.{kind}"]
@@ -192,8 +208,15 @@ class _Parameters:
 
     def linear(self, role: str, rows: Tensor) -> Tensor:
         """``[S, V, B, in]`` -> ``[S, V, B, out]``."""
+        rows = self.times("in" if role == "gate" else role, rows)
         rows = (self(role, "weight") @ rows.transpose(-1, -2)).transpose(-1, -2)  # its gradient is contiguous
         return rows + self(role, "bias").unsqueeze(-2) if self.has(role, "bias") else rows
+
+    def times(self, role: str, rows: Tensor) -> Tensor:
+        """Inputs of a layer ``[S, V, B, in]``, or ``[S, V, H, B, in]``, times its factors if it has some."""
+        if role not in self.factors:
+            return rows
+        return rows * (self.factors[role] if rows.ndim == 4 else self.factors[role].unsqueeze(2))
 
     def norm(self, role: str, rows: Tensor, eps: Mapping[str, float]) -> Tensor:
         """Layer norm of the last axis of ``[S, V, B, D]``."""

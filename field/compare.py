@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.func import grad, vmap
 
 import config
 from config import BlockSettings, InputError, Settings
+from engine import PureNetwork, fit_probes
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
 from field.curves import read_curves
 from field.load import load_method
@@ -28,6 +30,8 @@ from field.selection import HEADLINE, RULES, find_rule, tables_by_rule
 from field.unit import Trained, Unit, train_unit
 from storage import FeatureSet, Results, damaged
 from study import SELECTIONS, Arm, Counted, Run, SavedNetworks, Study, make_records
+
+log = getLogger(__name__)
 
 PARTNERS = {"pooled": "ERM", "balanced": "ERMBalanced"}  # the baseline for each way of making a batch
 CLASSIFIERS = 4  # memory that a method may need for a network: experts, averages and adversaries
@@ -50,8 +54,8 @@ class Comparison:
         holdouts: choices of held-out domains, each a tuple of one or two.
 
     Raises:
-        InputError: an unknown method, an invalid class, no trial, `PH2_INIT` other than "fresh", trained blocks, or
-            domains that cannot be left out in pairs.
+        InputError: an unknown method, an invalid class, no trial, `PH2_INIT` other than "fresh", a method that cannot
+            train this network, or domains that cannot be left out in pairs.
     """
 
     def __init__(
@@ -65,6 +69,9 @@ class Comparison:
         self.run, self.trials, self.rule = run, trials, rule
         self.methods = check_methods(methods, trials, run.settings)
         self.holdouts = _choices_of_holdouts(run, leave_one_out or _needs_pairs(rule))
+        for method in self.methods:
+            if words := method.refusal(pure_network(run)):
+                raise InputError(f"{words}, which needs a single block that the shortcut covers: leave it out.")
         self._curves: pd.DataFrame | None = None
         self._tables: dict[str, pd.DataFrame] | None = None
 
@@ -77,13 +84,19 @@ class Comparison:
         rule: str | None = None,
         **options,
     ) -> "Comparison":
-        """The comparison on the run that the constants of `config` describe, by default of all methods.
+        """The comparison on the run that the constants of `config` describe, by default of all methods that can.
 
         `options` are those of `study.Run.from_config`; the other arguments are those of the class.
         """
-        methods = check_methods(sorted(ALGORITHMS) if methods is None else methods, trials, Settings.current())
+        wanted = check_methods(sorted(ALGORITHMS) if methods is None else methods, trials, Settings.current())
         check = partial(_check_pairs, leave_one_out or _needs_pairs(rule))
-        return cls(Run.from_config(**options, check=check), methods, trials, leave_one_out, rule)
+        run = Run.from_config(**options, check=check)
+        if methods is None:
+            refused = [method.__name__ for method in wanted if method.refusal(pure_network(run))]
+            wanted = [method for method in wanted if method.__name__ not in refused]
+            if refused:
+                log.info("Without %s, which need a single block that the shortcut covers.", ", ".join(refused))
+        return cls(run, wanted, trials, leave_one_out, rule)
 
     @classmethod
     def of(
@@ -154,12 +167,15 @@ class Comparison:
             return
         run.check_memory([(unit.seeds * len(unit.trials),) for unit in units], CLASSIFIERS)
         self._curves = self._tables = None
+        if any("networks" in unit.method.phase1.values() for unit in units):
+            run.archive.keeps_networks = True
         if controls := dict.fromkeys(unit.method.control or "importance" for unit in units if unit.method.given()):
             Study(run, [Arm(control) for control in controls]).phase1()
 
         def train(unit: Unit, tick: Callable[[], None]) -> list[Trained]:
             return train_unit(run, unit, [self.values(unit.method, trial) for trial in unit.trials], tick)
 
+        self._fit_starts(units)
         vmap(grad(torch.sum))(torch.ones(1, 1))  # torch.func loads 900 modules: here once, not in every process
         with run.writing(units):
             run.keep_phase1(weights=any("networks" in unit.method.phase1.values() for unit in units))
@@ -167,6 +183,22 @@ class Comparison:
             epochs = run.settings.ph2_num_epochs
             for unit, trained in zip(units, run.side_by_side("Methods", units, train, epochs, floats), strict=True):
                 self._save(unit, trained)
+
+    def _fit_starts(self, units: Sequence[Unit]) -> None:
+        """Fit the classifiers that networks with blocks begin with, which all methods share, once."""
+        run = self.run
+        if not isinstance(run.settings, BlockSettings) or run.settings.head_start != "probe":
+            return
+
+        def fit(start: tuple[tuple[str, ...], tuple[int]], tick: Callable[[], None]) -> dict:
+            holdouts, seeds = start
+            found = fit_probes(run.data, seeds, run.settings, run.data.sources(holdouts), "in")
+            tick()
+            return found
+
+        starts = list(dict.fromkeys((unit.holdouts, (seed,)) for unit in units for seed in unit.seeds))
+        for found in run.side_by_side("Starts", starts, fit, 1, 0, "fit"):
+            run.data.probes.update(found)
 
     def missing(self) -> list[Unit]:
         """What is not on disk yet.
@@ -282,6 +314,11 @@ class Comparison:
         return self._tables
 
 
+def pure_network(run: Run) -> PureNetwork:
+    """What the methods of a comparison train."""
+    return PureNetwork(run.network, run.data.shortcut)
+
+
 def check_methods(
     methods: Iterable[str | type[Algorithm]], trials: int, settings: Settings
 ) -> tuple[type[Algorithm], ...]:
@@ -291,8 +328,6 @@ def check_methods(
         InputError: see `Comparison`.
     """
     config.check("--trials", trials)
-    if isinstance(settings, BlockSettings):
-        raise InputError("A comparison trains classifiers on features: TRAINED_BLOCKS must be 0 for it.")
     if settings.ph2_init != "fresh":
         raise InputError(
             f"A comparison trains from a fresh start: PH2_INIT must be 'fresh', not '{settings.ph2_init}'."

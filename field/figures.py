@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from field.compare import PARTNERS, Comparison
+from engine import PureNetwork
+from field.compare import PARTNERS, Comparison, pure_network
 from study import MARGIN
 from study.figures import in_words
 from visualization import Figure, Panel, difference_plot, matrices, plain, save_each, sentence_figure
@@ -73,13 +74,23 @@ def conflict_figure(comparison: Comparison, method: str) -> Figure:
     )  # [tensors, epochs]
     trivial = (strength > 1 - 1e-6).all(1, keepdims=True)
     strength = np.where(trivial, np.nan, strength)
-    depth = len(run.settings.hidden_sizes) + 1
-    names = [f"layer {i + 1} {kind}" for i in range(depth) for kind in ("weights", "biases")]
+    names = tensor_names(pure_network(run))
     epochs = range(1, rate.shape[1] + 1)
     titles = "How often they conflict", "How strongly" + " (grey: single numbers)" * bool(trivial.any())
     panels = [Panel(titles[0], rate, names, epochs, "epoch"), Panel(titles[1], strength, names, epochs, "epoch")]
     title = f"{method}: conflicts of domain gradients ({run.title})"
     return matrices(panels, title, ("part of the tests", "|cosine| where they conflict"), None, square=False)
+
+
+def tensor_names(network: PureNetwork) -> list[str]:
+    """What each parameter tensor of a network is, in words: "layer 2 weights", "block 1 query biases"."""
+    kinds, roles = {"weight": "weights", "bias": "biases"}, network.roles
+    found = []
+    for name in network.shapes:
+        layer, _, kind = name.rpartition(".")
+        known = f"layer {network.layers.index(layer) + 1}" if layer in network.layers else roles.get(layer, layer)
+        found.append(f"{known} {kinds.get(kind, kind)}")
+    return found
 
 
 def expert_figure(comparison: Comparison, method: str, holdout: str) -> Figure:

@@ -2,18 +2,20 @@
 
 import textwrap
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import pandas as pd
-from torch.func import functional_call, vmap
+import torch
+from torch import Tensor
 
+from engine import Params
 from evidence import kept_probe, probe_words
-from field.compare import PARTNERS, Comparison
+from field.compare import PARTNERS, Comparison, pure_network
 from field.selection import RULES, UNITS, as_text, select, signed
 from storage import Results, ranges
 from study import AVERAGE, bottleneck, covered, unlearned
 
+ROWS = 400  # images that the ensemble classifies at a time
 INTRODUCTION = """\
 {units} They cover {covered}.
 Accuracy is measured on all images of the held-out domain. Differences are from ERM on the same kind of batches
@@ -79,12 +81,15 @@ def _introduction(comparison: Comparison) -> list[str]:
     """What was compared, and how to read the tables."""
     run, trials = comparison.run, comparison.trials
     sizes = " -> ".join(map(str, (run.features.feature_size, *run.settings.hidden_sizes, run.features.num_classes)))
+    blocks = 0 if run.features.tail is None else len(run.features.tail.blocks)
+    trained = f"the last {'block' if blocks == 1 else f'{blocks} blocks'} of the ViT"
     draws = f", and {trials - 1} random draw{'s' if trials > 2 else ''}" if trials > 1 else ""
     lines = [
-        "Methods of the field on frozen features",
+        f"Methods of the field on {trained if blocks else 'frozen features'}",
         "",
         run.features.describe(),
-        f"Classifier: {sizes}; {run.settings.ph2_num_epochs} epochs; {len(run.seeds)} seeds; "
+        f"Classifier{f' after {trained}' if blocks else ''}: {sizes}; {run.settings.ph2_num_epochs} epochs; "
+        f"{len(run.seeds)} seeds; "
         f"hyperparameters of every method: its defaults{draws}.",
         INTRODUCTION.format(units=UNITS, covered=covered(run.settings.split_seed)),
     ]
@@ -166,10 +171,21 @@ def ensemble(comparison: Comparison) -> pd.Series:
         saved = run.archive.method(PARTNERS["pooled"], 0, (holdout,))
         params = {name: value[saved.ok] for name, value in saved.params().items()}
         rows = run.data.all_rows([holdout])
-        logits = partial(functional_call, run.network, args=(run.data.features[rows].to(run.data.dtype).cpu(),))
-        chances = vmap(logits)(params).softmax(-1).mean(0)
-        found[holdout] = float((chances.argmax(-1) == run.data.labels[rows].cpu()).double().mean())
+        right = [_ensemble_right(comparison, params, part) for part in rows.split(ROWS)]
+        found[holdout] = float(torch.cat(right).double().mean())
     return pd.Series(found, dtype=float)
+
+
+def _ensemble_right(comparison: Comparison, params: Params, rows: Tensor) -> Tensor:
+    """Whether the mean probabilities of networks ``[S, …]`` are right on these rows: bool ``[n]``, CPU."""
+    data, network = comparison.run.data, pure_network(comparison.run)
+    inputs, chances = data.inputs[rows].to(data.dtype).cpu(), 0
+    with torch.no_grad():
+        for s in range(len(next(iter(params.values())))):
+            own = {name: value[s] for name, value in params.items()}
+            features = network.hidden(own, network.features(own, inputs))
+            chances = chances + network.head(own, features).softmax(-1)
+    return chances.argmax(-1) == data.labels[rows].cpu()
 
 
 def seed_averages(comparison: Comparison) -> pd.DataFrame:

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from config import InputError, Settings
+from config import BlockSettings, InputError, Settings
 from engine import (
     BalancedOrder,
     BatchOrder,
     FunctionalEngine,
     Params,
+    PureNetwork,
     SplitFeatures,
     Validation,
     accuracies,
     generator,
-    random_start,
+    network_start,
     train,
 )
 from field.algorithms import Algorithm, Setup, State
@@ -74,7 +75,8 @@ def train_method(
         holdouts: names of the domains left out, one or two.
         seeds: S seeds.
         method: makes the method for its `Setup`: a class, or a `functools.partial` of one with hyperparameters.
-        settings: `BATCH_SIZE`, `HIDDEN_SIZES` and `PH2_NUM_EPOCHS` are used.
+        settings: batch size, hidden sizes and number of epochs are used; with trained blocks also how the classifier
+            starts, and the blocks' learning rate as a fraction of `PH2_LR_IMPORTANT`.
         given: the entries of the state that the method does not make itself (`Algorithm.given`): tensors ``[S, …]``,
             nested as there; a mask is name of the tracked matrix -> bool ``[S, out, in]``.
         threads, on_epoch: see `engine.train`.
@@ -152,23 +154,30 @@ def _stack(
     """
     sources, every = data.sources(holdouts), [*seeds] * len(methods)
     steps = ceil(data.rows(sources, "in", seeds).shape[1] / settings.batch_size)
-    sizes = data.features.shape[1], len(data.class_names), len(sources)
-    setup = Setup(*sizes, settings.hidden_sizes, settings.batch_size, steps, settings.ph2_num_epochs)
+    network, fraction = PureNetwork(data.network(settings.hidden_sizes), data.shortcut), backbone_rate(settings)
+    setup = Setup(network, len(sources), settings.batch_size, steps, settings.ph2_num_epochs, fraction)
     trials = [method(setup) for method in methods]
     values, entries = _differing(trials), trials[0].given()
     if missing := [entry for entry in entries if given is None or any(entry not in own for own in given)]:
         raise ValueError(f"{type(trials[0]).__name__} must be given '{missing[0]}'.")
     known = [{entry: own[entry] for entry in entries} for own in given or ()]
-    start = random_start(every, "fresh_start", data.network(settings.hidden_sizes))
+    start = network_start(data, every, "fresh_start", settings, sources, "in")
     return FunctionalEngine(
         [trial for trial in trials for _ in seeds],
         {name: value.to(data.like) for name, value in start.items()},
         [generator(seed, "noise", "+".join(sorted(holdouts))) for seed in every],
         [data.domain_names.index(name) for name in sources],
-        Validation(data.features, data.labels, data.rows(sources, "out", every)),
+        Validation(data.inputs, data.labels, data.rows(sources, "out", every)),
         tree_map(lambda *parts: torch.cat(parts), *known) if known else None,
         {name: value.repeat_interleave(len(seeds)) for name, value in values.items()},
     )
+
+
+def backbone_rate(settings: Settings) -> float:
+    """Learning rate of trained blocks as a fraction of that of the classifier; 1 without blocks."""
+    if not isinstance(settings, BlockSettings):
+        return 1.0
+    return settings.backbone_learning_rate / settings.ph2_lr_important
 
 
 def _differing(trials: Sequence[Algorithm]) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from field.phase1 import given_to
 from field.train import MethodNetworks, train_trials
 from study import Run
 
+LARGEST_PIECE = 2**24  # numbers of the inputs for which experts are chosen at a time
+
 
 class Unit(NamedTuple):
     """What is trained in one stack and written at a time."""
@@ -81,6 +83,8 @@ def _expert_use(run: Run, networks: MethodNetworks) -> Tensor:
     groups, found = data.domains * shape[1] + data.labels, []
     for s in range(len(networks.seeds)):
         params = {name: value[s].to(data.like) for name, value in networks.params.items()}
-        routing = networks.method.routing(params, data.features.to(data.dtype)).detach()
+        parts = data.inputs.split(max(1, LARGEST_PIECE // data.inputs[0].numel()))
+        with torch.no_grad():
+            routing = torch.cat([networks.method.routing(params, part.to(data.dtype)) for part in parts])
         found.append(expert_use(routing, groups, shape[0] * shape[1]).view(*shape, -1).cpu())
     return torch.stack(found)

@@ -120,12 +120,17 @@ class Archive:
         seeds: of the run; what is read is of these seeds alone.
         network: outline of the classifier.
         header: what every file says.
+
+    Attributes:
+        keeps_networks: whether the networks of Phase 1 are kept; by default not those with trained blocks, which are
+            large, and needed by few methods.
     """
 
     def __init__(self, results: Results, seeds: Sequence[int], network: Network, header: Mapping):
         self.results, self.seeds, self.network, self.header = results, tuple(seeds), network, dict(header)
         self.parameters = dict(network.named_parameters())
         self.pretrained = not network.chained
+        self.keeps_networks = not self.pretrained
         self._files: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._seeds: dict[tuple[str, str], set[int]] = {}
 
@@ -162,7 +167,7 @@ class Archive:
 
     def phase1_seeds(self, domain: str) -> set[int]:
         """Seeds whose Phase 1 of a domain is complete."""
-        kinds = ("importance", "histories") if self.pretrained else KINDS
+        kinds = KINDS if self.keeps_networks else ("importance", "histories")
         return set.intersection(*(self._stored_seeds(kind, f"phase1_{domain}") for kind in kinds))
 
     def evidence_seeds(self, domain: str, names: Iterable[str]) -> set[int]:
@@ -234,9 +239,10 @@ class Archive:
         history = {key: getattr(networks, key) for key in (*CURVES, "failed")}
         self._write("importance", name, networks.seeds, _numbered(layers), header)
         self._write("histories", name, networks.seeds, history, header)
-        if not self.pretrained:
-            weights = _weights(networks.final, networks.start) | {"failed": networks.failed}
-            self._write("weights", name, networks.seeds, weights, header)
+        if self.keeps_networks:
+            final, start = networks.final, networks.start
+            weights = self._changes(final) if self.pretrained else _weights(final, start)
+            self._write("weights", name, networks.seeds, weights | {"failed": networks.failed}, header)
 
     def save_evidence(self, networks: DomainNetworks) -> None:
         """Write what was measured of a domain for criteria, a file for each kind."""
@@ -276,7 +282,8 @@ class Archive:
         name = _method_name(about["algorithm"], about["trial"], about["holdouts"])
         self._write("histories", name, seeds, history, self.header | about)
         if params is not None:
-            weights = _weights(params) | {"failed": history["failed"]}
+            kept = self._changes(params) if self.pretrained else _weights(params)
+            weights = kept | {"failed": history["failed"]}
             self._write("weights", name, seeds, weights, self.header | about)
 
     def _changes(self, final: Params) -> dict[str, Tensor]:

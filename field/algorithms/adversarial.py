@@ -55,7 +55,7 @@ class DANN(Algorithm):
     }
 
     def extra_parameters(self, draw):
-        widths = (self.setup.hidden_sizes[-1], *[self.mlp_width] * (self.mlp_depth - 1), self.setup.domains)
+        widths = (self.setup.width, *[self.mlp_width] * (self.mlp_depth - 1), self.setup.domains)
         params = {}
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             params |= new_linear(f"discriminator.{i}", (outputs,), inputs, draw)
@@ -103,7 +103,7 @@ class DANN(Algorithm):
         gradient, loss, _ = self.gradients(params, batch, state, noise)
         classifier, adversary = self.parts(params)
         betas, old, old_d = (self.beta1, 0.9), state["adam"], state["adversary_adam"]
-        new, moments = adam(classifier, gradient, old, self.learning_rate, self.weight_decay, betas)
+        new, moments = self.adam_step(classifier, gradient, old, betas=betas)
         new_d, moments_d = adam(adversary, gradient, old_d, self.learning_rate_d, self.weight_decay_d, betas)
         turn = state["step"] % (1 + self.d_steps_per_g_step) < self.d_steps_per_g_step  # the adversary's
         params = {**params, **where_each(turn, classifier, new), **where_each(turn, new_d, adversary)}
@@ -131,7 +131,7 @@ class CDANN(DANN):
     """
 
     def extra_parameters(self, draw):
-        shape = self.setup.classes, self.setup.hidden_sizes[-1]
+        shape = self.setup.classes, self.setup.width
         return {**super().extra_parameters(draw), "class_embeddings": torch.randn(shape, generator=draw)}
 
     def adversary_input(self, params, representation, labels):

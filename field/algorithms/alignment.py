@@ -109,7 +109,7 @@ class Mixup(Algorithm):
 
     def loss(self, params, batch, state, noise):
         features, labels, share = self.by_domain(batch.features), self.by_domain(batch.labels), noise["share"]
-        own = share.view(-1, 1, 1)
+        own = share.view(-1, *[1] * (features.ndim - 1))
         mixed = own * features + (1 - own) * features[noise["partner"]]
         logits = self.forward(params, mixed).movedim(-1, 1)  # [domains, classes, rows]
         to_own = F.cross_entropy(logits, labels, reduction="none").mean(1)
@@ -152,7 +152,7 @@ class Fishr(Switching):
     switches = ("anneal",)
 
     def initial_state(self, params):
-        weight = params[f"layers.{len(self.setup.hidden_sizes)}.weight"]
+        weight = params[f"{self.setup.network.layers[-1]}.weight"]
         variances = weight.new_zeros(self.setup.domains, weight.shape[0] * (weight.shape[1] + 1))
         return {**super().initial_state(params), "variances": variances}
 

@@ -9,7 +9,7 @@ from torch.func import vmap
 from engine import Params
 from field.algorithms.base import Algorithm, Hyperparameter, Noise, State, choice, log_uniform, register, uniform
 from field.algorithms.gradients import rounding
-from field.algorithms.parts import adam, flatten, scalar, unflatten
+from field.algorithms.parts import flatten, scalar, unflatten
 
 
 @register
@@ -38,8 +38,8 @@ class Mixout(Algorithm):
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the classifier's weight matrices: what is resampled."""
-        return tuple(name for name in self.classifier_names if name.endswith(".weight"))
+        """Names of the network's weight matrices: what is resampled."""
+        return tuple(name for name, shape in self.shapes.items() if len(shape) == 2)
 
     def draw(self, draw, rows):
         return {name: torch.rand(self.shapes[name], generator=draw) for name in self.matrices}
@@ -257,7 +257,7 @@ class SPD(Anchored):
 
     def update(self, params, batch, state, noise):
         gradient, loss, changes = self.gradients(params, batch, state, noise)
-        new, moments = adam(params, gradient, state["adam"], self.rate(state), self.weight_decay)
+        new, moments = self.adam_step(params, gradient, state["adam"], self.rate(state))
         start = unflatten(state["start"], params)
         new = {name: self.projected(start[name], params[name], new[name], gradient[name]) for name in params}
         return new, {**state, **changes, "adam": moments, "step": state["step"] + 1}, loss

@@ -12,7 +12,6 @@ object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that all s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -22,8 +21,8 @@ from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
 from config import InputError, Settings
-from engine import Batch, Params
-from field.algorithms.parts import State, adam, adam_state, linear
+from engine import Batch, Params, PureNetwork
+from field.algorithms.parts import State, adam, adam_state, flatten
 
 Noise = dict[str, Tensor]  # random numbers of one network and one step
 
@@ -79,22 +78,35 @@ class Setup:
     """What a method knows about the training it is used in.
 
     Attributes:
-        features: D, the length of a feature vector.
-        classes: number of classes.
+        network: what is trained.
         domains: number of source domains.
-        hidden_sizes: widths of the classifier's hidden layers.
         batch_size: images per step (pooled), or per step and domain (balanced).
         steps_per_epoch: updates in an epoch.
         epochs: passes over the data (in balanced training: as many updates as pooled training would take).
+        backbone_rate: learning rate of trained blocks, as a fraction of that of all else.
     """
 
-    features: int
-    classes: int
+    network: PureNetwork
     domains: int
-    hidden_sizes: tuple[int, ...]
     batch_size: int
     steps_per_epoch: int
     epochs: int
+    backbone_rate: float = 1.0
+
+    @property
+    def features(self) -> int:
+        """D, the length of a feature vector."""
+        return self.network.feature_size
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.network.num_classes
+
+    @property
+    def width(self) -> int:
+        """h, the length of the representation: of the last hidden layer, or of the features if there is none."""
+        return self.network.width
 
     @property
     def steps(self) -> int:
@@ -103,7 +115,7 @@ class Setup:
 
 
 class Algorithm:
-    """A way to train the classifier. This class itself is empirical risk minimization (Vapnik 1998).
+    """A way to train a network. This class itself is empirical risk minimization (Vapnik 1998).
 
     To add a method, extend it and override what differs: usually `loss`; `gradients`, if the direction of the step is
     not the gradient of a loss; `update`, if the step is not Adam's; `logits`, if prediction differs.
@@ -190,6 +202,11 @@ class Algorithm:
         own = cls.known_hyperparameters()["learning_rate"] is not Algorithm.hyperparameters["learning_rate"]
         return {} if own else {"learning_rate": settings.ph2_lr_important}
 
+    @classmethod
+    def refusal(cls, network: PureNetwork) -> str | None:
+        """What keeps the method from training such a network, as the beginning of a sentence; None = it can."""
+        return None
+
     # Called for one network at a time, once or in each step, outside of vmap.
 
     def extra_parameters(self, draw: torch.Generator) -> Params:
@@ -242,7 +259,7 @@ class Algorithm:
         """One step: new parameters, the whole new state, and the loss before the step."""
         gradient, loss, changes = self.gradients(params, batch, state, noise)
         state = {**state, **changes}
-        new, moments = adam(params, gradient, state["adam"], self.rate(state), self.weight_decay)
+        new, moments = self.adam_step(params, gradient, state["adam"], self.rate(state))
         return new, {**state, "adam": moments, "step": state["step"] + 1}, loss
 
     def validated(self, params: Params, state: State, loss: Tensor) -> State:
@@ -257,21 +274,40 @@ class Algorithm:
         """Share of each image that goes to each expert: ``[N, D]`` -> ``[N, experts]``; needed if `routed`."""
         raise NotImplementedError
 
-    # Parts to build with.
+    # Parts to build with. Inputs are features ``[*, D]``, or with trained blocks tokens ``[*, T, D]``.
 
     def representation(self, params: Params, features: Tensor) -> Tensor:
-        """Activations of the last hidden layer: ``[*, D]`` -> ``[*, h]``."""
-        for i in range(len(self.setup.hidden_sizes)):
-            features = torch.relu(linear(params, f"layers.{i}", features))
-        return features
+        """Activations of the last hidden layer, or where there is none the features: inputs -> ``[*, h]``."""
+        return self.setup.network.hidden(params, self.setup.network.features(params, features))
 
     def head(self, params: Params, representation: Tensor) -> Tensor:
         """The last layer: ``[*, h]`` -> ``[*, classes]``."""
-        return linear(params, f"layers.{len(self.setup.hidden_sizes)}", representation)
+        return self.setup.network.head(params, representation)
 
     def forward(self, params: Params, features: Tensor) -> Tensor:
-        """The classifier: ``[*, D]`` -> logits ``[*, classes]``."""
+        """The network: inputs -> logits ``[*, classes]``."""
         return self.head(params, self.representation(params, features))
+
+    def adam_step(
+        self,
+        params: Params,
+        gradient: Params,
+        moments: State,
+        rate: float | Tensor | None = None,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+    ) -> tuple[Params, State]:
+        """One step of Adam with the method's `weight_decay`, and trained blocks at their own fraction of the rate.
+
+        Args:
+            rate: default `learning_rate`.
+            moments, betas: see `parts.adam`.
+        """
+        rate, fraction = self.learning_rate if rate is None else rate, self.setup.backbone_rate
+        if fraction != 1:
+            blocks = ("blocks.", "norm.")
+            shares = {n: torch.full_like(v, fraction if n.startswith(blocks) else 1.0) for n, v in params.items()}
+            rate = rate * flatten(shares)
+        return adam(params, gradient, moments, rate, self.weight_decay, betas)
 
     def by_domain(self, values: Tensor) -> Tensor:
         """Rows of a balanced batch ``[B, …]`` -> ``[domains, batch_size, …]``."""
@@ -292,23 +328,14 @@ class Algorithm:
         return each(params, self.by_domain(batch.features), self.by_domain(batch.labels))
 
     @property
-    def classifier_names(self) -> tuple[str, ...]:
-        """Names of the classifier's parameters, without those of `extra_parameters`."""
-        depth = len(self.setup.hidden_sizes) + 1
-        return tuple(f"layers.{i}.{kind}" for i in range(depth) for kind in ("weight", "bias"))
-
-    @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of each parameter of the classifier, by name."""
-        widths, shapes = (self.setup.features, *self.setup.hidden_sizes, self.setup.classes), {}
-        for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            shapes |= {f"layers.{i}.weight": torch.Size((outputs, inputs)), f"layers.{i}.bias": torch.Size((outputs,))}
-        return shapes
+        """Shape of each parameter of the network, by name, without those of `extra_parameters`."""
+        return self.setup.network.shapes
 
     def parts(self, params: Params) -> tuple[Params, Params]:
-        """The classifier's parameters, and those of `extra_parameters`."""
-        classifier = {name: params[name] for name in self.classifier_names}
-        return classifier, {name: value for name, value in params.items() if name not in classifier}
+        """The network's parameters, and those of `extra_parameters`."""
+        network = {name: params[name] for name in self.shapes}
+        return network, {name: value for name, value in params.items() if name not in network}
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {}

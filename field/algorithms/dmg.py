@@ -18,7 +18,8 @@ class DMG(Algorithm):
     for In and Out of Domain Generalization", ECCV).
 
     Every source domain d has a logit for each input of each linear layer: for the D features and for the units of every
-    hidden layer. p = sigmoid(logit) is the probability that this input is kept for an image of d. In training each
+    hidden layer; with a trained block also for those of query, key, value, output and both layers of the MLP, the same
+    for all tokens. p = sigmoid(logit) is the probability that this input is kept for an image of d. In training each
     image draws its own mask z ~ Bernoulli(p of its domain); the gradient passes to p as if z were p (straight-through).
     The objective is
         cross-entropy(z) + `overlap_weight` * sum over layers of the mean over pairs of domains of sIoU(p_a, p_b)
@@ -30,7 +31,7 @@ class DMG(Algorithm):
     decay pulls a mask logit to 0, that is, p to 1/2, not to a closed mask.
 
     Differences from the authors' code: it masks a few wide layers of a network that is trained as a whole, here every
-    layer of the narrow classifier is masked, because the rest is frozen. Their initial p of about 0.62 (`initial` =
+    layer that is trained is masked. Their initial p of about 0.62 (`initial` =
     "random_uniform") or 0.73 (a scalar logit of 1) would leave little of the signal after six layers of ten units: on
     separable data such a classifier learned late or not at all. So the initial logit is 3 (p = 0.95). The learning
     rate of their network, not that of their masks, shrinks by 1 per cent per epoch; here both are constant, as in all
@@ -58,10 +59,16 @@ class DMG(Algorithm):
         "sparsity_weight": Hyperparameter(0.0, "weight of the sum of all p", tensor=True),
     }
 
+    @classmethod
+    def refusal(cls, network):
+        return "DMG masks the inputs of the block's layers" if network.has_blocks and not network.shortcut else None
+
     @property
     def masked_widths(self) -> dict[str, int]:
-        """Name of the mask logits of each linear layer -> number of its inputs."""
-        return {f"masks.{i}": width for i, width in enumerate((self.setup.features, *self.setup.hidden_sizes))}
+        """Name of the mask logits of each linear layer -> number of its inputs: of the block, then the classifier."""
+        widths = {f"masks.{role}": width for role, width in self.setup.network.input_sizes.items()}
+        layers = self.setup.network.classifier.layers
+        return widths | {f"masks.{i}": layer.in_features for i, layer in enumerate(layers)}
 
     def extra_parameters(self, draw):
         shapes = {name: (self.setup.domains, width) for name, width in self.masked_widths.items()}
@@ -91,33 +98,36 @@ class DMG(Algorithm):
 
         `keep` is p of each layer's inputs, ``[domains, width]``; `numbers` are uniform, ``[B, sum of the widths]``.
         """
-        own = one_hot(batch.domains, self.setup.domains, numbers)
-        x, last = batch.features, len(self.setup.hidden_sizes)
-        draws = numbers.split(list(self.masked_widths.values()), dim=1)
-        for i, (name, u) in enumerate(zip(self.masked_widths, draws, strict=True)):
-            x = linear(params, f"layers.{i}", x * straight_through(own @ keep[name], u))
+        own, widths = one_hot(batch.domains, self.setup.domains, numbers), self.masked_widths
+        draws = zip(widths, numbers.split(list(widths.values()), dim=1), strict=True)
+        return self.masked(params, batch.features, {name: straight_through(own @ keep[name], u) for name, u in draws})
+
+    def masked(self, params: Params, inputs: Tensor, masks: Params) -> Tensor:
+        """Logits ``[B, classes]`` of the network whose layers' inputs are multiplied by `masks`, ``[*, width]``."""
+        network = self.setup.network
+        factors = {role: masks[f"masks.{role}"] for role in network.input_sizes}
+        x, last = network.features(params, inputs, factors), len(network.layers) - 1
+        for i, name in enumerate(network.layers):
+            x = linear(params, name, x * masks[f"masks.{i}"])
             x = torch.relu(x) if i < last else x
         return x
 
     def update(self, params, batch, state, noise):
         gradient, loss, _ = self.gradients(params, batch, state, noise)
         network, masks = self.parts(params)
-        network, moments = adam(network, gradient, state["adam"], self.learning_rate, self.weight_decay)
+        network, moments = self.adam_step(network, gradient, state["adam"])
         masks, mask_moments = adam(masks, gradient, state["mask_adam"], self.mask_learning_rate, self.mask_weight_decay)
         new = {"adam": moments, "mask_adam": mask_moments, "step": state["step"] + 1}
         return {**params, **network, **masks}, {**state, **new}, loss
 
     def forward(self, params, features):
         """Mean over the source domains of the logits under their soft masks."""
-        each = [super(DMG, self).forward(self.soft_scaled(params, d), features) for d in range(self.setup.domains)]
+        keep = {name: torch.sigmoid(params[name]) for name in self.masked_widths}
+        each = [
+            self.masked(params, features, {name: p[d : d + 1] for name, p in keep.items()})
+            for d in range(self.setup.domains)
+        ]
         return torch.stack(each).mean(0)
-
-    def soft_scaled(self, params: Params, domain: int) -> Params:
-        """The classifier's parameters with `domain`'s p multiplied into the columns, which is p times the inputs."""
-        scaled, _ = self.parts(params)
-        for i, name in enumerate(self.masked_widths):
-            scaled[f"layers.{i}.weight"] = scaled[f"layers.{i}.weight"] * torch.sigmoid(params[name][domain])
-        return scaled
 
 
 def straight_through(p: Tensor, numbers: Tensor) -> Tensor:

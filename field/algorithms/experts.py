@@ -12,15 +12,18 @@ from field.algorithms.parts import linear, linear_start, new_linear, one_hot
 
 
 class MixtureOfExperts(Algorithm):
-    """Base class: the classifier plus a sparse mixture of E small networks on the same features.
+    """Base class: a sparse mixture of E small networks, `mixture`, the sum over the chosen experts e of
+    gate_e(x) * expert_e(x).
 
-        logits(x) = classifier(x) + sum over the chosen experts e of gate_e(x) * expert_e(x)
+    With a trained block it is as in the original: the mixture takes the place of the block's MLP, x is what that would
+    see, and every expert begins as a copy of it. By the shortcut, router and load see ``[CLS]`` alone, as nothing else
+    is read above the last block; in the original, all tokens. The MLP itself is no longer used.
 
-    In the original a mixture replaces the feedforward layer of a transformer block, beside a residual connection. Here
-    the backbone is frozen: the mixture stands beside the classifier, the path that all images share. An expert is a
-    feedforward layer, D -> h -> classes, with h the width of the classifier's last hidden layer and with ReLU. A router
-    scores the experts for x; the softmax of the scores gives probabilities, and the `chosen` most probable experts are
-    used. The objective is
+    On frozen features the mixture stands beside the classifier, the path that all images share:
+        logits(x) = classifier(x) + mixture(x)
+    An expert is then a feedforward layer, D -> h -> classes, with h the width of the representation and with ReLU. A
+    router scores the experts for x; the softmax of the scores gives probabilities, and the `chosen` most probable
+    experts are used. The objective is
         cross-entropy + `balance_weight` * E² * mean over e of density_e * proxy_e
     with density_e the fraction of the batch whose most probable expert is e, and proxy_e its mean probability, after
     the noise (Lepikhin et al. 2021, ICLR, "GShard"): the sum is 1 if the load is uniform, E if one expert takes all.
@@ -40,13 +43,21 @@ class MixtureOfExperts(Algorithm):
         ),
     }
 
+    @classmethod
+    def refusal(cls, network):
+        missing = network.has_blocks and not network.mlp
+        return f"{cls.__name__} puts experts in the place of the block's MLP" if missing else None
+
     def extra_parameters(self, draw):
-        features, classes, hidden = self.setup.features, self.setup.classes, self.setup.hidden_sizes[-1]
-        return {
-            **new_linear("experts.0", (self.experts, hidden), features, draw),
-            **new_linear("experts.1", (self.experts, classes), hidden, draw),
-            **self.router_parameters(draw),
-        }
+        features, classes, hidden = self.setup.features, self.setup.classes, self.setup.width
+        mlp = self.setup.network.mlp
+        if mlp:
+            named = {f"experts.{role}.{kind}": v for role, values in mlp.items() for kind, v in values.items()}
+            experts = {name: value.repeat(self.experts, *[1] * value.ndim) for name, value in named.items()}
+        else:
+            experts = new_linear("experts.in", (self.experts, hidden), features, draw)
+            experts |= new_linear("experts.out", (self.experts, classes), hidden, draw)
+        return {**experts, **self.router_parameters(draw)}
 
     def draw(self, draw, rows):
         return {"gate": torch.randn(rows, self.experts, generator=draw)}
@@ -64,25 +75,53 @@ class MixtureOfExperts(Algorithm):
         return keep_largest(probabilities, min(self.chosen, self.experts))
 
     def loss(self, params, batch, state, noise):
-        scores = self.scores(params, batch.features) + self.gate_noise / self.experts * noise["gate"]
-        probabilities = scores.softmax(-1)
-        logits = self.mixed(params, batch.features, self.gates(probabilities))
+        logits, probabilities = self.routed_forward(params, batch.features, noise["gate"])
         return F.cross_entropy(logits, batch.labels) + self.balance_weight * load_balance(probabilities), {}
 
     def forward(self, params, features):
-        """Classifier and mixture, without noise."""
-        return self.mixed(params, features, self.gates(self.scores(params, features).softmax(-1)))
+        """Logits without noise."""
+        return self.routed_forward(params, features)[0]
 
-    def mixed(self, params: Params, features: Tensor, gates: Tensor) -> Tensor:
-        """Logits of the classifier plus those of the experts weighted by `gates` ``[N, E]``."""
-        hidden = torch.einsum("nd,ehd->neh", features, params["experts.0.weight"]) + params["experts.0.bias"]
-        each = torch.einsum("neh,ech->nec", hidden.relu(), params["experts.1.weight"]) + params["experts.1.bias"]
-        return super().forward(params, features) + torch.einsum("ne,nec->nc", gates, each)
+    def routed_forward(self, params: Params, inputs: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, classes]`` and the probabilities of the experts ``[N, E]``; `noise` as in `draw`."""
+        network, probabilities = self.setup.network, []
+
+        def mixture(rows: Tensor) -> Tensor:
+            rows, shape = rows.flatten(0, -2), rows.shape[:-1]
+            scores = self.scores(params, rows)
+            scores = scores if noise is None else scores + self.gate_noise / self.experts * noise
+            probabilities.append(scores.softmax(-1))
+            mixed = torch.einsum("ne,nec->nc", self.gates(probabilities[0]), self.every_expert(params, rows))
+            return mixed.reshape(*shape, -1)
+
+        if network.has_blocks:
+            features = network.features(params, inputs, mlp=mixture)
+            logits = self.head(params, network.hidden(params, features))
+        else:
+            logits = self.head(params, self.representation(params, inputs)) + mixture(inputs)
+        return logits, probabilities[0]
+
+    def every_expert(self, params: Params, rows: Tensor) -> Tensor:
+        """What each expert makes of each row: ``[N, D]`` -> ``[N, E, out]``."""
+        activation = self.setup.network.shortcut.activation if self.setup.network.has_blocks else torch.relu
+        hidden = activation(
+            of_experts(params, "experts.gate" if "experts.gate.weight" in params else "experts.in", rows)
+        )
+        if "experts.gate.weight" in params:
+            hidden = hidden * of_experts(params, "experts.in", rows)
+        each = torch.einsum("neh,ech->nec", hidden, params["experts.out.weight"])
+        return each + params["experts.out.bias"] if "experts.out.bias" in params else each
 
     def routing(self, params, features):
         """Share of each expert in the prediction of each image: gates divided by their sum, ``[N, E]``."""
-        gates = self.gates(self.scores(params, features).softmax(-1))
+        gates = self.gates(self.routed_forward(params, features)[1])
         return gates / gates.sum(-1, keepdim=True)
+
+
+def of_experts(params: Params, name: str, rows: Tensor) -> Tensor:
+    """The first layer of that name of each expert: ``[N, D]`` -> ``[N, E, h]``."""
+    hidden = torch.einsum("nd,ehd->neh", rows, params[f"{name}.weight"])
+    return hidden + params[f"{name}.bias"] if f"{name}.bias" in params else hidden
 
 
 @register

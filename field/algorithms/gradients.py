@@ -19,7 +19,7 @@ class DomainGradients(Algorithm):
         """Direction of the step from the domains' gradients.
 
         Args:
-            each: gradients, name -> ``[domains, *shape]``, in the order of `classifier_names`.
+            each: gradients, name -> ``[domains, *shape]``, in the order of `shapes`.
 
         Returns:
             Direction by name, and the entries of the state that change.
@@ -121,7 +121,7 @@ def agreement(each: Tensor) -> Tensor:
 class Projection(DomainGradients):
     """Base class: projects conflicting gradients, and records the conflicts per epoch and parameter tensor.
 
-    State, both ``[epochs, tensors]``, tensors in the order of `classifier_names`:
+    State, both ``[epochs, tensors]``, tensors in the order of `shapes`:
     - "conflict_rate": fraction of an epoch's tests with a negative inner product;
     - "conflict_strength": mean |cosine| over an epoch's conflicts, 0 if there were none.
     In an unfinished epoch they cover its steps so far. All tests of an epoch have the same weight.

@@ -39,10 +39,10 @@ class MTL(Algorithm):
     }
 
     def extra_parameters(self, draw):
-        return new_linear("wide_head", (self.setup.classes,), 2 * self.setup.hidden_sizes[-1], draw)
+        return new_linear("wide_head", (self.setup.classes,), 2 * self.setup.width, draw)
 
     def initial_state(self, params):
-        embeddings = params["wide_head.weight"].new_zeros(self.setup.domains, self.setup.hidden_sizes[-1])
+        embeddings = params["wide_head.weight"].new_zeros(self.setup.domains, self.setup.width)
         return {**super().initial_state(params), "embeddings": embeddings}
 
     def loss(self, params, batch, state, noise):
@@ -84,7 +84,7 @@ class MultiHead(Algorithm):
     def extra_parameters(self, draw):
         if self.average not in ("logits", "probabilities"):
             raise InputError(f"`average` of MultiHead must be 'logits' or 'probabilities', not '{self.average}'.")
-        return new_linear("heads", (self.setup.domains, self.setup.classes), self.setup.hidden_sizes[-1], draw)
+        return new_linear("heads", (self.setup.domains, self.setup.classes), self.setup.width, draw)
 
     def every_head(self, params: Params, features: Tensor) -> Tensor:
         """Logits of each domain's head: ``[N, D]`` -> ``[N, domains, classes]``."""

@@ -6,7 +6,7 @@ from torch.func import vmap
 
 from engine import Batch, Params
 from field.algorithms.base import Algorithm, Hyperparameter, Noise, choice, log_uniform, register
-from field.algorithms.parts import adam, adam_state
+from field.algorithms.parts import adam_state
 
 
 class TwoLoops(Algorithm):
@@ -48,7 +48,7 @@ class MLDG(TwoLoops):
 
         def pair(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> tuple[Params, Tensor]:
             outer, outer_loss = self.gradient_on(params, train_x, train_y)
-            inner, _ = adam(params, outer, adam_state(params), self.learning_rate, self.weight_decay)
+            inner, _ = self.adam_step(params, outer, adam_state(params))
             after, after_loss = self.gradient_on(inner, test_x, test_y)
             return {n: outer[n] + self.beta * after[n] for n in params}, outer_loss + self.beta * after_loss
 
@@ -81,6 +81,6 @@ class Fish(TwoLoops):
         inner, moments = params, state["adam"]
         for features, labels in zip(*self.in_order(batch, noise), strict=True):
             gradient, _ = self.gradient_on(inner, features, labels)
-            inner, moments = adam(inner, gradient, moments, self.learning_rate, self.weight_decay)
+            inner, moments = self.adam_step(inner, gradient, moments)
         new = {name: value + self.meta_lr * (inner[name] - value) for name, value in params.items()}
         return new, {**state, "adam": moments, "step": state["step"] + 1}, before

@@ -1,28 +1,50 @@
 """What the tests of single methods share: small trainings, step by step or through the one loop."""
 
 from functools import cache, partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
+from transformers import ViTConfig, ViTModel
 
 from config import Settings
-from engine import Batch, FunctionalEngine, Params, Validation, generator, random_start
+from engine import Batch, ClsShortcut, FunctionalEngine, Params, PureNetwork, Validation, generator, random_start
 from field.algorithms import ALGORITHMS, Algorithm, Setup, State
 from field.train import MethodNetworks, train_method
-from models import FeedforwardClassifier
+from models import BackboneTail, FeedforwardClassifier
 from tests.factories import split_blobs
 
 SEEDS = (3, 4, 5)
+TOKENS = 5
 
 
-def setup(**changes) -> Setup:
-    """Two sources, 8 features, 3 classes, 6 rows per step (and domain), 2 epochs of 5 steps."""
-    sizes = {"features": 8, "classes": 3, "domains": 2, "hidden_sizes": (6, 5, 4)}
-    return Setup(**{**sizes, "batch_size": 6, "steps_per_epoch": 5, "epochs": 2, **changes})
+@cache
+def on_features(features=8, classes=3, hidden_sizes=(6, 5, 4)) -> PureNetwork:
+    """A classifier on features: the same object for the same sizes, so that equal setups are equal."""
+    return PureNetwork(FeedforwardClassifier.outline(features, classes, hidden_sizes))
+
+
+@cache
+def on_tokens(blocks=1, hidden_sizes=()) -> PureNetwork:
+    """The last blocks of a small ViT and a classifier; one block by the shortcut, more by the modules themselves."""
+    sizes = {"hidden_size": 12, "num_hidden_layers": blocks, "num_attention_heads": 3, "intermediate_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ViTModel(ViTConfig(**sizes), add_pooling_layer=False).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms and biases start at one and zero, which would hide mistakes
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tail = BackboneTail(model.layers, [((None,), {})] * blocks, model.layernorm, torch.nn.Identity())
+    shortcut = ClsShortcut.of(tail, torch.randn(2, TOKENS, 12, dtype=torch.float64))
+    return PureNetwork(tail.with_head(FeedforwardClassifier.outline(12, 3, hidden_sizes)), shortcut)
+
+
+def setup(network: PureNetwork | None = None, **changes) -> Setup:
+    """A small classifier, two sources, 6 rows per step (and domain), 2 epochs of 5 steps."""
+    sizes = {"domains": 2, "batch_size": 6, "steps_per_epoch": 5, "epochs": 2}
+    return Setup(network or on_features(), **{**sizes, **changes})
 
 
 def make(name: str, of: Setup | None = None, **values) -> Algorithm:
@@ -33,8 +55,23 @@ def make(name: str, of: Setup | None = None, **values) -> Algorithm:
 def start(seeds=SEEDS, of: Setup | None = None):
     """Initial parameters: name -> float64 ``[S, *shape]``."""
     of = of or setup()
-    outline = FeedforwardClassifier.outline(of.features, of.classes, of.hidden_sizes)
-    return {name: value.double() for name, value in random_start(seeds, "fresh_start", outline).items()}
+    head = random_start(seeds, "fresh_start", of.network.classifier)
+    named = dict(
+        zip(head, (f"{layer}.{kind}" for layer in of.network.layers for kind in ("weight", "bias")), strict=True)
+    )
+    params = {named[name]: value.double() for name, value in head.items()}
+    own = dict(of.network.network.named_parameters())
+    blocks = {
+        name: own[name].detach().expand(len(seeds), *shape)
+        for name, shape in of.network.shapes.items()
+        if name not in params
+    }
+    return blocks | params
+
+
+def input_shape(of: Setup) -> tuple[int, ...]:
+    """Of an image: its features, or its tokens."""
+    return (TOKENS, of.features) if of.network.has_blocks else (of.features,)
 
 
 @cache
@@ -47,27 +84,29 @@ def batches(steps: int, of: Setup | None = None, seeds=SEEDS, balanced=True, dty
         per_seed = []
         for seed in seeds:
             draw = generator(seed, "test", str(step))
-            x = torch.randn(rows, of.features, generator=draw).to(dtype)
+            x = torch.randn(rows, *input_shape(of), generator=draw).to(dtype)
             labels = torch.randint(of.classes, (rows,), generator=draw)
             spread = torch.arange(of.domains).repeat_interleave(of.batch_size)
             domains = spread if balanced else torch.randint(of.domains, (rows,), generator=draw)
-            per_seed.append((x + domains.unsqueeze(1) + labels.unsqueeze(1), labels, domains))
+            moved = (domains + labels).view(-1, *[1] * (x.ndim - 1))
+            per_seed.append((x + moved, labels, domains))
         found.append(tuple(torch.stack(values) for values in zip(*per_seed, strict=True)))
     return found
 
 
-def random_masks(seeds=SEEDS, hidden_sizes=(6, 5, 4), part=0.6):
+def random_masks(seeds=SEEDS, of: Setup | None = None, part=0.6):
     """Masks of random positions, `part` of each tracked matrix: name -> bool ``[S, out, in]``."""
-    masks = {}
-    for i, (fan_in, fan_out) in enumerate(pairwise(hidden_sizes), start=1):
-        each = [torch.rand(fan_out, fan_in, generator=generator(seed, "test_mask", str(i))) < part for seed in seeds]
-        masks[f"layers.{i}.weight"] = torch.stack(each)
+    masks, network = {}, (of or setup()).network
+    for i, name in enumerate(network.network.tracked_names, start=1):
+        shape = network.shapes[name]
+        each = [torch.rand(shape, generator=generator(seed, "test_mask", str(i))) < part for seed in seeds]
+        masks[name] = torch.stack(each)
     return masks
 
 
 def given(name: str, of: Setup, seeds=SEEDS, part=0.6) -> State:
     """Entries of the state that a method is given: a random mask, ranks, and a network for each domain."""
-    masks = random_masks(seeds, of.hidden_sizes, part)
+    masks = random_masks(seeds, of, part)
     experts = [start([100 * seed + domain for domain in range(of.domains)], of) for seed in seeds]
 
     def ranks(key: str, shape: torch.Size) -> torch.Tensor:
@@ -84,7 +123,7 @@ def given(name: str, of: Setup, seeds=SEEDS, part=0.6) -> State:
 def validation(seeds=SEEDS, of: Setup | None = None) -> Validation:
     """Nine rows; each seed is validated on a different six of them."""
     rows = [torch.randperm(9, generator=generator(seed, "test_split"))[:6] for seed in seeds]
-    x = torch.randn(9, (of or setup()).features, generator=generator(0, "test")).double()
+    x = torch.randn(9, *input_shape(of or setup()), generator=generator(0, "test")).double()
     return Validation(x, torch.arange(9) % 3, torch.stack(rows))
 
 
@@ -130,7 +169,7 @@ def run(name: str, steps=10, seeds=SEEDS, of: Setup | None = None, balanced=None
 
 def same(a: FunctionalEngine, b: FunctionalEngine, tolerance=1e-9) -> bool:
     """Whether the classifiers of two stacks are equal: the same names, up to rounding."""
-    names = [name for name in a.params if name.startswith("layers.")]
+    names = a.methods[0].shapes
     return all(torch.allclose(a.params[n], b.params[n], rtol=0, atol=tolerance) for n in names)
 
 
@@ -185,6 +224,8 @@ def baseline(name: str, of: Setup) -> FunctionalEngine:
 def methods() -> SimpleNamespace:
     """The makers above."""
     makers = (
+        on_features,
+        on_tokens,
         setup,
         make,
         start,

@@ -100,7 +100,7 @@ def test_mixup_draws_a_cycle_of_domains_and_beta_shares(methods, alpha):
 
 def test_fishrs_variances_by_hand(methods):
     # One hidden unit that is always 1 + x; equal logits: errors are -1/2 and 1/2, rows of a domain differ in x alone.
-    of = methods.setup(features=1, classes=2, hidden_sizes=(1,), batch_size=2)
+    of = methods.setup(methods.on_features(1, 2, (1,)), batch_size=2)
     algorithm = methods.make("Fishr", of, anneal=0.0, penalty_weight=10.0)
     one, zeros = torch.ones(1, 1), torch.zeros(2)
     params = {"layers.0.weight": one, "layers.0.bias": one[0], "layers.1.weight": torch.zeros(2, 1)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -66,24 +67,37 @@ DIFFERENT = sorted(
 )  # in ten steps, by default
 
 
-@pytest.fixture(scope="module", params=NAMES)
+def network_of(methods, kind: str):
+    """What is trained: a classifier on features, the last block by its shortcut, or two blocks by their modules."""
+    return methods.on_features() if kind == "features" else methods.on_tokens(1 if kind == "block" else 2)
+
+
+@pytest.fixture(scope="module", params=list(product(NAMES, ("features", "block", "blocks"))), ids="-".join)
 def stack(request, methods):
-    """Fifty steps of three networks."""
-    return methods.run(request.param, 50, of=methods.setup(steps_per_epoch=25))
+    """Some steps of three networks: a method on a kind of network."""
+    name, kind = request.param
+    network = network_of(methods, kind)
+    if words := ALGORITHMS[name].refusal(network):
+        pytest.skip(words)
+    steps = 50 if kind == "features" else 10
+    return methods.run(name, steps, of=methods.setup(network, steps_per_epoch=steps // 2, backbone_rate=0.3))
 
 
 def test_a_stack_equals_single_runs(methods, stack):
     """The others of the stack change nothing: its last network is that of a plain loop."""
     own = stack.methods[-1]
-    method, params, state = methods.alone(type(own).__name__, 50, methods.seeds[-1], own.setup)
+    if type(own).__name__ == "AgrRand" and own.setup.network.has_blocks and not own.setup.network.shortcut:
+        pytest.skip("the gradient of the key's bias is 0: whether domains agree on it is a matter of rounding")
+    method, params, state = methods.alone(type(own).__name__, stack.steps_taken, methods.seeds[-1], own.setup)
     for key, value in stack.params.items():
-        assert torch.allclose(value[-1], params[key], rtol=0, atol=1e-9), key
-    x = methods.batches(1)[0][0][0]
+        if not key.endswith("k_proj.bias"):  # the same: Adam makes steps out of its rounding errors
+            assert torch.allclose(value[-1], params[key], rtol=0, atol=1e-9), key
+    x = methods.batches(1, own.setup)[0][0][0]
     assert torch.allclose(stack.logits(x)[-1], method.logits(params, state, x), rtol=0, atol=1e-9)
 
 
 def test_a_row_is_predicted_independently_of_the_others(methods, stack):
-    x = methods.batches(2)[0][0][0]
+    x = methods.batches(2, stack.methods[0].setup)[0][0][0]
     together, alone = stack.logits(x), torch.cat([stack.logits(row) for row in x.split(1)], dim=1)
     assert torch.allclose(together, alone, rtol=0, atol=1e-9)
     assert all(key in stack.state for key in stack.methods[0].record_names)
@@ -189,6 +203,6 @@ def test_adam_is_torchs():
 
 def test_the_classifier_is_the_projects(methods):
     of, params, x = methods.setup(), methods.one_network(), methods.one_batch().features
-    template = FeedforwardClassifier(of.features, of.classes, of.hidden_sizes).double()
-    assert methods.make("ERM").classifier_names == tuple(name for name, _ in template.named_parameters())
+    template = FeedforwardClassifier(of.features, of.classes, (6, 5, 4)).double()
+    assert tuple(methods.make("ERM").shapes) == tuple(name for name, _ in template.named_parameters())
     assert torch.allclose(methods.make("ERM").forward(params, x), functional_call(template, params, (x,)))

@@ -11,8 +11,8 @@ RENORMALIZED = {"SFMoE": True, "GMoE": False}
 
 
 def expert(params, row, e):
-    hidden = (params["experts.0.weight"][e] @ row + params["experts.0.bias"][e]).relu()
-    return params["experts.1.weight"][e] @ hidden + params["experts.1.bias"][e]
+    hidden = (params["experts.in.weight"][e] @ row + params["experts.in.bias"][e]).relu()
+    return params["experts.out.weight"][e] @ hidden + params["experts.out.bias"][e]
 
 
 def plain_scores(name, params, row):

@@ -192,7 +192,7 @@ def test_sand_mask_learns_nothing_at_the_originals_threshold(methods):
 def test_conflicts_are_counted_per_epoch(methods):
     setup = methods.setup(domains=2, steps_per_epoch=3, epochs=2)
     method, params = methods.make("CorGrad", setup, n_parts=2, learning_rate=0.05), methods.one_network(setup)
-    assert method.classifier_names == tuple(params)
+    assert tuple(method.shapes) == tuple(params)
     state = method.initial_state(params)
     found = [[[] for _ in params] for _ in range(2)]
     tests = np.zeros((2, len(params)))
