@@ -61,6 +61,7 @@ CHOSEN = "chosen"  # results directory: the arms at their own rates, with weight
 RATE_SEEDS = {"grid": 3, "controls": 2, "schedule": 2}  # the first seeds, by which rates are chosen
 SWEEP_SEEDS = 10  # of what is exploratory, at most, unless said otherwise
 HEAD = Arm("head")
+DECAYING = "erm decaying"  # no weight is marked, so that all learn by the schedule: plain training with a decaying rate
 EXPLANATION = f"""\
 The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over the
 family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else
@@ -73,8 +74,11 @@ def masked(control: str, density: float) -> Arm:
 
 
 def label(arm: Arm) -> str:
-    """How tables call an arm: "importance 10 %", whatever its schedule."""
-    return " ".join([arm.control, *(f"{value:g} %" for _, value in arm.changes[:1])])
+    """How tables call an arm: "importance 10 %", whatever its schedule; a schedule without a mask is `DECAYING`."""
+    density = dict(arm.changes).get("IMPORTANCE_THRESHOLD_PERCENTILE")
+    if density is None and arm.changes:
+        return DECAYING
+    return arm.control if density is None else f"{arm.control} {density:g} %"
 
 
 FAMILY = (
@@ -86,11 +90,14 @@ FAMILY = (
 
 
 def arms_of(folder: str, settings: Settings) -> tuple[Arm, ...]:
-    """The arms of a results directory, before each is trained at several rates; by the schedule, the family's alone."""
+    """The arms of a results directory, before each is trained at several rates.
+
+    By the schedule those are the family's, and `DECAYING`.
+    """
     if folder == "schedule":
         freeze = ("BLOCK_FREEZE_EPOCH", freeze_epoch(settings.ph2_num_epochs))
         frozen = dict.fromkeys(arm for pair in FAMILY for arm in (pair.arm, pair.baseline) if arm.changes)
-        return tuple(replace(arm, changes=(*arm.changes, freeze)) for arm in frozen)
+        return tuple(replace(arm, changes=(*arm.changes, freeze)) for arm in (*frozen, HEAD))
     criteria, plain = (CRITERIA, (ERM, HEAD)) if folder == "grid" else (CONTROLS, ())
     return plain + tuple(masked(control, density) for control in criteria for density in DENSITIES)
 
@@ -232,6 +239,7 @@ class BlockProtocol:
             scheduled = [ERM, HEAD, *arms["schedule"]]
             rates = chosen_rates(tried["grid"] + tried["schedule"], scheduled, self.run.holdouts)
             tables |= {"rates_schedule": rates} | answers(every, scheduled, rates, "_schedule")
+            tables["decaying"] = decaying_table(tables["seeds_schedule"])
         return tables
 
     def write(self) -> str:
@@ -315,11 +323,29 @@ def densities_table(averages: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame
     """
     rows = []
     for arm in arms:
-        density = {"erm": 100.0, "head": 0.0}.get(arm.control) if not arm.changes else arm.changes[0][1]
+        density = {"erm": 100.0, "head": 0.0}.get(arm.control, dict(arm.changes).get("IMPORTANCE_THRESHOLD_PERCENTILE"))
         values, above = averages[label(arm)].dropna(), (averages[label(arm)] - averages[HEAD.name]).dropna()
-        rows.append((arm.control, density, len(values), *t_interval(values), *t_interval(above)))
+        criterion = label(arm) if arm.control in ("erm", "head") else arm.control
+        rows.append((criterion, density, len(values), *t_interval(values), *t_interval(above)))
     columns = ["criterion", "density", "n", "mean", "low", "high", "above", "above_low", "above_high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def decaying_table(averages: pd.DataFrame) -> pd.DataFrame:
+    """The arms of the schedule minus plain training at a constant rate, and minus `DECAYING`, paired by seed.
+
+    Args:
+        averages: seeds × arms by the schedule, see `contrasts.seed_averages`, with `erm` at its constant rate.
+
+    Returns:
+        arm, baseline ("erm" or `DECAYING`), n, mean, low, high: fractions, with 95 % t intervals.
+    """
+    rows = []
+    for baseline in (ERM.name, DECAYING):
+        for arm in averages.columns.drop([ERM.name, HEAD.name, baseline], errors="ignore"):
+            values = (averages[arm] - averages[baseline]).dropna()
+            rows.append((arm, baseline, len(values), *t_interval(values)))
+    return pd.DataFrame(rows, columns=["arm", "baseline", "n", "mean", "low", "high"])
 
 
 def controls_table(averages: pd.DataFrame) -> pd.DataFrame:
@@ -373,6 +399,9 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study
         if f"contrasts{ending}" in tables:
             lines += section(f"{title}; the family's contrasts", family_shown(tables[f"contrasts{ending}"]))
             lines += section(f"{title}; accuracy (%)", wide_table(tables[f"accuracy{ending}"]))
+    if "decaying" in tables:
+        shown = decaying_shown(tables["decaying"])
+        lines += section(f"EXPLORATORY: by the schedule, minus plain training ({DECAYING}: no mask; points)", shown)
     return "\n".join(lines + failures_shown(studies)) + "\n"
 
 
@@ -417,6 +446,16 @@ def controls_shown(table: pd.DataFrame) -> pd.DataFrame:
     wide = wide[list(dict.fromkeys(shown["density"]))].rename_axis(columns=None)
     seeds = table.groupby("control")["n"].agg(lambda n: f"{n.min()}" if n.nunique() == 1 else f"{n.min()}-{n.max()}")
     wide.insert(0, "seeds", seeds)
+    return wide
+
+
+def decaying_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `decaying_table` for reading: arms × baselines, in points."""
+    cells = [in_points(row.mean, row.low, row.high) for row in table.itertuples()]
+    shown = table.assign(cell=cells, baseline=[f"minus {name}" for name in table["baseline"]])
+    wide = shown.pivot(index="arm", columns="baseline", values="cell").loc[list(dict.fromkeys(table["arm"]))]
+    wide = wide[list(dict.fromkeys(shown["baseline"]))].rename_axis(columns=None).fillna("")
+    wide.insert(0, "seeds", table[table["baseline"] == ERM.name].set_index("arm")["n"])
     return wide
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from config import InputError
-from evidence.blocks import controls_shown, densities_shown, rates_shown, sentences
+from evidence.blocks import controls_shown, decaying_shown, densities_shown, rates_shown, sentences
 from evidence.confirmation import confirmation_sentence
 from evidence.form_tables import forms_wide, starts_shown
 from evidence.form_tables import sentences as form_sentences
@@ -199,8 +199,12 @@ def _blocks_tables(folder: Path) -> dict[str, str]:
     densities, rates = densities_shown(tables["densities"]).reset_index(), rates_shown(tables["rates"]).reset_index()
     families = {"contrasts": "contrasts", "fixed-rate": "contrasts_fixed_rate", "schedule": "contrasts_schedule"}
     shown = {f"blocks-{name}": family_shown(tables[table]).reset_index() for name, table in families.items()}
-    controls = controls_shown(tables["controls"]).reset_index()
+    controls, decaying = (
+        controls_shown(tables["controls"]).reset_index(),
+        decaying_shown(tables["decaying"]).reset_index(),
+    )
     return {
+        "blocks-decaying": markdown_table("lrrr", [*decaying], decaying.to_numpy()),
         "blocks-controls": markdown_table("l" + "r" * (controls.shape[1] - 1), [*controls], controls.to_numpy()),
         "blocks-finding": "\n".join(paragraph(text, "- ") for text in sentences(tables)),
         **{name: markdown_table("lrrrl", [*table], table.to_numpy()) for name, table in shown.items()},

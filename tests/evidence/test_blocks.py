@@ -78,7 +78,7 @@ def test_each_arm_takes_the_rate_of_best_mean_validation_the_smaller_of_equals()
 def test_arms_are_labelled_and_each_is_trained_at_all_rates(whole):
     assert [label(arm) for arm in (ERM, HEAD, masked("random_layer", 0.1))] == ["erm", "head", "random_layer 0.1 %"]
     assert {folder: len(arms_of(folder, SETTINGS)) for folder in whole.studies} == {
-        "grid": 10, "controls": 12, "schedule": 5,
+        "grid": 10, "controls": 12, "schedule": 6,
     }  # fmt: skip
     for folder, study in whole.studies.items():
         assert len(study.records()) == len(arms_of(folder, SETTINGS)) * len(RATES) * 3 * 2  # holdouts, seeds
@@ -120,6 +120,7 @@ def test_the_schedule_stands_beside_the_frozen_arms_under_the_same_names(whole):
     assert freeze_epoch(5) == 4  # on features 7 of 10
     assert list(tables["accuracy_schedule"]["algorithm"].unique()) == [
         "erm", "head", "importance 10 %", "random_layer 10 %", "importance 1 %", "random_layer 1 %", "importance 60 %",
+        "erm decaying",
     ]  # fmt: skip
     assert tables["seeds_schedule"]["erm"].equals(tables["seeds"]["erm"])
     rates = tables["rates_schedule"].set_index(["arm", "holdout"])["rate"]
@@ -129,7 +130,11 @@ def test_the_schedule_stands_beside_the_frozen_arms_under_the_same_names(whole):
         for r in whole.studies["schedule"].records()
         if r["seed"] == seed and r["algorithm"] == arm.format(1, rates["importance 10 %", r["holdout"]])
     ]
-    assert tables["seeds_schedule"].loc[seed, "importance 10 %"] == pytest.approx(sum(found) / 3)
+    averages, decaying = tables["seeds_schedule"], tables["decaying"].set_index(["arm", "baseline"])
+    assert averages.loc[seed, "importance 10 %"] == pytest.approx(sum(found) / 3)
+    expected = (averages["importance 1 %"] - averages["erm decaying"]).mean()
+    assert decaying.loc[("importance 1 %", "erm decaying"), ["n", "mean"]].tolist() == pytest.approx([2, expected])
+    assert len(decaying) == 6 + 5
 
 
 def test_what_is_exploratory_takes_seeds_of_its_own(tmp_path):
