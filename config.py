@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import ClassVar
 
 # Data
@@ -56,7 +57,8 @@ PH2_FREEZE_EPOCH: int = 7  # epochs after which it is exactly 0; 0 = from the st
 PH2_INIT: str = "fresh"  # "fresh" random network, "phase1" for Phase 1's own start, or its networks merged: `STARTS`
 
 # Trained blocks: the same two phases on the last blocks of the ViT, instead of on frozen features (needs DATA_ROOT)
-TRAINED_BLOCKS: int = 0  # how many of the last blocks; 0 = none. With blocks, these take the place of those above:
+TRAINED_BLOCKS: int | str = 0  # how many of the last blocks; 0 = none; "all" = the whole model, from images (below)
+# With blocks, these take the place of those above:
 BLOCK_HIDDEN_SIZES: tuple[int, ...] = ()  # of the classifier on [CLS]; () = a linear layer
 BLOCK_BATCH_SIZE: int = 64
 BLOCK_EPOCHS: int = 5  # of both phases
@@ -67,6 +69,13 @@ BLOCK_FREEZE_EPOCH: int = 0  # unmarked weights are frozen from the start
 BACKBONE_LEARNING_RATE: float = 1e-4  # Adam, Phase 2; of the blocks' marked weights, biases and norms
 HEAD_START: str = "probe"  # of the classifier: "probe" (logistic regression, as in LP-FT) or "random"
 PROBE_C: float = 0.01  # inverse of the penalty of that regression
+
+# The whole model, from augmented images (TRAINED_BLOCKS = "all"), by DomainBed's protocol; all else as of blocks
+IMAGE_STEPS: int = 5001  # updates of each network, in both phases
+IMAGE_CHECKPOINTS: int = 17  # how often along them accuracy is measured: the epochs of results and schedules
+IMAGE_BATCH_SIZE: int = 32  # images of each source domain per update
+IMAGE_LEARNING_RATE: float = 5e-5  # Adam, of everything, in both phases
+IMAGE_LR_UNIMPORTANT_START: float = 5e-6  # tracked weights outside the mask, first checkpoint
 
 # Transfer study: small networks, pretrained on some classes and fine-tuned on others; None = as suits the task
 TRANSFER_CHANNELS: int | None = None  # of each of the six convolutions
@@ -171,16 +180,30 @@ def changed(name: str) -> bool:
     return globals()[name] != _as_written[name]
 
 
-def without_effect(name: str, trained_blocks: int) -> str | None:
-    """Why a setting has no effect with so many `TRAINED_BLOCKS`, and what to do; None if it has one."""
-    plain = {"SEEDS_PER_CHUNK": "BLOCK_SEEDS_PER_CHUNK"}  # setting on features -> the one that takes its place
-    plain |= {Settings.constant(field.name): BlockSettings.constant(field.name) for field in fields(Settings)}
-    blocks = {*plain.values(), *map(str.upper, BlockSettings.__annotations__)} - {"CONSTANTS", "TRAINED_BLOCKS"}
-    if trained_blocks and plain.get(name, name) != name:
-        return f"{name} has no effect with TRAINED_BLOCKS, where {plain[name]} takes its place: set that."
-    if not trained_blocks and name in blocks - plain.keys():
-        return f"{name} has no effect without TRAINED_BLOCKS: set that too, or leave it out."
-    return None
+def without_effect(name: str, trained_blocks: int | str) -> str | None:
+    """Why a setting has no effect with these `TRAINED_BLOCKS`, and what to do; None if it has one."""
+    own, every = kind_of(trained_blocks), {kind: _read_by(kind) for kind in (Settings, BlockSettings, ImageSettings)}
+    fields_of = {field for of_kind in every.values() for field, constant in of_kind.items() if constant == name}
+    if name == "TRAINED_BLOCKS" or not fields_of or name in every[own].values():
+        return None
+    if trained_blocks and (instead := next((every[own][field] for field in fields_of if field in every[own]), None)):
+        whole = " = 'all'" if own is ImageSettings else ""
+        return f"{name} has no effect with TRAINED_BLOCKS{whole}, where {instead} takes its place: set that."
+    needed = "TRAINED_BLOCKS" if name in every[BlockSettings].values() else "TRAINED_BLOCKS = 'all'"
+    return f"{name} has no effect without {needed}: set that too, or leave it out."
+
+
+def _read_by(kind: type["Settings"]) -> dict[str, str]:
+    """What a kind of training reads: field -> constant."""
+    chunk = "SEEDS_PER_CHUNK" if kind is Settings else "BLOCK_SEEDS_PER_CHUNK"
+    return {field.name: kind.constant(field.name) for field in fields(kind)} | {"seeds_per_chunk": chunk}
+
+
+def kind_of(trained_blocks: int | str) -> type["Settings"]:
+    """The class of the settings of training so many blocks, of `TRAINED_BLOCKS`."""
+    if trained_blocks == "all":
+        return ImageSettings
+    return BlockSettings if trained_blocks else Settings
 
 
 def reset() -> None:
@@ -202,6 +225,9 @@ LIMITS = {  # settings and options that are numbers: the smallest and the larges
     "BLOCK_EPOCHS": (1, 10**5),
     "BLOCK_FREEZE_EPOCH": (0, 10**9),
     "BLOCK_SEEDS_PER_CHUNK": (1, 10**5),
+    "IMAGE_STEPS": (1, 10**7),
+    "IMAGE_CHECKPOINTS": (1, 10**5),
+    "IMAGE_BATCH_SIZE": (1, 10**5),
     "IMPORTANCE_THRESHOLD_PERCENTILE": (0, 100),
     "TRANSFER_CHANNELS": (1, 4096),
     "TRANSFER_PRETRAINING": (1, 10**6),
@@ -234,13 +260,19 @@ RULES = (  # other settings, what they must do, and whether a value does
             "PH2_LR_IMPORTANT",
             "BLOCK_PH1_LEARNING_RATE",
             "BACKBONE_LEARNING_RATE",
+            "IMAGE_LEARNING_RATE",
             "PROBE_C",
             "TRANSFER_LEARNING_RATE",
         ),
         "be positive and finite",
         lambda rate: rate is None or 0 < rate < math.inf,
     ),
-    (("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE"), "be 0 or more and finite", lambda rate: 0 <= rate < math.inf),
+    (
+        ("PH2_LR_UNIMPORTANT_START", "PH2_LR_DECAY_RATE", "IMAGE_LR_UNIMPORTANT_START"),
+        "be 0 or more and finite",
+        lambda rate: 0 <= rate < math.inf,
+    ),
+    (("TRAINED_BLOCKS",), "be a number of blocks or 'all'", lambda blocks: blocks == "all" or type(blocks) is int),
     (("PH1_DATA", "BLOCK_PH1_DATA"), "be 'all' or 'in'", lambda part: part in ("all", "in")),
     (("PH2_INIT",), f"be one of {', '.join(STARTS)}", lambda start: start in STARTS),
     (("HEAD_START",), "be 'probe' or 'random'", lambda start: start in ("probe", "random")),
@@ -259,7 +291,7 @@ RULES = (  # other settings, what they must do, and whether a value does
 def check(name: str, value: object) -> None:
     """Raise an `InputError` if a value, of the right type, is not allowed for a setting or an option."""
     rules = [(words, good) for named, words, good in RULES if name in named]
-    if name in LIMITS and value is not None:
+    if name in LIMITS and value is not None and not isinstance(value, str):
         low, high = LIMITS[name]
         numbers = value if isinstance(value, tuple) else (value,)
         rules.append((f"lie in {low} … {high}", lambda _: all(low <= number <= high for number in numbers)))
@@ -299,10 +331,11 @@ class Settings:
     def current(cls, **overrides) -> "Settings":
         """The constants of this module as they are now, with `overrides` by field name.
 
-        With `TRAINED_BLOCKS` these are `BlockSettings`.
+        With `TRAINED_BLOCKS` these are `BlockSettings` or `ImageSettings`.
         """
-        if cls is Settings and overrides.get("trained_blocks", TRAINED_BLOCKS):
-            return BlockSettings.current(**overrides)
+        kind = kind_of(overrides.get("trained_blocks", TRAINED_BLOCKS)) if cls is Settings else cls
+        if kind is not cls:
+            return kind.current(**overrides)
         values = {field.name: overrides.pop(field.name, globals()[cls.constant(field.name)]) for field in fields(cls)}
         if overrides:
             raise InputError(f"There is no setting '{next(iter(overrides)).upper()}'.")
@@ -312,7 +345,7 @@ class Settings:
     def from_dict(cls, values: Mapping[str, object]) -> "Settings":
         """The settings that `as_dict` has written; what else it does not say is as the constants say."""
         values = ADDED_LATER | values
-        kind = BlockSettings if values.get("TRAINED_BLOCKS") else Settings
+        kind = kind_of(values.get("TRAINED_BLOCKS", 0))
         constants = {field.name: kind.constant(field.name) for field in fields(kind)}  # one may be of several fields
         known = {field: values[constant] for field, constant in constants.items() if constant in values}
         return kind.current(**known, **{name: values[name] for name in values.keys() - constants.values()})
@@ -363,7 +396,7 @@ class BlockSettings(Settings):
         "ph2_freeze_epoch": "BLOCK_FREEZE_EPOCH",
     }
 
-    trained_blocks: int
+    trained_blocks: int | str
     backbone_learning_rate: float
     head_start: str
     probe_c: float
@@ -371,12 +404,42 @@ class BlockSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ph1_num_epochs != self.ph2_num_epochs:
-            raise InputError("BLOCK_EPOCHS is the number of epochs of both phases.")
+            raise InputError(f"{self.constant('ph1_num_epochs')} is the number of epochs of both phases.")
         if self.head_start == "probe" and self.hidden_sizes:
             raise InputError(
                 "HEAD_START = 'probe' starts a linear classifier: BLOCK_HIDDEN_SIZES must be () with it, or HEAD_START "
                 "be 'random'."
             )
+
+
+@dataclass(frozen=True)
+class ImageSettings(BlockSettings):
+    """`BlockSettings` of training the whole model from images: batches of every domain, and a number of updates."""
+
+    constants: ClassVar[Mapping[str, str]] = BlockSettings.constants | {
+        "batch_size": "IMAGE_BATCH_SIZE",
+        "ph1_num_epochs": "IMAGE_CHECKPOINTS",
+        "ph2_num_epochs": "IMAGE_CHECKPOINTS",
+        "ph1_learning_rate": "IMAGE_LEARNING_RATE",
+        "ph2_lr_important": "IMAGE_LEARNING_RATE",
+        "ph2_lr_unimportant_start": "IMAGE_LR_UNIMPORTANT_START",
+        "backbone_learning_rate": "IMAGE_LEARNING_RATE",
+    }
+
+    image_steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ph2_num_epochs > self.image_steps:
+            raise InputError(
+                f"There are more IMAGE_CHECKPOINTS ({self.ph2_num_epochs}) than IMAGE_STEPS ({self.image_steps})."
+            )
+
+    @property
+    def steps_per_epoch(self) -> tuple[int, ...]:
+        """Updates before each checkpoint since the one before, as equal as can be."""
+        ends = [self.image_steps * i // self.ph2_num_epochs for i in range(self.ph2_num_epochs + 1)]
+        return tuple(end - begin for begin, end in pairwise(ends))
 
 
 _as_written = {name: globals()[name] for name in names()}

@@ -128,6 +128,35 @@ class BackboneTail(nn.Module):
         return super().train(False)
 
 
+class WholeBackbone(BackboneTail):
+    """A whole vision transformer, or another model of blocks, and a classifier on its features.
+
+    Before training, `representation` is the feature that `FeatureExtractor` gives for the image. The weight matrices of
+    all blocks are the tracked ones. Like `BackboneTail` it is always in eval mode: there is no dropout.
+
+    Shapes: uint8 pixels, or their values as floats, ``[B, 3, H, W]`` in; logits ``[B, num_classes]`` out.
+
+    Args:
+        extractor: the model with its preprocessing; it is copied.
+        head: the classifier, or `torch.nn.Identity` for none.
+    """
+
+    def __init__(self, extractor: "FeatureExtractor", head: nn.Module):
+        nn.Module.__init__(self)
+        extractor = copy.deepcopy(extractor).requires_grad_(True)
+        self.blocks = transformer_blocks(extractor.model)  # first: their parameters are called so
+        self.extractor = extractor
+        self.head, self.arguments = head, ()
+        self.eval()
+
+    def with_head(self, head: nn.Module) -> "WholeBackbone":
+        return WholeBackbone(self.extractor, head)
+
+    def representation(self, pixels: Tensor) -> Tensor:
+        """Features: ``[B, 3, H, W]`` -> ``[B, D]``."""
+        return self.extractor.features(pixels)
+
+
 def _mapped(function: Callable[[Tensor], Tensor], value: object) -> object:
     """`value` with the function applied to each tensor in it."""
     if isinstance(value, Tensor):
@@ -359,11 +388,16 @@ class FeatureExtractor(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
+        return self.features(pixels)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What `forward` gives, with gradients where they are on."""
         return self._pool(self._output(pixels)) if self.layers == "last" else self._all_layers(pixels)
 
     def _pool(self, output: _Output) -> Tensor:
         """Features ``[B, D]``, float32."""
-        hidden, pooled = output.hidden.float(), output.pooled
+        hidden, pooled = output.hidden, output.pooled
+        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         if self.pooling == "cls":
             return hidden[:, 0]
         if self.pooling == "pooler":
@@ -440,6 +474,17 @@ class FeatureExtractor(nn.Module):
                 return tail
         raise InputError(f"The blocks of '{self.name}' cannot be split: use a ViT, DeiT, DINOv2 or CLIP.")
 
+    def whole(self) -> WholeBackbone:
+        """The whole model to be trained, with no classifier: pixels to features ``[B, D]``.
+
+        Raises:
+            InputError: its blocks cannot be told apart, or it gives features of all layers.
+        """
+        if self.layers != "last":
+            raise InputError("FEATURE_LAYERS = 'all' and TRAINED_BLOCKS exclude each other.")
+        transformer_blocks(self.model)
+        return WholeBackbone(self, nn.Identity())
+
     def _observe(self, pixels: Tensor, block: nn.Module, exact: bool = False) -> tuple[Tensor, tuple, dict]:
         """The last hidden state, and what a block was called with on the way there."""
         seen = []
@@ -451,7 +496,9 @@ class FeatureExtractor(nn.Module):
     def _output(self, pixels: Tensor, exact: bool = False) -> _Output:
         """What the model makes of pixels; `exact`: in float32 whatever the device."""
         size = pixels.shape[-2], pixels.shape[-1]
-        pixels = (pixels.to(self.device, non_blocking=True).float() * self.preprocessing.scale - self.mean) / self.std
+        pixels = pixels.to(self.device, non_blocking=True)
+        pixels = pixels if pixels.dtype == torch.float64 else pixels.float()  # float64: tests alone
+        pixels = (pixels * self.preprocessing.scale - self.mean) / self.std
         bfloat16 = self.device.type == "cuda" and not exact
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
             output = self.model(pixel_values=pixels)
@@ -485,7 +532,7 @@ class ImageClassifier(nn.Module):
 
     Args:
         classifier: of features ``[B, D]``; with `blocks`, of the tokens ``[B, T, D]`` before so many last blocks of the
-            ViT, whose place it takes.
+            ViT, whose place it takes; with "all", of pixels.
         stored: type in which the classifier's training data were stored.
     """
 
@@ -494,7 +541,7 @@ class ImageClassifier(nn.Module):
         extractor: FeatureExtractor,
         classifier: nn.Module,
         class_names: Sequence[str],
-        blocks: int = 0,
+        blocks: int | str = 0,
         stored: torch.dtype = torch.float16,
     ):
         super().__init__()
@@ -503,6 +550,8 @@ class ImageClassifier(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
+        if self.blocks == "all":
+            return self.classifier(pixels).softmax(-1)
         inputs = self.extractor.tokens(pixels, self.blocks)[1] if self.blocks else self.extractor(pixels)
         # Through the type that they were stored in and back: the classifier was trained on such.
         return self.classifier(inputs.to(self.stored).float()).softmax(-1)

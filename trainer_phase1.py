@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from config import Settings
 from engine import (
-    BatchOrder,
     Params,
     PathRecorder,
     SplitFeatures,
@@ -25,6 +24,7 @@ from engine import (
     network_start,
     raise_failure,
     train,
+    training_order,
 )
 from importance import degenerate, step_with_rates, weight_importance
 
@@ -104,7 +104,7 @@ def train_domain(
     if "path" in evidence:
         engine = PathRecorder(engine, network.tracked_names)
     rows = data.rows([domain], settings.ph1_data, seeds)
-    order = BatchOrder(seeds, f"phase1/{domain}", rows, settings.batch_size)
+    order = training_order(data, seeds, f"phase1/{domain}", [domain], settings.ph1_data, settings)
     options = {"every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
     trained = train(data, engine, seeds, order, settings.ph1_num_epochs, **options)
     final = {name: value[:, 0].cpu() for name, value in trained.params.items()}

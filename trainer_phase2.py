@@ -16,7 +16,6 @@ from torch import Tensor
 
 from config import Settings
 from engine import (
-    BatchOrder,
     Params,
     Rates,
     SplitFeatures,
@@ -25,6 +24,7 @@ from engine import (
     network_start,
     raise_failure,
     train,
+    training_order,
 )
 from importance import Layers, degenerate, normalize, score_weights, top_k_mask, unimportant_rate, weight_rates
 
@@ -161,7 +161,7 @@ def train_holdout(
     rates = [arm.backbone_rate for arm in distinct]
     heads = [arm.settings.ph2_lr_important for arm in distinct]
     engine = make_engine(data, settings, start, learning_rate, rates, heads)
-    order = BatchOrder(seeds, f"phase2/{holdout}", data.rows(sources, "in", seeds), settings.batch_size)
+    order = training_order(data, seeds, f"phase2/{holdout}", sources, "in", settings)
     options = {"rates": _rates(data, distinct), "every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
     trained = train(data, engine, seeds, order, settings.ph2_num_epochs, **options)
     failed = torch.where(unusable == 0, trained.failed.cpu()[:, source_of], unusable)

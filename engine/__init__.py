@@ -1,7 +1,7 @@
 """Thousands of small networks at once: data on a device, random streams, stacks of networks, and the one loop."""
 
 from engine.cluster import check_cluster
-from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator
+from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator, training_order
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.gradients import PathRecorder, loss_gradients
 from engine.logistic import Linear, fit_linear
@@ -67,5 +67,6 @@ __all__ = [
     "stacks_at_a_time",
     "train",
     "training_memory",
+    "training_order",
     "training_threads",
 ]

@@ -2,21 +2,38 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from logging import getLogger
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from config import InputError, Settings
+from config import ImageSettings, InputError, Settings
 from dataset import split
 from engine.machine import free_memory
 from engine.tail import ClsShortcut
-from models import BackboneTail, FeedforwardClassifier
+from models import BackboneTail, FeedforwardClassifier, WholeBackbone
 
 log = getLogger(__name__)
+
+
+class Images(Protocol):
+    """Images as the inputs of a network, decoded when they are asked for: uint8 ``[N, 3, H, W]``."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Tensor: ...
+    def split(self, size: int) -> Iterator[Tensor]: ...
+    def to(self, device: torch.device | str) -> "Images": ...
+    def augmented(self, rows: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
+        """Training images ``[S, B, 3, H, W]`` for row numbers ``[S, B]``, each seed's changed by its own stream."""
+
+
 Network = FeedforwardClassifier | BackboneTail  # what is trained
 CHECKED_IMAGES = 4  # on which the shortcut must agree with the module
 
@@ -38,8 +55,8 @@ class SplitFeatures:
     domain_names: tuple[str, ...]
     split_seed: int | str  # a number for one split that all seeds share, or "seed" for a split per seed
     out_fraction: float  # part of each domain and class that is `out`; the counts are the same for every split
-    tokens: Tensor | None = None  # [N, T, D], as they are stored: on disk, for a CPU
-    tail: BackboneTail | None = None  # the pretrained blocks after them, without a classifier
+    tokens: Tensor | Images | None = None  # [N, T, D], as they are stored: on disk, for a CPU; or images
+    tail: BackboneTail | None = None  # the pretrained blocks after them, or the whole model, without a classifier
     dtype: torch.dtype = torch.float32  # to train in
     _networks: dict[tuple[int, ...], Network] = field(default_factory=dict, repr=False)  # by hidden sizes
     probes: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # see `networks.fit_probes`
@@ -65,8 +82,8 @@ class SplitFeatures:
         return made
 
     @property
-    def inputs(self) -> Tensor:
-        """What networks are trained on: the tokens where there are some, else the features."""
+    def inputs(self) -> "Tensor | Images":
+        """What networks are trained on: the tokens or images where there are some, else the features."""
         return self.features if self.tokens is None else self.tokens
 
     @cached_property
@@ -85,7 +102,7 @@ class SplitFeatures:
     @cached_property
     def shortcut(self) -> ClsShortcut | None:
         """What computes the features of `tail` for whole stacks; None where only the module itself does."""
-        if self.tail is None:
+        if self.tail is None or isinstance(self.tail, WholeBackbone):
             return None
         found = ClsShortcut.of(self.tail, self.tokens[:CHECKED_IMAGES])
         if found is None:
@@ -156,6 +173,7 @@ class BatchOrder:
 
     def __init__(self, seeds: Sequence[int], name: str, rows: Tensor, batch_size: int):
         self.generators = [generator(seed, "order", name) for seed in seeds]
+        self.augmentation = [generator(seed, "augmentation", name) for seed in seeds]
         self.rows, self.batch_size = rows, batch_size
 
     def next_epoch(self) -> tuple[Tensor, ...]:
@@ -167,30 +185,46 @@ class BatchOrder:
 class BalancedOrder:
     """Batches of `batch_size` rows of every domain; a domain that is used up starts again in a new order.
 
-    `name` is that of the random streams, `rows` has ``[S, n]`` row numbers per domain, an epoch has `steps` updates.
+    `name` is that of the random streams, `rows` has ``[S, n]`` row numbers per domain, an epoch has `steps` updates, a
+    number for all or one for each.
     """
 
-    def __init__(self, seeds: Sequence[int], name: str, rows: Sequence[Tensor], steps: int, batch_size: int):
+    def __init__(
+        self, seeds: Sequence[int], name: str, rows: Sequence[Tensor], steps: int | Sequence[int], batch_size: int
+    ):
+        self.augmentation = [generator(seed, "augmentation", name) for seed in seeds]
         self.generators = [[generator(seed, "order", f"{name}/{d}") for d in range(len(rows))] for seed in seeds]
-        self.rows, self.steps, self.batch_size = rows, steps, batch_size
+        self.rows, self.batch_size = rows, batch_size
+        self.steps = repeat(steps) if isinstance(steps, int) else iter(steps)
         self.left = [[own.new_empty(0) for own in rows] for _ in seeds]  # of each domain's last shuffle
 
     def next_epoch(self) -> tuple[Tensor, ...]:
         """Row numbers of each step of an epoch, ordered by domain: int64 ``[S, domains · batch_size]``."""
+        steps = next(self.steps)
         epoch = [
-            torch.stack([self._take(s, d) for d in range(len(self.rows))], dim=1).flatten(1)
+            torch.stack([self._take(s, d, steps) for d in range(len(self.rows))], dim=1).flatten(1)
             for s in range(len(self.generators))
         ]
         return torch.stack(epoch, dim=1).unbind()
 
-    def _take(self, s: int, d: int) -> Tensor:
+    def _take(self, s: int, d: int, steps: int) -> Tensor:
         """The next rows of one seed and domain: int64 ``[steps, batch_size]``."""
-        rows, wanted, parts = self.rows[d][s], self.steps * self.batch_size, [self.left[s][d]]
+        rows, wanted, parts = self.rows[d][s], steps * self.batch_size, [self.left[s][d]]
         while sum(map(len, parts)) < wanted:
             parts.append(rows[torch.randperm(len(rows), generator=self.generators[s][d]).to(rows.device)])
         every = torch.cat(parts)
         self.left[s][d] = every[wanted:]
-        return every[:wanted].view(self.steps, self.batch_size)
+        return every[:wanted].view(steps, self.batch_size)
+
+
+def training_order(
+    data: SplitFeatures, seeds: Sequence[int], name: str, domains: Sequence[str], part: str, settings: Settings
+) -> BatchOrder | BalancedOrder:
+    """Each seed's batches of these domains in both phases: pooled, or of the whole model as many of every domain."""
+    if not isinstance(settings, ImageSettings):
+        return BatchOrder(seeds, name, data.rows(domains, part, seeds), settings.batch_size)
+    rows = [data.rows([domain], part, seeds) for domain in domains]
+    return BalancedOrder(seeds, name, rows, settings.steps_per_epoch, settings.batch_size)
 
 
 def accuracies(correct: Tensor, totals: Tensor, balanced: bool = False) -> dict[str, Tensor]:

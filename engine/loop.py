@@ -86,7 +86,7 @@ def train(
             factors = rates(epoch)
             (loss_sum, right_sum), count = data.like.new_zeros(2, *engine.shape), 0
             for rows in order.next_epoch():  # [S, B]
-                inputs = gather(data, rows, buffers)
+                inputs = gather(data, rows, buffers, order.augmentation)
                 loss, right = engine.step(inputs, data.labels.take(rows), factors, data.domains.take(rows))
                 loss_sum += loss * rows.shape[1]
                 right_sum += right
@@ -106,11 +106,16 @@ def train(
     return Trained(params, torch.stack(losses, axis), torch.stack(shares, axis), torch.stack(correct, axis), failed)
 
 
-def gather(data: SplitFeatures, rows: Tensor, buffers: dict[int, list[Tensor]]) -> Tensor:
+def gather(
+    data: SplitFeatures, rows: Tensor, buffers: dict[int, list[Tensor]], draws: Sequence[torch.Generator] = ()
+) -> Tensor:
     """Inputs of some rows for each seed, in the type to train in: ``[S, B]`` -> ``[S, B, …]``.
 
-    The caller keeps `buffers`, batch size -> tensors: new memory for each batch takes twenty times as long.
+    The caller keeps `buffers`, batch size -> tensors: new memory for each batch takes twenty times as long. Images are
+    augmented, with the random stream of each seed from `draws`.
     """
+    if not isinstance(data.inputs, Tensor):
+        return data.inputs.augmented(rows, draws).to(data.dtype)
     size, shape = rows.shape[1], (rows.numel(), *data.inputs.shape[1:])
     if size not in buffers:
         types = dict.fromkeys((data.inputs.dtype, data.dtype))

@@ -11,6 +11,7 @@ itself, one network after the other.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from types import MappingProxyType
 
 import torch
@@ -258,15 +259,37 @@ class TailEngine:
         Parameters that are not in `rates` step in full; `domains` are not used.
         """
         self._set_rates(rates)
+        differentiate = self._one_by_one if self.shortcut is None else self._together
+        loss, logits, self.gradients = differentiate(features.to(next(iter(self.params.values())).dtype), targets)
+        self._update(self.gradients)
+        return loss, (logits.argmax(-1) == targets[:, None]).sum(-1)
+
+    def _together(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Loss ``[S, V]``, logits ``[S, V, B, classes]`` and gradients, all networks at once."""
         leaves = {name: value.detach().requires_grad_() for name, value in self.params.items()}
-        logits = self._logits(leaves, features)  # [S, V, B, classes]
+        logits = self._logits(leaves, features)
         spread = targets[:, None].expand(logits.shape[:-1])
         loss = F.cross_entropy(logits.movedim(-1, 1), spread, reduction="none").mean(-1)
         gradients = torch.autograd.grad(loss.sum(), [*leaves.values()], allow_unused=True)
-        with torch.no_grad():
-            self.gradients = dict(zip(leaves, gradients, strict=True))
-            self._update(self.gradients)
-            return loss.detach(), (logits.argmax(-1) == spread).sum(-1)
+        return loss.detach(), logits.detach(), dict(zip(leaves, gradients, strict=True))
+
+    def _one_by_one(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """The same, one network after the other: the activations of one alone are in memory."""
+        losses, every, gradients = [], [], {name: torch.zeros_like(value) for name, value in self.params.items()}
+        used = set()
+        for s, v in product(*map(range, self.shape)):
+            leaves = {name: value[s, v].detach().requires_grad_() for name, value in self.params.items()}
+            logits = functional_call(self.tail, leaves, (features[s],))
+            loss = F.cross_entropy(logits, targets[s])
+            own = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True)
+            for name, gradient in zip(leaves, own, strict=True):
+                if gradient is not None:
+                    gradients[name][s, v] = gradient
+                    used.add(name)
+            losses.append(loss.detach())
+            every.append(logits.detach())
+        loss, logits = (torch.stack(values).unflatten(0, self.shape) for values in (losses, every))
+        return loss, logits, {name: value if name in used else None for name, value in gradients.items()}
 
     def _set_rates(self, rates: Rates) -> None:
         """Scale updates by these rates from now on; weights at rate 0 are remembered as they are."""
@@ -278,6 +301,7 @@ class TailEngine:
                 free = rate.to(self.params[name]).expand_as(self.params[name]).contiguous()
                 self._frozen[name] = free, self.params[name] * (1 - free)
 
+    @torch.no_grad()
     def _update(self, gradients: Mapping[str, Tensor | None]) -> None:
         scaled = () if self._frozen else self._rates
         before = {name: self.params[name].clone() for name in scaled}

@@ -33,10 +33,11 @@ from config import InputError
 from dataset import DECODING_VERSION, ImageDataset, find_dataset, load_image
 from engine import default_workers, prepare_machine, rank
 from features.check import check_images, image_problem, memo_path, raise_unreadable
+from features.images import ImageInputs
 from features.pretrained import load_extractor
 from features.shards import Shards
 from features.tokens import Float16OverflowError, TokenFile
-from models import BackboneTail, FeatureExtractor, image_size
+from models import BackboneTail, FeatureExtractor, WholeBackbone, image_size
 from storage import FORMAT_VERSION, FeatureSet, load_features, save_features
 
 log = getLogger(__name__)
@@ -79,7 +80,7 @@ def get_features(
     device: str | torch.device | None = None,
     verify: bool = False,
     progress: bool = True,
-    blocks: int | None = None,
+    blocks: int | str | None = None,
     layers: str | None = None,
     pooling: str | None = None,
     check_tail: Callable[[BackboneTail], object] = lambda tail: None,
@@ -137,7 +138,7 @@ def extract(
     workers: int | None = None,
     verify: bool = False,
     progress: bool = True,
-    blocks: int = 0,
+    blocks: int | str = 0,
     check_tail: Callable[[BackboneTail], object] = lambda tail: None,
 ) -> FeatureSet:
     """Features of all images: from the cache, else by one pass of the frozen backbone, and then cached.
@@ -156,7 +157,8 @@ def extract(
             CPU.
         verify: read every image file again, even if its size and time have not changed.
         blocks: with 1 or more, the same pass also caches the tokens before so many last blocks, in float16 where it
-            can hold them, and the result has `tokens` and `tail`; not together with all layers.
+            can hold them, and the result has `tokens` and `tail`; with "all", `tokens` are the images themselves and
+            `tail` is the model. Not together with all layers.
         check_tail: raises an InputError for blocks that are of no use; called before the pass.
 
     Raises:
@@ -176,7 +178,7 @@ def extract(
         raise InputError(f"CACHE_DIR '{folder}' cannot be created ({error.strerror}): give another folder.") from error
     tail = None
     if blocks:
-        tail = extractor.tail(blocks).cpu()
+        tail = (extractor.whole() if blocks == "all" else extractor.tail(blocks)).cpu()
         check_tail(tail)
     progress = progress and not rank()[0]
     with _one_at_a_time(memo_path(dataset, folder).with_suffix(".lock")):  # one reads the images, the others its memo
@@ -192,12 +194,25 @@ def extract(
     name = f"{dataset.name}_{extractor.name}_{_key(dataset, contents, extractor, header)[:16]}"
     path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
     log.info("Features are kept in '%s'.", path)
-    tokens = TokenFile(path, _token_shape(dataset, extractor, blocks), blocks, extractor.name) if blocks else None
+    cached = blocks not in (0, "all")
+    tokens = TokenFile(path, _token_shape(dataset, extractor, blocks), blocks, extractor.name) if cached else None
     keys = partial(_shard_keys, dataset, contents, extractor, header)
     run = partial(_run, dataset, contents, extractor, batch_size=batch_size, workers=workers, progress=progress)
     _cache(path, tokens, keys, run, dataset, header)
     features = load_features(path, f"images in {dataset.name}")
+    if blocks == "all":
+        return _with_images(features, dataset, extractor, tail)
     return features if tokens is None else _with_tokens(features, tokens, tail)
+
+
+def _with_images(
+    features: FeatureSet, dataset: ImageDataset, extractor: FeatureExtractor, tail: WholeBackbone
+) -> FeatureSet:
+    """The features with the images that they are of, in the order of the features' rows, and the model."""
+    size = extractor.preprocessing(load_image(io.BytesIO(dataset.read(0)))).shape[-2:]
+    images = ImageInputs(dataset, extractor.preprocessing, size)
+    described = {"blocks": "all", "tokens": 0, "type": "uint8"}
+    return replace(features, tokens=images, tail=tail, header={**features.header, "tokens": described})
 
 
 @contextmanager

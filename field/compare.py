@@ -20,7 +20,7 @@ import torch
 from torch.func import grad, vmap
 
 import config
-from config import BlockSettings, InputError, Settings
+from config import BlockSettings, ImageSettings, InputError, Settings
 from engine import PureNetwork, fit_probes
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
 from field.curves import read_curves
@@ -328,6 +328,8 @@ def check_methods(
         InputError: see `Comparison`.
     """
     config.check("--trials", trials)
+    if isinstance(settings, ImageSettings):
+        raise InputError("A comparison trains the last blocks at most: TRAINED_BLOCKS = 'all' is for run.")
     if settings.ph2_init != "fresh":
         raise InputError(
             f"A comparison trains from a fresh start: PH2_INIT must be 'fresh', not '{settings.ph2_init}'."

@@ -109,7 +109,9 @@ class FeatureSet:
         size = f"{len(self)} × {self.feature_size}-d"
         if "layers" in self.header:
             size += " of all layers"
-        if self.tokens is not None:
+        if self.tokens is not None and self.header["tokens"]["blocks"] == "all":
+            size += " and the images themselves"
+        elif self.tokens is not None:
             blocks = self.header["tokens"]["blocks"]
             last = "last block" if blocks == 1 else f"last {blocks} blocks"
             size += f" and {self.tokens.shape[1]} tokens of each image before the {last}"

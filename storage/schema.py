@@ -62,7 +62,7 @@ JSON = {
         "class_names": [str],
         "domain_names?": [str],
         "hidden_sizes": [int],
-        "trained_blocks?": int,
+        "trained_blocks?": (int, str),
         "tokens?": str,
         "features": FACTS | {"preprocessing": ({str: object}, None)},
     },

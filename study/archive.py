@@ -315,7 +315,7 @@ def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
     check_arrays("weights", Path(path), arrays, header)
     sizes = [header["features"]["feature_size"], *header["hidden_sizes"], len(header["class_names"])]
     head = HEAD if header.get("trained_blocks") else ""
-    if head and header.get("tokens") not in ("float16", "float32"):
+    if head and header.get("tokens") not in ("float16", "float32", "uint8"):
         raise damaged(f"'{path}'", "its header does not say in which type tokens were stored")
     wanted = {f"{head}layers.{i}.weight": (b, a) for i, (a, b) in enumerate(pairwise(sizes))}
     wanted |= {f"{head}layers.{i}.bias": (b,) for i, b in enumerate(sizes[1:])}

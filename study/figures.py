@@ -184,7 +184,7 @@ def _name(run: Run, matrix: BlockMatrix) -> str:
     """A matrix in words; with that of its block, where there are several."""
     blocks = run.settings.trained_blocks
     words = ROLE_WORDS.get(matrix.role, matrix.role)
-    return words if blocks == 1 else f"{words} ({matrix.block + 1} of {blocks})"
+    return words if blocks == 1 else f"{words} ({matrix.block + 1} of {len(run.network.blocks)})"
 
 
 def _seeds(count: int) -> str:

@@ -53,7 +53,9 @@ def describe_networks(seeds: Sequence[int], header: Mapping) -> str:
     parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over {len(seeds)} seeds ({ranges(seeds)})")
     blocks, model = header.get("trained_blocks", 0), header["features"]["model"]["name"]
     trained = f"on features of {model}"
-    if blocks:
+    if blocks == "all":
+        trained = f"with the whole of {model}"
+    elif blocks:
         trained = f"with the last {f'{blocks} blocks' if blocks > 1 else 'block'} of {model}"
     return f"Networks: {', '.join(parts)}, last epoch, {trained}."
 
@@ -73,7 +75,9 @@ def join(
             "model or prepares images otherwise: give the right one with --vit-model."
         )
     blocks, members = header.get("trained_blocks", 0), []
-    tail = extractor.tail(blocks) if blocks else None
+    tail = None
+    if blocks:
+        tail = extractor.whole() if blocks == "all" else extractor.tail(blocks)
     for params in networks:
         head = FeedforwardClassifier(extractor.feature_size, len(header["class_names"]), header["hidden_sizes"])
         members.append(head if tail is None else tail.with_head(head))

@@ -278,12 +278,18 @@ class Run:
         batch = min(self.settings.batch_size, len(self.features))
         computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
         if units and self.data.tail is not None:  # with the shortcut, all of it is of [CLS] alone
-            tokens = len(self.data.tail.blocks) * self.data.tokens.shape[1] if self.data.shortcut is None else 1
+            tokens = len(self.data.tail.blocks) * self._tokens_of_an_image if self.data.shortcut is None else 1
             computed += ACTIVATIONS_OF_BLOCK * self.features.feature_size * tokens
         of_batch = batch * (2 * self.data.inputs[0].numel() + networks * computed)
         seeds = max((len(unit[-1]) for unit in units), default=0)
         numbers = self._numbers(networks * self.network.size)
         check_memory(training_memory(seeds, numbers, of_batch), self.execution.device)
+
+    @property
+    def _tokens_of_an_image(self) -> int:
+        """T; of a whole model, one for each patch of 16 pixels, about."""
+        shape = self.data.tokens.shape
+        return shape[1] if len(shape) == 3 else shape[-1] * shape[-2] // 16**2
 
     def _numbers(self, floats: int) -> int:
         """Numbers of a seed for `engine.training_memory`: of its networks, and one for each image.
@@ -312,9 +318,9 @@ def current_execution(strict: bool = False) -> Execution:
 def check_tokens(features: FeatureSet, settings: Settings) -> None:
     """Raise an `InputError` unless features have tokens exactly where the settings train blocks on them."""
     wanted = settings.trained_blocks if isinstance(settings, BlockSettings) else 0
-    found = 0 if features.tail is None else len(features.tail.blocks)
+    found = 0 if features.tail is None else features.header["tokens"]["blocks"]
     if wanted != found:
-        has = f"the tokens before {found} blocks" if found else "no tokens"
+        has = "images" if found == "all" else f"the tokens before {found} blocks" if found else "no tokens"
         raise InputError(f"TRAINED_BLOCKS is {wanted} and these features have {has}: get them with DATA_ROOT and it.")
 
 
