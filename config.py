@@ -96,6 +96,7 @@ AGGREGATIONS = ("sum", "mean", "max", "min", "union", "intersection", "normalize
 CRITERIA = ("movement", "signed", "agree", "consensus", "magnitude", "gradient", "joint", "snip", "taylor", "fisher")
 CRITERIA += ("path",)
 AGGREGATED = ("movement", "taylor", "fisher", "path")  # criteria of each domain by itself; the others compare domains
+WITHOUT_GRADIENTS = ("movement", "signed", "agree", "consensus", "magnitude")  # criteria that need no gradient
 POOLINGS = ("auto", "cls", "mean", "pooler")
 SCOPES = ("global", "layer", "row")
 STARTS = ("fresh", "phase1", "merged_mean", "merged_ties", "merged_consensus")
@@ -191,6 +192,12 @@ def without_effect(name: str, trained_blocks: int | str) -> str | None:
         return f"{name} has no effect with TRAINED_BLOCKS{whole}, where {instead} takes its place: set that."
     needed = "TRAINED_BLOCKS" if name in every[BlockSettings].values() else "TRAINED_BLOCKS = 'all'"
     return f"{name} has no effect without {needed}: set that too, or leave it out."
+
+
+def refuse_whole_model(what: str, trained_blocks: int | str | None = None) -> None:
+    """Raise an `InputError` if `TRAINED_BLOCKS` (default: as it is now) is "all", for `what` trains less."""
+    if (TRAINED_BLOCKS if trained_blocks is None else trained_blocks) == "all":
+        raise InputError(f"{what} trains the last blocks at most: TRAINED_BLOCKS = 'all' is for run.")
 
 
 def _read_by(kind: type["Settings"]) -> dict[str, str]:
@@ -403,8 +410,13 @@ class BlockSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ph1_num_epochs != self.ph2_num_epochs:
-            raise InputError(f"{self.constant('ph1_num_epochs')} is the number of epochs of both phases.")
+        if kind_of(self.trained_blocks) is not type(self):
+            raise InputError(f"TRAINED_BLOCKS = {self.trained_blocks!r} has other settings: make them anew.")
+        values = {}  # a constant that is read for several fields says the same for all of them
+        for field in fields(self):
+            name, value = self.constant(field.name), getattr(self, field.name)
+            if values.setdefault(name, value) != value:
+                raise InputError(f"{name} is one value for all that it says, not {values[name]} and {value}.")
         if self.head_start == "probe" and self.hidden_sizes:
             raise InputError(
                 "HEAD_START = 'probe' starts a linear classifier: BLOCK_HIDDEN_SIZES must be () with it, or HEAD_START "
@@ -430,6 +442,11 @@ class ImageSettings(BlockSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.importance_criterion not in WITHOUT_GRADIENTS:
+            raise InputError(
+                f"With TRAINED_BLOCKS = 'all' IMPORTANCE_CRITERION must be one of {', '.join(WITHOUT_GRADIENTS)}: "
+                "gradients on all images are too large."
+            )
         if self.ph2_num_epochs > self.image_steps:
             raise InputError(
                 f"There are more IMAGE_CHECKPOINTS ({self.ph2_num_epochs}) than IMAGE_STEPS ({self.image_steps})."

@@ -396,7 +396,8 @@ def build_parser() -> Parser:
     for name in ("run", "compare"):
         added[name].add_argument("--holdouts", type=names, metavar="A,B", help="domains to leave out (default: each)")
         added[name].add_argument("--no-figures", action="store_true", help="write numbers only")
-    added["run"].add_argument("--steps", type=int, metavar="N", help="updates with TRAINED_BLOCKS=all (default 5001)")
+    steps = f"updates with TRAINED_BLOCKS=all (default {config.IMAGE_STEPS})"
+    added["run"].add_argument("--steps", type=int, metavar="N", help=steps)
     add = added["study"].add_argument
     add("--sweep-seeds", type=seeds, metavar="N", help="of what is exploratory (default: 50 at most, of blocks 10)")
     add("--no-controls", action="store_true", help="of blocks: the arms of the confirmatory family alone")
@@ -510,8 +511,8 @@ def apply_options(options: argparse.Namespace) -> None:
     """
     given = _given(options)
     blocks, _ = given.get("TRAINED_BLOCKS", (config.TRAINED_BLOCKS, ""))
-    if blocks == "all" and options.command in TRAINING and options.command != "run":
-        raise InputError(f"{options.command} trains the last blocks at most: TRAINED_BLOCKS = 'all' is for run.")
+    if options.command in TRAINING and options.command != "run":
+        config.refuse_whole_model(options.command, blocks)
     idle = [config.without_effect(name, blocks) for name in given] if options.command in TRAINING else []
     if any(idle):
         raise InputError(next(filter(None, idle)))

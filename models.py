@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from config import InputError
 
+HEAD = "head."  # before the names of the classifier's parameters in a network with blocks
+
 
 class FeedforwardClassifier(nn.Module):
     """``Linear(D, h1) → ReLU → … → Linear(hk, classes)`` with PyTorch's own initialization.
@@ -145,7 +147,7 @@ class WholeBackbone(BackboneTail):
         nn.Module.__init__(self)
         extractor = copy.deepcopy(extractor).requires_grad_(True)
         self.blocks = transformer_blocks(extractor.model)  # first: their parameters are called so
-        self.extractor = extractor
+        self.extractor, self.sequence = extractor, extractor.sequence
         self.head, self.arguments = head, ()
         self.eval()
 
@@ -474,6 +476,12 @@ class FeatureExtractor(nn.Module):
                 return tail
         raise InputError(f"The blocks of '{self.name}' cannot be split: use a ViT, DeiT, DINOv2 or CLIP.")
 
+    @cached_property
+    def sequence(self) -> int:
+        """T, tokens of an image in each block, measured on one."""
+        _, (seen, *_), _ = self._observe(self._random_pixels(1), transformer_blocks(self.model)[0])
+        return seen.shape[1]
+
     def whole(self) -> WholeBackbone:
         """The whole model to be trained, with no classifier: pixels to features ``[B, D]``.
 
@@ -482,7 +490,6 @@ class FeatureExtractor(nn.Module):
         """
         if self.layers != "last":
             raise InputError("FEATURE_LAYERS = 'all' and TRAINED_BLOCKS exclude each other.")
-        transformer_blocks(self.model)
         return WholeBackbone(self, nn.Identity())
 
     def _observe(self, pixels: Tensor, block: nn.Module, exact: bool = False) -> tuple[Tensor, tuple, dict]:

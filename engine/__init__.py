@@ -1,7 +1,16 @@
 """Thousands of small networks at once: data on a device, random streams, stacks of networks, and the one loop."""
 
 from engine.cluster import check_cluster
-from engine.data import BalancedOrder, BatchOrder, Network, SplitFeatures, accuracies, generator, training_order
+from engine.data import (
+    BalancedOrder,
+    BatchOrder,
+    Network,
+    SplitFeatures,
+    accuracies,
+    generator,
+    training_order,
+    updates_per_epoch,
+)
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.gradients import PathRecorder, loss_gradients
 from engine.logistic import Linear, fit_linear
@@ -69,4 +78,5 @@ __all__ = [
     "training_memory",
     "training_order",
     "training_threads",
+    "updates_per_epoch",
 ]

@@ -27,6 +27,7 @@ class Images(Protocol):
     shape: torch.Size
     dtype: torch.dtype
 
+    def __len__(self) -> int: ...
     def __getitem__(self, rows: int | slice | Tensor) -> Tensor: ...
     def split(self, size: int) -> Iterator[Tensor]: ...
     def to(self, device: torch.device | str) -> "Images": ...
@@ -215,6 +216,13 @@ class BalancedOrder:
         every = torch.cat(parts)
         self.left[s][d] = every[wanted:]
         return every[:wanted].view(steps, self.batch_size)
+
+
+def updates_per_epoch(data: SplitFeatures, domains: Sequence[str], settings: Settings) -> int | tuple[int, ...]:
+    """Updates in each epoch of training on the `in` part of these domains; of whole models, one number for each."""
+    if isinstance(settings, ImageSettings):
+        return settings.steps_per_epoch
+    return math.ceil(data.rows(domains, "in", [0]).shape[1] / settings.batch_size)
 
 
 def training_order(

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,12 +60,17 @@ def training_memory(seeds: int, floats: int, of_batch: int = 0) -> int:
     return 4 * seeds * (COPIES * floats + of_batch)
 
 
-def check_memory(need: float, device: str = "cpu") -> None:
-    """Raise an `InputError` if networks that are trained together `need` more bytes than there are."""
+def check_memory(
+    need: float, device: str = "cpu", lower: Sequence[str] = ("SEEDS_PER_CHUNK", "HIDDEN_SIZES", "BATCH_SIZE")
+) -> None:
+    """Raise an `InputError` if networks that are trained together `need` more bytes than there are.
+
+    `lower` are settings that would help.
+    """
     if need > (free := free_memory(device)):
         raise InputError(
             f"Networks that are trained together need about {need / 2**30:.3g} GiB of memory, and {free / 2**30:.3g} "
-            "GiB are free: lower SEEDS_PER_CHUNK, HIDDEN_SIZES or BATCH_SIZE."
+            f"GiB are free: lower {', '.join(lower[:-1])} or {lower[-1]}."
         )
 
 

@@ -12,7 +12,7 @@ from engine.data import SplitFeatures, generator
 from engine.loop import Engine
 from engine.stack import MatmulEngine, Params
 from engine.tail import TailEngine
-from models import FeedforwardClassifier
+from models import HEAD, FeedforwardClassifier
 
 TOLERANCE, STEPS = 1e-6, 1000  # of logistic regression: largest component of the gradient at the end; Newton steps
 LARGEST_HESSIAN = 2000  # rows of the matrix of second derivatives that is still factorized
@@ -60,7 +60,7 @@ def make_engine(
     seeds = len(next(iter(start.values())))
     blocks = torch.tensor(backbone_rates, dtype=torch.float64)
     heads = torch.tensor(head_rates or [learning_rate] * len(blocks), dtype=torch.float64)
-    rates = {name: (heads if name.startswith("head.") else blocks).expand(seeds, -1) for name in start}
+    rates = {name: (heads if name.startswith(HEAD) else blocks).expand(seeds, -1) for name in start}
     return TailEngine(data.network(settings.hidden_sizes), data.shortcut, start, rates)
 
 
@@ -80,7 +80,7 @@ def network_start(
     network = data.network(settings.hidden_sizes)
     if data.tail is None:
         return random_start(seeds, purpose, network)
-    blocks = {name: p.detach() for name, p in network.named_parameters() if not name.startswith("head.")}
+    blocks = {name: p.detach() for name, p in network.named_parameters() if not name.startswith(HEAD)}
     start = {name: p.float().cpu().expand(len(seeds), *p.shape) for name, p in blocks.items()}
     if settings.head_start == "random":
         head = random_start(seeds, purpose, network.head)
@@ -89,7 +89,7 @@ def network_start(
         fitted = [data.probes[settings.probe_c, tuple(row)] for row in data.rows(domains, part, seeds).tolist()]
         weights, biases = zip(*fitted, strict=True)
         head = {"layers.0.weight": torch.stack(weights), "layers.0.bias": torch.stack(biases)}
-    return start | {f"head.{name}": value for name, value in head.items()}
+    return start | {f"{HEAD}{name}": value for name, value in head.items()}
 
 
 def fit_probes(

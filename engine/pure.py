@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.data import Network
 from engine.stack import Params
 from engine.tail import NOTHING, ClsShortcut
-from models import BackboneTail, FeedforwardClassifier
+from models import HEAD, BackboneTail, FeedforwardClassifier, WholeBackbone
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,8 @@ class PureNetwork:
     shortcut: ClsShortcut | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.network, WholeBackbone):
+            raise ValueError("A whole model is trained by the phases alone, not as pure functions.")
         if self.has_blocks and self.shortcut is None:
             self._blocks  # noqa: B018 (made now: under `vmap` no module can be copied)
 
@@ -47,13 +49,18 @@ class PureNetwork:
     @cached_property
     def layers(self) -> tuple[str, ...]:
         """Names of the classifier's linear layers, first to last."""
-        prefix = "head." if self.has_blocks else ""
+        prefix = HEAD if self.has_blocks else ""
         return tuple(f"{prefix}layers.{i}" for i in range(len(self.classifier.layers)))
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of each parameter, by name, in the module's order."""
         return {name: parameter.shape for name, parameter in self.network.named_parameters()}
+
+    @cached_property
+    def block_names(self) -> frozenset[str]:
+        """Names of the parameters of the blocks and their norm: all but the classifier's."""
+        return frozenset(name for name in self.shapes if self.has_blocks and not name.startswith(HEAD))
 
     @property
     def feature_size(self) -> int:
@@ -115,10 +122,12 @@ class PureNetwork:
         Args:
             factors, mlp: see `ClsShortcut.representation`, for one network: factors ``[*, width]``. They need it.
         """
+        if self.shortcut is None and (factors or mlp is not None):
+            raise ValueError("Factors on a block's inputs, and another MLP, need a block by its shortcut.")
         if not self.has_blocks:
             return inputs
         tokens, before = inputs.reshape(-1, *inputs.shape[-2:]), inputs.shape[:-2]
-        own = {name: value for name, value in params.items() if name.startswith(("blocks.", "norm."))}
+        own = {name: params[name] for name in self.block_names}
         if self.shortcut is None:
             with sdpa_kernel(SDPBackend.MATH):  # the fast kernels know neither `vmap` nor second derivatives
                 return functional_call(self._blocks, own, (tokens,)).reshape(*before, -1)

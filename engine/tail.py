@@ -22,7 +22,7 @@ from torch.optim.adam import adam
 
 from engine.stack import Params, Rates
 from importance import scaled_update
-from models import BackboneTail
+from models import HEAD, BackboneTail
 
 ROLES = {  # role in a pre-norm block -> what implementations call the module
     "norm1": ("layernorm_before", "norm1", "layer_norm1"),
@@ -342,9 +342,9 @@ class TailEngine:
 
 def stacked_head(params: Params, features: Tensor) -> Tensor:
     """The classifier ``head`` of a stack: ``[S, V, B, D]`` -> logits ``[S, V, B, classes]``."""
-    depth = sum(name.startswith("head.layers.") and name.endswith(".weight") for name in params)
+    depth = sum(name.startswith(f"{HEAD}layers.") and name.endswith(".weight") for name in params)
     for i in range(depth):
-        weight, bias = params[f"head.layers.{i}.weight"], params[f"head.layers.{i}.bias"]
+        weight, bias = params[f"{HEAD}layers.{i}.weight"], params[f"{HEAD}layers.{i}.bias"]
         features = features @ weight.transpose(-1, -2) + bias.unsqueeze(-2)
         features = torch.relu(features) if i < depth - 1 else features
     return features

@@ -48,12 +48,12 @@ class _Job(NamedTuple):
 _job: _Job | None = None  # forked processes inherit it, so that functions of a notebook need not be pickled
 
 
-def stacks_at_a_time(networks: int, floats: int) -> int:
-    """How many stacks of `networks` of `floats` numbers may be trained at a time.
+def stacks_at_a_time(networks: int, floats: int, of_batch: int = 0) -> int:
+    """How many stacks of `networks` of `floats` numbers may be trained at a time, see `training_memory`.
 
     One per core, within half of the available memory.
     """
-    need = training_memory(networks, floats)
+    need = training_memory(networks, floats, of_batch)
     return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
 
 

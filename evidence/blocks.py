@@ -61,7 +61,7 @@ CHOSEN = "chosen"  # results directory: the arms at their own rates, with weight
 RATE_SEEDS = {"grid": 3, "controls": 2, "schedule": 2}  # the first seeds, by which rates are chosen
 SWEEP_SEEDS = 10  # of what is exploratory, at most, unless said otherwise
 HEAD = Arm("head")
-DECAYING = "erm decaying"  # no weight is marked, so that all learn by the schedule: plain training with a decaying rate
+DECAYING = "erm decaying"  # `head` by the schedule: no weight is marked, so that the rate of all matrices decays
 EXPLANATION = f"""\
 The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over the
 family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else
@@ -76,7 +76,7 @@ def masked(control: str, density: float) -> Arm:
 def label(arm: Arm) -> str:
     """How tables call an arm: "importance 10 %", whatever its schedule; a schedule without a mask is `DECAYING`."""
     density = dict(arm.changes).get("IMPORTANCE_THRESHOLD_PERCENTILE")
-    if density is None and arm.changes:
+    if arm.control == HEAD.control and "BLOCK_FREEZE_EPOCH" in dict(arm.changes):
         return DECAYING
     return arm.control if density is None else f"{arm.control} {density:g} %"
 
@@ -271,6 +271,7 @@ def _check(settings: Settings, seeds: Sequence[int], sweep_seeds: Sequence[int])
     """Refuse what is no study of blocks over seeds, and a schedule that is not the protocol's."""
     if not isinstance(settings, BlockSettings):
         raise InputError("Masks on blocks need tokens: set TRAINED_BLOCKS, and DATA_ROOT (--data-root).")
+    config.refuse_whole_model("A study", settings.trained_blocks)
     if len(seeds) < 2 or len(sweep_seeds) < 2:
         raise InputError("A study compares over seeds: --seeds and --sweep-seeds must be at least 2.")
     if not {*sweep_seeds} <= {*seeds}:
@@ -401,7 +402,8 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run, studies: Sequence[Study
             lines += section(f"{title}; accuracy (%)", wide_table(tables[f"accuracy{ending}"]))
     if "decaying" in tables:
         shown = decaying_shown(tables["decaying"])
-        lines += section(f"EXPLORATORY: by the schedule, minus plain training ({DECAYING}: no mask; points)", shown)
+        title = f"EXPLORATORY: by the schedule, minus plain training ({DECAYING}: all matrices by it; points)"
+        lines += section(title, shown)
     return "\n".join(lines + failures_shown(studies)) + "\n"
 
 

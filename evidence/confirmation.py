@@ -165,7 +165,7 @@ def _settings(place: str) -> Settings:
     if place not in PLACES:
         raise InputError(f"There is no place '{place}' to confirm at; there are {', '.join(PLACES)}.")
     width = PLACES[place].width
-    if bool(config.TRAINED_BLOCKS) != (width is None) or config.TRAINED_BLOCKS > 1:
+    if int(width is None) != config.TRAINED_BLOCKS:
         raise InputError(f"The place '{place}' needs TRAINED_BLOCKS to be {int(width is None)}.")
     own = {} if width is None else {"hidden_sizes": (width,) * len(config.HIDDEN_SIZES), "ph1_data": "in"}
     settings = Settings.current(**own)

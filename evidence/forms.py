@@ -208,6 +208,7 @@ class FormsProtocol:
 
 def _settings(widths: Sequence[int] | None, seeds: Sequence[int], starts: bool) -> dict[str, Settings]:
     """Part -> settings, or an `InputError` for what the protocol cannot do."""
+    config.refuse_whole_model("forms")
     own = (*OWN, "BACKBONE_LEARNING_RATE") if config.TRAINED_BLOCKS else OWN
     for name in own:
         if config.changed(name):

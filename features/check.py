@@ -28,7 +28,7 @@ RACY_NS = 2_000_000_000  # a younger file may change again within one tick of th
 
 def memo_path(dataset: ImageDataset, cache_dir: str | os.PathLike) -> Path:
     """Where `check_images` remembers what it has read of a data set."""
-    return Path(cache_dir) / f"images_{_sha256(os.path.abspath(dataset.root).encode())[:16]}.json"
+    return Path(cache_dir) / f"images_{content_hash(os.path.abspath(dataset.root).encode())[:16]}.json"
 
 
 def check_images(
@@ -91,7 +91,8 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _sha256(data: bytes) -> str:
+def content_hash(data: bytes) -> str:
+    """SHA-256 of an image's bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -108,7 +109,7 @@ def _read(dataset: ImageDataset, row: int) -> _Read:
         check_whole(data)
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
         return _Read(started, problem=image_problem(error, dataset.path(row)))
-    return _Read(started, _sha256(data))
+    return _Read(started, content_hash(data))
 
 
 def check_whole(data: bytes) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import config
 from config import InputError
-from dataset import DECODING_VERSION, ImageDataset, find_dataset, load_image
+from dataset import DECODING_VERSION, ImageDataset, ParquetDataset, find_dataset, load_image
 from engine import default_workers, prepare_machine, rank
 from features.check import check_images, image_problem, memo_path, raise_unreadable
 from features.images import ImageInputs
@@ -201,16 +201,21 @@ def extract(
     _cache(path, tokens, keys, run, dataset, header)
     features = load_features(path, f"images in {dataset.name}")
     if blocks == "all":
-        return _with_images(features, dataset, extractor, tail)
+        return _with_images(features, dataset, contents, extractor, tail)
     return features if tokens is None else _with_tokens(features, tokens, tail)
 
 
 def _with_images(
-    features: FeatureSet, dataset: ImageDataset, extractor: FeatureExtractor, tail: WholeBackbone
+    features: FeatureSet, dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, tail: WholeBackbone
 ) -> FeatureSet:
     """The features with the images that they are of, in the order of the features' rows, and the model."""
+    if isinstance(dataset, ParquetDataset):
+        raise InputError(
+            f"The whole model is trained from images in any order, and '{dataset.name}' holds Parquet files: write "
+            "folders of them first, with the command data."
+        )
     size = extractor.preprocessing(load_image(io.BytesIO(dataset.read(0)))).shape[-2:]
-    images = ImageInputs(dataset, extractor.preprocessing, size)
+    images = ImageInputs(dataset, extractor.preprocessing, size, contents)
     described = {"blocks": "all", "tokens": 0, "type": "uint8"}
     return replace(features, tokens=images, tail=tail, header={**features.header, "tokens": described})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from config import InputError
 from dataset import ImageDataset, load_image
 from engine import default_workers
-from features.check import image_problem
+from features.check import content_hash, image_problem
 
 AREA, RATIO = (0.7, 1.0), (3 / 4, 4 / 3)  # of a crop: part of the image, width over height
 TRIES = 10  # for a crop that lies in the image
@@ -28,6 +28,7 @@ class ImageInputs:
         dataset: from `dataset.find_dataset`.
         prepare: an RGB image -> uint8 ``[3, H, W]``, as the model was trained on, see `models.Preprocessing`.
         size: H and W.
+        contents: SHA-256 of each image's bytes, which must still be the same when it is read.
         device: that tensors are returned on.
     """
 
@@ -38,9 +39,11 @@ class ImageInputs:
         dataset: ImageDataset,
         prepare: Callable[[Image.Image], Tensor],
         size: tuple[int, int],
+        contents: Sequence[str],
         device: torch.device | str = "cpu",
     ):
-        self.dataset, self.prepare, self.size, self.device = dataset, prepare, tuple(size), device
+        self.dataset, self.prepare, self.size, self.contents = dataset, prepare, tuple(size), contents
+        self.device = device
         self.shape = torch.Size((len(dataset), 3, *self.size))
 
     def __len__(self) -> int:
@@ -48,7 +51,7 @@ class ImageInputs:
 
     def to(self, device: torch.device | str) -> "ImageInputs":
         """The same, returned on another device."""
-        return ImageInputs(self.dataset, self.prepare, self.size, device)
+        return ImageInputs(self.dataset, self.prepare, self.size, self.contents, device)
 
     def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
         """Images as they are tested: of a row ``[3, H, W]``, of several ``[n, 3, H, W]``."""
@@ -65,9 +68,8 @@ class ImageInputs:
     def augmented(self, rows: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
         """Training images ``[S, B, 3, H, W]`` for row numbers ``[S, B]``, each seed's changed by its own stream."""
         numbers = torch.stack([torch.rand(rows.shape[1], NUMBERS, generator=draw) for draw in draws])
-        each = dict(enumerate(numbers.flatten(0, 1).tolist()))
-        flat = rows.flatten().tolist()
-        changed = self._map([partial(self._augmented, row, each[i]) for i, row in enumerate(flat)])
+        each = zip(rows.flatten().tolist(), numbers.flatten(0, 1).tolist(), strict=True)
+        changed = self._map([partial(self._augmented, row, own) for row, own in each])
         return torch.stack(changed).view(*rows.shape, 3, *self.size).to(self.device)
 
     def _read(self, rows: Sequence[int], make: Callable[[int], Tensor]) -> Tensor:
@@ -89,7 +91,10 @@ class ImageInputs:
 
     def _image(self, row: int) -> Image.Image:
         try:
-            return load_image(BytesIO(self.dataset.read(row)))
+            data = self.dataset.read(row)
+            if content_hash(data) != self.contents[row]:
+                raise OSError("it has changed since its features were extracted")
+            return load_image(BytesIO(data))
         except Exception as error:  # Pillow raises anything
             problem = image_problem(error, self.dataset.path(row))
             raise InputError(f"The image '{self.dataset.files[row]}' cannot be read: {problem}.") from error
@@ -107,11 +112,9 @@ def augment(image: Image.Image, size: tuple[int, int], numbers: Sequence[float])
     """
     from torchvision.transforms import functional as change
 
-    crop, (top, left, mirror), rest = numbers[: 2 * TRIES], numbers[2 * TRIES : 2 * TRIES + 3], numbers[2 * TRIES + 3 :]
+    crop, mirror, rest = numbers[: 2 * TRIES + 2], numbers[2 * TRIES + 2], numbers[2 * TRIES + 3 :]
     order, amounts, grey = rest[:4], rest[4:8], rest[8]
-    width, height = crop_size(image.size, crop)
-    corner = int(top * (image.height - height + 1)), int(left * (image.width - width + 1))
-    image = change.resized_crop(image, *corner, height, width, list(size))
+    image = change.resized_crop(image, *crop_box(image.size, crop), list(size))
     image = change.hflip(image) if mirror < 0.5 else image
     factors = [1 + JITTER * (2 * amount - 1) for amount in amounts[:3]] + [HUE * (2 * amounts[3] - 1)]
     kinds = (change.adjust_brightness, change.adjust_contrast, change.adjust_saturation, change.adjust_hue)
@@ -120,19 +123,21 @@ def augment(image: Image.Image, size: tuple[int, int], numbers: Sequence[float])
     return change.rgb_to_grayscale(image, 3) if grey < GREY else image
 
 
-def crop_size(size: tuple[int, int], numbers: Sequence[float]) -> tuple[int, int]:
-    """Width and height of a crop of an image of `size` (width, height), as torchvision's `RandomResizedCrop` draws it.
+def crop_box(size: tuple[int, int], numbers: Sequence[float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of an image of `size` (width, height), as `RandomResizedCrop` draws it.
 
-    The first of `TRIES` pairs of `numbers` whose crop lies in the image; without one, the largest of the centre whose
-    sides have an allowed ratio.
+    Args:
+        numbers: `TRIES` pairs, of which the first whose crop lies in the image is taken, and two for its place. Without
+            one it is the largest in the centre whose sides have an allowed ratio.
     """
-    width, height = size
+    (width, height), (down, across) = size, numbers[-2:]
     low, high = (math.log(ratio) for ratio in RATIO)
-    for part, shape in zip(numbers[::2], numbers[1::2], strict=True):
+    for part, shape in zip(numbers[:-2:2], numbers[1:-2:2], strict=True):
         area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * part)
         ratio = math.exp(low + (high - low) * shape)
-        own = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < own[0] <= width and 0 < own[1] <= height:
-            return own
+        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < tall <= height:
+            return int(down * (height - tall + 1)), int(across * (width - wide + 1)), tall, wide
     ratio = min(max(width / height, RATIO[0]), RATIO[1])
-    return min(width, round(height * ratio)), min(height, round(width / ratio))
+    wide, tall = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide

@@ -20,7 +20,7 @@ import torch
 from torch.func import grad, vmap
 
 import config
-from config import BlockSettings, ImageSettings, InputError, Settings
+from config import BlockSettings, InputError, Settings
 from engine import PureNetwork, fit_probes
 from field.algorithms import ALGORITHMS, Algorithm, Hyperparameter, find, register
 from field.curves import read_curves
@@ -52,6 +52,7 @@ class Comparison:
     Attributes:
         methods: classes of the methods, with baselines.
         holdouts: choices of held-out domains, each a tuple of one or two.
+        network: what the methods train.
 
     Raises:
         InputError: an unknown method, an invalid class, no trial, `PH2_INIT` other than "fresh", a method that cannot
@@ -69,8 +70,9 @@ class Comparison:
         self.run, self.trials, self.rule = run, trials, rule
         self.methods = check_methods(methods, trials, run.settings)
         self.holdouts = _choices_of_holdouts(run, leave_one_out or _needs_pairs(rule))
+        self.network = PureNetwork(run.network, run.data.shortcut)
         for method in self.methods:
-            if words := method.refusal(pure_network(run)):
+            if words := method.refusal(self.network):
                 raise InputError(f"{words}, which needs a single block that the shortcut covers: leave it out.")
         self._curves: pd.DataFrame | None = None
         self._tables: dict[str, pd.DataFrame] | None = None
@@ -92,7 +94,8 @@ class Comparison:
         check = partial(_check_pairs, leave_one_out or _needs_pairs(rule))
         run = Run.from_config(**options, check=check)
         if methods is None:
-            refused = [method.__name__ for method in wanted if method.refusal(pure_network(run))]
+            network = PureNetwork(run.network, run.data.shortcut)
+            refused = [method.__name__ for method in wanted if method.refusal(network)]
             wanted = [method for method in wanted if method.__name__ not in refused]
             if refused:
                 log.info("Without %s, which need a single block that the shortcut covers.", ", ".join(refused))
@@ -196,7 +199,9 @@ class Comparison:
             tick()
             return found
 
-        starts = list(dict.fromkeys((unit.holdouts, (seed,)) for unit in units for seed in unit.seeds))
+        every = dict.fromkeys((unit.holdouts, (seed,)) for unit in units for seed in unit.seeds)
+        rows = {start: run.data.rows(run.data.sources(start[0]), "in", start[1]) for start in every}
+        starts = [*{tuple(own[0].tolist()): start for start, own in rows.items()}.values()]  # splits may be the same
         for found in run.side_by_side("Starts", starts, fit, 1, 0, "fit"):
             run.data.probes.update(found)
 
@@ -314,11 +319,6 @@ class Comparison:
         return self._tables
 
 
-def pure_network(run: Run) -> PureNetwork:
-    """What the methods of a comparison train."""
-    return PureNetwork(run.network, run.data.shortcut)
-
-
 def check_methods(
     methods: Iterable[str | type[Algorithm]], trials: int, settings: Settings
 ) -> tuple[type[Algorithm], ...]:
@@ -328,8 +328,8 @@ def check_methods(
         InputError: see `Comparison`.
     """
     config.check("--trials", trials)
-    if isinstance(settings, ImageSettings):
-        raise InputError("A comparison trains the last blocks at most: TRAINED_BLOCKS = 'all' is for run.")
+    if isinstance(settings, BlockSettings):
+        config.refuse_whole_model("A comparison", settings.trained_blocks)
     if settings.ph2_init != "fresh":
         raise InputError(
             f"A comparison trains from a fresh start: PH2_INIT must be 'fresh', not '{settings.ph2_init}'."

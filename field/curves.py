@@ -63,11 +63,11 @@ def read_curves(run: Run, methods: Iterable[str], trials: int, holdouts: Sequenc
 
 
 def network_rows(
-    run: Run, saved: SavedNetworks, method: str, trial: int, holdouts: tuple[str, ...], steps: int
+    run: Run, saved: SavedNetworks, method: str, trial: int, holdouts: tuple[str, ...], steps: int | Sequence[int]
 ) -> pd.DataFrame:
     """Rows of curves, one per seed, epoch and domain, of the networks of one method, trial and choice of holdouts.
 
-    `steps` are the updates of an epoch.
+    `steps` are the updates of an epoch, or of each.
     """
     shares = accuracies(saved.history["correct"], run.data.totals.cpu())  # part -> [S, E, domains]
     failed = ~saved.ok.view(-1, 1, 1)
@@ -79,7 +79,7 @@ def network_rows(
         "holdouts": [holdouts] * len(s),
         "seed": np.array(saved.seeds)[s],
         "epoch": e + 1,
-        "step": steps * (e + 1),
+        "step": steps * (e + 1) if isinstance(steps, int) else np.cumsum(steps)[e],
         "domain": np.array(run.features.domain_names)[d],
     }
     return pd.DataFrame(columns | {part: shares[part].masked_fill(failed, torch.nan).flatten() for part in PARTS})

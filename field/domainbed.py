@@ -22,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from config import InputError
+from engine import updates_per_epoch
 from field.algorithms import ALGORITHMS, Algorithm
 from field.compare import PARTNERS, Comparison
 from field.curves import RUN, curves_of, network_rows
@@ -129,9 +130,7 @@ def _networks(run: Run, records: Sequence[Mapping], arms: Iterable[str] | None) 
 
 def _arm_rows(run: Run, arm: str, holdout: str) -> pd.DataFrame:
     """Rows of curves of an arm on a holdout."""
-    sources = run.data.sources(holdout)
-    images = run.data.rows(sources, "in", run.seeds[:1]).shape[1]  # as many for every seed
-    steps = math.ceil(images / run.settings.batch_size)
+    steps = updates_per_epoch(run.data, run.data.sources(holdout), run.settings)
     return network_rows(run, run.archive.phase2(holdout, arm), _algorithm(arm), 0, (holdout,), steps)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from engine import PureNetwork
-from field.compare import PARTNERS, Comparison, pure_network
+from field.compare import PARTNERS, Comparison
 from study import MARGIN
 from study.figures import in_words
 from visualization import Figure, Panel, difference_plot, matrices, plain, save_each, sentence_figure
@@ -74,7 +74,7 @@ def conflict_figure(comparison: Comparison, method: str) -> Figure:
     )  # [tensors, epochs]
     trivial = (strength > 1 - 1e-6).all(1, keepdims=True)
     strength = np.where(trivial, np.nan, strength)
-    names = tensor_names(pure_network(run))
+    names = tensor_names(comparison.network)
     epochs = range(1, rate.shape[1] + 1)
     titles = "How often they conflict", "How strongly" + " (grey: single numbers)" * bool(trivial.any())
     panels = [Panel(titles[0], rate, names, epochs, "epoch"), Panel(titles[1], strength, names, epochs, "epoch")]

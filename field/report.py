@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine import Params
 from evidence import kept_probe, probe_words
-from field.compare import PARTNERS, Comparison, pure_network
+from field.compare import PARTNERS, Comparison
 from field.selection import RULES, UNITS, as_text, select, signed
 from storage import Results, ranges
 from study import AVERAGE, bottleneck, covered, unlearned
@@ -178,14 +178,14 @@ def ensemble(comparison: Comparison) -> pd.Series:
 
 def _ensemble_right(comparison: Comparison, params: Params, rows: Tensor) -> Tensor:
     """Whether the mean probabilities of networks ``[S, …]`` are right on these rows: bool ``[n]``, CPU."""
-    data, network = comparison.run.data, pure_network(comparison.run)
-    inputs, chances = data.inputs[rows].to(data.dtype).cpu(), 0
+    data, network = comparison.run.data, comparison.network
+    inputs, chances = data.inputs[rows].to(data.like), 0
     with torch.no_grad():
         for s in range(len(next(iter(params.values())))):
-            own = {name: value[s] for name, value in params.items()}
+            own = {name: value[s].to(data.like) for name, value in params.items()}
             features = network.hidden(own, network.features(own, inputs))
             chances = chances + network.head(own, features).softmax(-1)
-    return chances.argmax(-1) == data.labels[rows].cpu()
+    return (chances.argmax(-1) == data.labels[rows]).cpu()
 
 
 def seed_averages(comparison: Comparison) -> pd.DataFrame:

@@ -18,9 +18,9 @@ file                                           arrays, each with a leading seed 
 =============================================  ================================================================
 
 Networks that start from pretrained blocks are large, and all their starts are the same: of Phase 1 only the importance
-is kept, of Phase 2's masks the bits (``bits_<l>``, uint8 ``[S, out, ⌈in/8⌉]``), and of its weights no start:
-``final.<parameter>`` for the classifier, and for all others ``change.<parameter>``, float32, what training has added to
-the pretrained value. A weight that was frozen has a change of exactly 0.
+is kept unless a method needs the networks, of Phase 2's masks the bits (``bits_<l>``, uint8 ``[S, out, ⌈in/8⌉]``), and
+of its weights no start: ``final.<parameter>`` for the classifier, and for all others ``change.<parameter>``, float32,
+what training has added to the pretrained value. A weight that was frozen has a change of exactly 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,14 +35,13 @@ from torch import Tensor
 from config import InputError
 from engine import Network, Params
 from importance import CRITERIA, normalize, top_k_mask
-from models import BackboneTail
+from models import HEAD, BackboneTail
 from storage import Results, check_arrays, damaged, load_arrays
 from trainer_phase1 import DomainNetworks
 from trainer_phase2 import HoldoutMasks, HoldoutNetworks
 
 KINDS = ("importance", "histories", "weights")
 CURVES = ("loss", "train_accuracy", "validation_accuracy")
-HEAD = "head."  # how the names of the classifier's parameters begin in a network with trained blocks
 
 
 class SavedNetworks:
@@ -314,7 +313,10 @@ def load_networks(path) -> tuple[tuple[int, ...], Params, Tensor, dict]:
         raise InputError(f"'{path}' holds no networks: give a file of results/weights/.")
     check_arrays("weights", Path(path), arrays, header)
     sizes = [header["features"]["feature_size"], *header["hidden_sizes"], len(header["class_names"])]
-    head = HEAD if header.get("trained_blocks") else ""
+    blocks = header.get("trained_blocks", 0)
+    if not isinstance(blocks, int) and blocks != "all":
+        raise damaged(f"'{path}'", "its header does not say how many blocks were trained")
+    head = HEAD if blocks else ""
     if head and header.get("tokens") not in ("float16", "float32", "uint8"):
         raise damaged(f"'{path}'", "its header does not say in which type tokens were stored")
     wanted = {f"{head}layers.{i}.weight": (b, a) for i, (a, b) in enumerate(pairwise(sizes))}

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import config
-from config import BlockSettings, InputError, Settings
+from config import BlockSettings, ImageSettings, InputError, Settings
 from dataset import find_dataset
 from engine import (
     Network,
@@ -258,8 +258,10 @@ class Run:
             unit: of the bar.
         """
         quiet = {} if self.execution.progress and units else {"disable": True}  # else as TQDM_DISABLE says
-        seeds = max((len(unit[-1]) for unit in units), default=0)
-        at_a_time = 1 if self.data.features.is_cuda else stacks_at_a_time(seeds, self._numbers(floats_per_seed))
+        seeds, large = max((len(unit[-1]) for unit in units), default=0), isinstance(self.settings, ImageSettings)
+        of_batch = self._numbers_of_a_batch(1) if large else 0
+        numbers = self._numbers(floats_per_seed)
+        at_a_time = 1 if self.data.features.is_cuda else stacks_at_a_time(seeds, numbers, of_batch)
         with tqdm(total=len(units) * epochs, desc=phase, unit=unit, **quiet) as bar:
             yield from side_by_side(train, units, at_a_time, bar, self.execution.executor)
 
@@ -275,21 +277,28 @@ class Run:
         """
         if self.execution.executor is not None:
             return
-        batch = min(self.settings.batch_size, len(self.features))
-        computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
-        if units and self.data.tail is not None:  # with the shortcut, all of it is of [CLS] alone
-            tokens = len(self.data.tail.blocks) * self._tokens_of_an_image if self.data.shortcut is None else 1
-            computed += ACTIVATIONS_OF_BLOCK * self.features.feature_size * tokens
-        of_batch = batch * (2 * self.data.inputs[0].numel() + networks * computed)
-        seeds = max((len(unit[-1]) for unit in units), default=0)
-        numbers = self._numbers(networks * self.network.size)
-        check_memory(training_memory(seeds, numbers, of_batch), self.execution.device)
+        if not units:
+            return
+        seeds, numbers = max(len(unit[-1]) for unit in units), self._numbers(networks * self.network.size)
+        need = training_memory(seeds, numbers, self._numbers_of_a_batch(networks))
+        lower = ("SEEDS_PER_CHUNK", "HIDDEN_SIZES", "BATCH_SIZE")
+        if self.data.tail is not None:
+            lower = ("BLOCK_SEEDS_PER_CHUNK", self.settings.constant("batch_size"))
+        check_memory(need, self.execution.device, lower)
 
-    @property
-    def _tokens_of_an_image(self) -> int:
-        """T; of a whole model, one for each patch of 16 pixels, about."""
-        shape = self.data.tokens.shape
-        return shape[1] if len(shape) == 3 else shape[-1] * shape[-2] // 16**2
+    def _numbers_of_a_batch(self, networks: int) -> int:
+        """Numbers of a seed's batch and of what so many networks compute of it, for `engine.training_memory`."""
+        whole = isinstance(self.settings, ImageSettings)
+        domains = max(len(self.data.sources(holdout)) for holdout in self.holdouts) if whole else 1
+        batch = min(domains * self.settings.batch_size, len(self.features))
+        computed = 2 * (sum(self.settings.hidden_sizes) + self.features.num_classes)  # and gradients
+        if self.data.tail is not None and self.data.shortcut is not None:  # all of it is of [CLS] alone
+            computed += ACTIVATIONS_OF_BLOCK * self.features.feature_size
+        elif self.data.tail is not None:  # networks are differentiated one after the other
+            tokens = self.data.tail.sequence if whole else self.data.tokens.shape[1]
+            computed += ACTIVATIONS_OF_BLOCK * self.features.feature_size * len(self.data.tail.blocks) * tokens
+            networks = 1
+        return batch * (2 * self.data.inputs[0].numel() + networks * computed)
 
     def _numbers(self, floats: int) -> int:
         """Numbers of a seed for `engine.training_memory`: of its networks, and one for each image.
@@ -309,6 +318,8 @@ class Run:
 def current_execution(strict: bool = False) -> Execution:
     """`Execution` as the constants of `config` say; sets up the machine, and looks whether a cluster is fit."""
     device = prepare_machine(config.DEVICE, config.THREADS)
+    if config.SCHEDULER is not None and config.TRAINED_BLOCKS == "all":
+        raise InputError("The whole model is trained on this machine, which has the images: leave out SCHEDULER.")
     if config.SCHEDULER is not None:
         check_cluster(config.SCHEDULER)
     chunk = config.BLOCK_SEEDS_PER_CHUNK if config.TRAINED_BLOCKS else config.SEEDS_PER_CHUNK

@@ -73,6 +73,7 @@ def test_every_constant_is_annotated():
         "AGGREGATIONS",
         "CRITERIA",
         "AGGREGATED",
+        "WITHOUT_GRADIENTS",
         "POOLINGS",
         "SCOPES",
         "STARTS",

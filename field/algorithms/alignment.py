@@ -87,8 +87,9 @@ class Mixup(Algorithm):
     The domains are arranged in a random cycle. Row k of each domain i is mixed with row k of the next domain j,
     x = s x_i + (1 − s) x_j with one s ~ Beta(alpha, alpha) per pair of domains, and the mean over pairs of
     s CE(f(x), y_i) + (1 − s) CE(f(x), y_j) is minimized. Pairs of domains and one s per pair are DomainBed's; Zhang et
-    al. mix the rows of one batch and know no domains. The frozen features are mixed, not pixels, because they are the
-    input here. Xu et al. and Wang et al. are followed in mixing across domains alone, without Xu's adversary.
+    al. mix the rows of one batch and know no domains. What is mixed is the input here, not pixels: frozen features, or
+    the tokens before a block. Xu et al. and Wang et al. are followed in mixing across domains alone, without Xu's
+    adversary.
     """
 
     batches = "balanced"

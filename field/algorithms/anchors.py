@@ -22,9 +22,10 @@ class Mixout(Algorithm):
     whose mean is w; the gradient is that at the resampled weights, times m / q. Here biases are not
     resampled. Prediction uses w itself.
 
-    Deviations. The start is random here, where the papers' is pretrained: this is closer to dropping connections than
-    to keeping knowledge. High-Rate Mixout has q = 0.1 in wide transformers and 0.2 in ResNets; a unit with ten inputs
-    needs more: with 0.9, the default, the source domains are learned as well as by `ERM`, with 0.5 much more slowly.
+    Deviations. On frozen features the start is random, where the papers' is pretrained: there this is closer to
+    dropping connections than to keeping knowledge. High-Rate Mixout has q = 0.1 in wide transformers and 0.2 in
+    ResNets; a unit with ten inputs needs more: with 0.9, the default, the source domains are learned as well as by
+    `ERM`, with 0.5 much more slowly.
     Single weights are drawn ("point" in High-Rate Mixout, its choice for transformers), not rows of a matrix.
 
     State: "anchor", name of a weight matrix -> its anchor.
@@ -174,9 +175,10 @@ class L2SP(Anchored):
     """L2-SP (Li, Grandvalet & Davoine, "Explicit inductive bias for transfer learning", ICML 2018).
 
     Minimizes cross-entropy + λ/2 ‖w − w₀‖², the squared distance from the start, summed over all parameters. The paper
-    pulls the new last layer to 0 instead, because it has no pretrained start; here every layer has the same kind of
-    start, a random one. The penalty is part of the loss, as in the paper, and passes through Adam. The default and the
-    search are ours: ten times the default already keeps a network from learning the source domains as well as `ERM`.
+    pulls the new last layer to 0 instead, because it has no pretrained start; here every parameter is pulled to its
+    start, on frozen features a random one. The penalty is part of the loss, as in the paper, and passes through Adam.
+    The default and the search are ours: ten times the default already keeps a network on features from learning the
+    source domains as well as `ERM`.
     """
 
     hyperparameters = {

@@ -16,9 +16,9 @@ class WeightAverage(Algorithm):
     is bit-identical to ERM's.
 
     Arpit et al. begin at step 100 of 5001; here it is the same fraction of the training, but never before the first
-    step: they begin with a pretrained network, here the classifier's start is random. Their ensemble of several such
-    averages is not formed: each seed predicts alone. Averaging begins as in the paper; the authors' code begins one
-    step earlier, with θ_t₀₋₁.
+    step: they begin with a pretrained network, here a classifier on features starts at random. Their ensemble of
+    several such averages is not formed: each seed predicts alone. Averaging begins as in the paper; the authors' code
+    begins one step earlier, with θ_t₀₋₁.
 
     State: "average", the vector of weights that predicts, in the order of `flatten`; "begin", t₀.
     """

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from config import InputError, Settings
 from engine import Batch, Params, PureNetwork
-from field.algorithms.parts import State, adam, adam_state, flatten
+from field.algorithms.parts import State, adam, adam_state
 
 Noise = dict[str, Tensor]  # random numbers of one network and one step
 
@@ -304,10 +304,14 @@ class Algorithm:
         """
         rate, fraction = self.learning_rate if rate is None else rate, self.setup.backbone_rate
         if fraction != 1:
-            blocks = ("blocks.", "norm.")
-            shares = {n: torch.full_like(v, fraction if n.startswith(blocks) else 1.0) for n, v in params.items()}
-            rate = rate * flatten(shares)
+            like = next(iter(params.values()))
+            shares = [like.new_full((v.numel(),), fraction if self.of_backbone(n) else 1.0) for n, v in params.items()]
+            rate = rate * torch.cat(shares)
         return adam(params, gradient, moments, rate, self.weight_decay, betas)
+
+    def of_backbone(self, name: str) -> bool:
+        """Whether a parameter is one of the trained blocks, which learn at a rate of their own."""
+        return name in self.setup.network.block_names
 
     def by_domain(self, values: Tensor) -> Tensor:
         """Rows of a balanced batch ``[B, …]`` -> ``[domains, batch_size, …]``."""

@@ -112,6 +112,10 @@ class MixtureOfExperts(Algorithm):
         each = torch.einsum("neh,ech->nec", hidden, params["experts.out.weight"])
         return each + params["experts.out.bias"] if "experts.out.bias" in params else each
 
+    def of_backbone(self, name):
+        """The experts too, where they begin as copies of the block's MLP."""
+        return super().of_backbone(name) or (self.setup.network.has_blocks and name.startswith("experts."))
+
     def routing(self, params, features):
         """Share of each expert in the prediction of each image: gates divided by their sum, ``[N, E]``."""
         gates = self.gates(self.routed_forward(params, features)[1])

@@ -8,7 +8,8 @@ from PIL import Image
 from config import InputError
 from dataset import find_dataset
 from features import load_extractor
-from features.images import NUMBERS, ImageInputs, augment, crop_size
+from features.check import content_hash
+from features.images import NUMBERS, ImageInputs, augment, crop_box
 from tests.conftest import make_images
 
 HALF = [0.5] * NUMBERS  # no change of colour
@@ -17,7 +18,8 @@ HALF = [0.5] * NUMBERS  # no change of colour
 @pytest.fixture
 def inputs(vit, tmp_path):
     dataset = find_dataset(make_images(tmp_path / "toy"))
-    return ImageInputs(dataset, load_extractor(vit).preprocessing, (32, 32))
+    contents = [content_hash(dataset.read(row)) for row in range(len(dataset))]
+    return ImageInputs(dataset, load_extractor(vit).preprocessing, (32, 32), contents)
 
 
 def test_tested_images_are_those_that_features_were_extracted_from(inputs, vit):
@@ -46,24 +48,27 @@ def test_augmentation_is_a_function_of_the_seeds_stream(inputs):
     assert not torch.equal(found[0, 0], found[1, 0])
 
 
-def test_an_image_that_cannot_be_read_is_named(inputs):
-    inputs.dataset.path(3).write_bytes(b"no image")
-    with pytest.raises(InputError, match=inputs.dataset.files[3]):
+def test_an_image_that_is_gone_or_another_one_is_named(inputs):
+    inputs.dataset.path(3).write_bytes(inputs.dataset.read(4))
+    with pytest.raises(InputError, match=f"{inputs.dataset.files[3]}.*changed"):
         inputs[torch.tensor([3])]
+    inputs.dataset.path(3).unlink()
+    with pytest.raises(InputError, match=f"{inputs.dataset.files[3]}.*No such file"):
+        inputs.augmented(torch.tensor([[3]]), [torch.Generator()])
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_crops_have_the_area_and_the_sides_of_the_protocol(seed):
-    width, height = crop_size((227, 200), np.random.default_rng(seed).random(20).tolist())
-    assert width <= 227
-    assert height <= 200
+    top, left, height, width = crop_box((227, 200), np.random.default_rng(seed).random(22).tolist())
+    assert 0 <= left <= left + width <= 227
+    assert 0 <= top <= top + height <= 200
     assert 0.69 < width * height / (227 * 200) < 1.01
     assert 0.74 < width / height < 1.34
 
 
 def test_a_crop_that_does_not_fit_is_the_largest_that_is_allowed():
-    assert crop_size((400, 100), [0.9, 0.5] * 10) == (133, 100)
-    assert crop_size((100, 400), [0.9, 0.5] * 10) == (100, 133)
+    assert crop_box((400, 100), [0.9, 0.5] * 11) == (0, 133, 100, 133)
+    assert crop_box((100, 400), [0.9, 0.5] * 11) == (133, 0, 133, 100)
 
 
 def test_each_number_changes_what_it_is_for():

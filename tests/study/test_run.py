@@ -216,8 +216,8 @@ def test_a_run_of_blocks_asks_for_its_tokens_when_it_is_read_again(tmp_path):
 
 def test_what_a_seed_keeps_of_every_image_counts_as_memory(tmp_path, monkeypatch):
     needs, stacks, sizes = [], [], (10, 30)
-    monkeypatch.setattr("study.run.check_memory", lambda need, device: needs.append(need))
-    monkeypatch.setattr("study.run.stacks_at_a_time", lambda seeds, floats: stacks.append(floats) or 1)
+    monkeypatch.setattr("study.run.check_memory", lambda need, *_: needs.append(need))
+    monkeypatch.setattr("study.run.stacks_at_a_time", lambda seeds, floats, _: stacks.append(floats) or 1)
     for per_cell in sizes:
         run = make_run(save_blobs(tmp_path / f"{per_cell}.safetensors", per_cell=per_cell), tmp_path / str(per_cell))
         units = [("art", (0, 1, 2))]
