@@ -7,7 +7,17 @@ import pandas as pd
 
 from evidence import markdown_table, paragraph
 from field.algorithms import ALGORITHMS, Algorithm
-from field.selection import HEADLINE, as_cells
+from field.selection import HEADLINE, as_cells, signed
+from study import t_interval
+
+TWINS = (  # a method that uses Phase 1 or the domains, and the same without
+    ("ImportanceMask", "RandomLayerMask"),
+    ("ImportanceMask", "PermutedMask"),
+    ("ImportanceMixout", "PermutedMixout"),
+    ("ImportanceGMixout", "PermutedGMixout"),
+    ("LFME", "FreeLunch"),
+    ("DSPReg", "L2SPBalanced"),
+)
 
 
 def comparison_tables(root: str | Path) -> dict[str, str]:
@@ -15,11 +25,24 @@ def comparison_tables(root: str | Path) -> dict[str, str]:
     reference = Path(root) / "results" / "reference"
     known = [cls for _, cls in sorted(ALGORITHMS.items()) if cls.__module__.startswith(f"{__package__}.")]
     found = {"algorithms": "\n".join(_entry(cls) for cls in known)}
+    found["compare-twins"] = twins_markdown(
+        pd.read_csv(reference / "compare" / "comparison_seeds.csv", index_col="seed")
+    )
     for name in ("compare", "search"):
         table = pd.read_csv(reference / name / f"comparison_{HEADLINE}.csv", index_col="algorithm")
         found[name] = comparison_markdown(table)
         found[f"{name}-finding"] = paragraph(_finding(reference / name / "comparison.txt"))
     return found
+
+
+def twins_markdown(averages: pd.DataFrame) -> str:
+    """Uses of Phase 1 minus their twins without it, as Markdown; `averages` are seeds × methods, fractions."""
+    rows = []
+    for method, twin in TWINS:
+        difference = (averages[method] - averages[twin]).dropna()
+        found = pd.Series(t_interval(difference), ["difference", "low", "high"])
+        rows.append([method, twin, len(difference), signed(found)])
+    return markdown_table("llrr", ["method", "its twin", "seeds", "difference (points)"], rows)
 
 
 def comparison_markdown(table: pd.DataFrame) -> str:
