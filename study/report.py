@@ -28,6 +28,8 @@ UNITS = "In tables ± is the standard error over seeds; intervals are 95 % t int
 
 def finding(records: Sequence[Mapping], algorithm: str = "importance", baseline: str = "erm") -> str:
     """The headline in one sentence, computed: last epoch, all images of the domain, mean over the holdouts."""
+    if lacking := [name for name in (algorithm, baseline) if name not in {r["algorithm"] for r in records}]:
+        return f"There is no finding without the arm {lacking[0]}."
     differences = paired_differences(records, algorithm, baseline).set_index("holdout").loc[AVERAGE]
     if differences["n"] == 0:
         return "No seed has a usable network on every held-out domain: there is no answer."

@@ -15,6 +15,7 @@ from evidence import benchmark_tables, data_tables, results_tables, write_pages
 from field import ALGORITHMS
 from field.docs import comparison_tables
 from storage import Results, load_arrays
+from tests.conftest import make_images
 from tests.factories import ROOT, save_blobs
 from transfer import transfer_tables
 
@@ -123,13 +124,23 @@ def test_the_method_runs_on_another_model(run_code):
 
 
 def test_a_study_runs_as_shown_and_writes_what_is_documented(run_code, tmp_path):
-    train, arms, read = (code for code in examples("docs/use.md") if "from study" in code)
+    train, arms, read = (c for c in examples("docs/use.md") if "from study" in c and "TRAINED_BLOCKS" not in c)
     train = shortened(train, seeds=("range(20)", "range(2)"))
     arms = shortened(arms, seeds=("range(5)", "range(2)"))
     printed = run_code(f"{SHORT}{train}{arms}{read}\nprint(saved.seeds, saved.ok.tolist(), share)")
     assert "(0, 1) [True, True] tensor([0.6000, 0.6000])" in printed
     documented = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "use.md").read_text("utf-8")))
     assert written_names(tmp_path / "results" / "phase1_start") <= documented
+
+
+def test_a_study_of_the_whole_model_runs_as_shown(run_code, tiny_vit, tmp_path):
+    (code,) = (code for code in examples("docs/use.md") if "TRAINED_BLOCKS" in code)
+    root, small = make_images(tmp_path / "toy", per_class=5), "'IMAGE_STEPS': 2, 'IMAGE_CHECKPOINTS': 1"
+    places = f"'DATA_ROOT': {str(root)!r}, 'VIT_MODEL': {str(tiny_vit)!r}, 'CACHE_DIR': 'cache', {small}"
+    code = shortened(code, places=('"DATA_ROOT": "DIR", "VIT_MODEL": "DIR"', places), seeds=("range(3)", "range(2)"))
+    printed = run_code(code)
+    assert "importance[IMPORTANCE_THRESHOLD_PERCENTILE=10.0]" in printed
+    assert "erm" in printed
 
 
 def written_names(directory):

@@ -42,6 +42,12 @@ def test_three_verdicts(differences, verdict):
     assert "3 held-out domains" in text
 
 
+def test_there_is_no_finding_without_the_arm_that_it_is_of():
+    records = make_records({"erm": {"art": [0.5, 0.6, 0.7]}})
+    assert "importance" in finding(records)
+    assert "masked" in finding(records, "masked")
+
+
 def test_the_finding_is_on_the_last_epoch_and_all_images():
     """Helps at the last epoch on all images; the other choices say the opposite."""
     records = pairs([0.02, 0.03, 0.04, 0.03] * 3)
