@@ -415,7 +415,7 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     best = means.idxmax()
     found.append(
         f"Head, biases and norms alone have {100 * means['head']:.1f} %, ERM {100 * means['erm']:.1f} %; "
-        f"the best mean is that of {best} ({100 * means[best]:.1f} %)."
+        f"of the arms on all seeds {best} has the best mean ({100 * means[best]:.1f} %)."
     )
     return found + edge_sentences(tables["rates"], "learning rates")
 

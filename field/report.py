@@ -133,8 +133,10 @@ def finding(table: pd.DataFrame, together: pd.Series, probe: pd.Series) -> str:
     yardsticks = {"Logistic regression on the same features": probe, "The ensemble of the ERM networks": together}
     for name, values in yardsticks.items():
         if len(values) > 1:
-            relation = "above" if values.mean() > best else "not above"
-            text += f"{name} has {100 * values.mean():.1f} %, {relation} the mean of every method. "
+            place = (
+                "above the mean of every method" if values.mean() > best else "not above the mean of the best method"
+            )
+            text += f"{name} has {100 * values.mean():.1f} %, {place}. "
     if "ImportanceMask" in rows.index and np.isfinite(rows.loc["ImportanceMask", "difference"]):
         row = rows.loc["ImportanceMask"]
         text += f"Importance masking is number {int(row['rank'])} of {len(rows)}, {signed(row)} points from ERM."

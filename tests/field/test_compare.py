@@ -361,7 +361,7 @@ def test_the_finding_is_computed():
     probe = pd.Series({"art": 0.5, "photo": 0.3})
     text = finding(table.astype({"rank": int}), pd.Series({"art": 0.7, "photo": 0.4}), probe)
     assert "excludes 0: B. Below it: A." in text
-    assert "Logistic regression on the same features has 40.0 %, not above the mean of every method." in text
+    assert "Logistic regression on the same features has 40.0 %, not above the mean of the best method." in text
     assert "The ensemble of the ERM networks has 55.0 %, above the mean of every" in text
     assert "number 4 of 4, +0.00 [−10.00, +10.00] points" in text
     below = finding(table, pd.Series({"art": 0.3, "photo": 0.2}), probe + 0.3)
