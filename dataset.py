@@ -187,7 +187,10 @@ def parquet_files(top: Path) -> list[Path]:
     """The Parquet files that a path stands for: itself, or those in the folder or in its folder `data`, by name."""
     if top.suffix == ".parquet" and top.is_file():
         return [top]
-    return sorted(top.glob("*.parquet")) or sorted((top / "data").glob("*.parquet"))
+    for folder in (top, top / "data"):
+        if found := sorted(path for path in folder.glob("*.parquet") if not hidden(path.name)):
+            return found
+    return []
 
 
 def parquet_rows(top: Path) -> ParquetDataset:
@@ -299,6 +302,12 @@ def _is_domain(folder: Path) -> bool:
     return any(images_in(folder / name) for name in folders(folder))
 
 
+def open_image(file: str | os.PathLike | io.BytesIO) -> Image.Image:
+    """`PIL.Image.open` for `IMAGE_FORMATS` alone: of others, some run programs on what they find in a file."""
+    Image.init()
+    return Image.open(file, formats=sorted(IMAGE_FORMATS & Image.OPEN.keys()))
+
+
 def load_image(file: str | os.PathLike | io.BytesIO) -> Image.Image:
     """Read an image as RGB, upright by its EXIF orientation; the first of several frames.
 
@@ -310,7 +319,7 @@ def load_image(file: str | os.PathLike | io.BytesIO) -> Image.Image:
         ValueError: 32-bit or floating-point values in another range.
         Exception: Pillow's own errors, for a damaged or incomplete image.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "I" or image.mode.startswith("I;16"):
             return _from_values(np.asarray(image), 65535)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from engine.loop import TrainingFailedError
+
 TOLERANCE = 1e-6  # largest component of the gradient of the mean loss plus penalty, at the end
 STEPS = 5000  # of L-BFGS, at most
 MEMORY = 10  # steps that L-BFGS remembers
@@ -53,7 +55,7 @@ def fit_linear(
         steps: after which a fit is given up.
 
     Raises:
-        RuntimeError: a fit did not converge.
+        TrainingFailedError: a fit did not converge.
     """
     middle = x.mean(0)
     design = torch.cat([x - middle, x.new_ones(len(x), 1)], dim=1)  # centred: then biases and weights do not interact
@@ -88,7 +90,7 @@ def _minimize(design: Tensor, wanted: Tensor, penalties: Tensor, tolerance: floa
         if not size.all():  # rounding has spoilt the direction: begin again with that of the gradient
             past = [(moved * (size > 0), changed) for moved, changed in past]
         past = [*past[-MEMORY + 1 :], (size * direction, gradient)]
-    raise RuntimeError(f"Logistic regression did not converge in {steps} steps.")
+    raise TrainingFailedError(f"Logistic regression did not converge in {steps} steps.")
 
 
 def _inverses(design: Tensor, classes: int, penalties: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from config import Settings
 from engine.data import SplitFeatures, generator
-from engine.loop import Engine
+from engine.loop import Engine, TrainingFailedError
 from engine.stack import MatmulEngine, Params
 from engine.tail import TailEngine
 from models import HEAD, FeedforwardClassifier
@@ -129,7 +129,7 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, strength: float, fitted=No
         A fitted `sklearn.linear_model.LogisticRegression`.
 
     Raises:
-        RuntimeError: it did not converge.
+        TrainingFailedError: it did not converge.
     """
     from sklearn.linear_model import LogisticRegression  # takes a second to import
     from threadpoolctl import threadpool_limits
@@ -140,5 +140,5 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, strength: float, fitted=No
     with threadpool_limits(1):  # on a busy machine two threads that wait for each other took ten times as long
         model.set_params(C=strength).fit(x, y)
     if model.n_iter_.max() >= steps:
-        raise RuntimeError(f"Logistic regression with C = {strength:g} did not converge in {steps} steps.")
+        raise TrainingFailedError(f"Logistic regression with C = {strength:g} did not converge in {steps} steps.")
     return model

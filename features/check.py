@@ -13,10 +13,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from config import InputError
-from dataset import ImageDataset, load_image
+from dataset import ImageDataset, load_image, open_image
 from engine import default_workers
 from storage import atomic_write
 
@@ -117,7 +115,7 @@ def check_whole(data: bytes) -> None:
 
     Only a JPEG that seems to be cut short is decoded for it: Pillow knows better than a search for its last marker.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         image.verify()
         cut = image.format == "JPEG" and JPEG_END not in data[-TAIL:]
     if cut:

@@ -122,9 +122,9 @@ def get_features(
     if data_root is None:
         return bundled_features()
     dataset = find_dataset(data_root)
+    cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     device = prepare_machine(config.DEVICE) if device is None else device
     extractor = load_extractor(config.VIT_MODEL if vit_model is None else vit_model, layers, pooling).to(device)
-    cache_dir = cache_dir or config.CACHE_DIR or default_cache()
     sizes = config.EXTRACTION_BATCH_SIZE, config.EXTRACTION_WORKERS
     options = {"verify": verify, "progress": progress, "blocks": blocks, "check_tail": check_tail}
     return extract(dataset, extractor, cache_dir, *sizes, **options)
@@ -171,7 +171,12 @@ def extract(
     config.check("EXTRACTION_WORKERS", workers)
     config.check("TRAINED_BLOCKS", blocks)
     _check_layers(extractor.layers, blocks)
-    folder = Path(cache_dir)
+    if blocks == "all" and isinstance(dataset, ParquetDataset):
+        raise InputError(
+            f"The whole model is trained from images in any order, and '{dataset.name}' holds Parquet files: write "
+            "folders of them first, with the command data."
+        )
+    folder = Path(os.path.expanduser(cache_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -209,11 +214,6 @@ def _with_images(
     features: FeatureSet, dataset: ImageDataset, contents: list[str], extractor: FeatureExtractor, tail: WholeBackbone
 ) -> FeatureSet:
     """The features with the images that they are of, in the order of the features' rows, and the model."""
-    if isinstance(dataset, ParquetDataset):
-        raise InputError(
-            f"The whole model is trained from images in any order, and '{dataset.name}' holds Parquet files: write "
-            "folders of them first, with the command data."
-        )
     size = extractor.preprocessing(load_image(io.BytesIO(dataset.read(0)))).shape[-2:]
     images = ImageInputs(dataset, extractor.preprocessing, size, contents)
     described = {"blocks": "all", "tokens": 0, "type": "uint8"}
@@ -535,7 +535,7 @@ def _forward(
             parts = [_compute(extractor, tokens, part) for part in pixels.split(limit)]
             break
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
-            if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+            if not re.search("out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE):
                 raise
         # Outside the handler, whose traceback would keep the memory of the failed batch.
         limit = min(limit, len(pixels)) // 2

@@ -19,8 +19,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from config import InputError
 from dataset import (
     ImageDataset,
@@ -29,6 +27,7 @@ from dataset import (
     image_extensions,
     images_below,
     import_pyarrow,
+    open_image,
     parquet_files,
     parquet_rows,
 )
@@ -197,7 +196,11 @@ def _listed(known: KnownSet, paths: Iterable[Path]) -> dict[str, set[tuple[str, 
     """Domain -> class and file of all its images, from lists with lines such as ``domain/class/file.jpg 17``."""
     listed: dict[str, set[tuple[str, str]]] = {}
     for path in paths:
-        for line in path.read_text("utf-8").splitlines():
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"'{path}' is no list of images: it is not text in UTF-8.") from error
+        for line in lines:
             *_, domain, label, file = ("", "", *line.rpartition(" ")[0].split("/"))
             if (name := known.domain_of(domain)) is None:
                 raise InputError(f"'{path}' has the line '{line}': expected are lines like 'domain/class/file.jpg 17'.")
@@ -256,7 +259,7 @@ def _rows(source: Path) -> Iterator[Member]:
     for row, file in enumerate(rows.files):
         try:
             data = rows.read(row)
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(io.BytesIO(data)) as image:
                 ending = {"JPEG": "jpg"}.get(image.format, image.format.lower())
         except OSError as error:
             raise InputError(f"Row {row} of '{source}' is no image that can be read.") from error

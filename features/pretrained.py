@@ -1,6 +1,7 @@
 """Loads a pretrained image model from the hub or a local directory, quietly, with one sentence for what goes wrong."""
 
 import json
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def load_extractor(name: str | Path, layers: str = "last", pooling: str = "auto"
             architecture, or needs code or a package that is not there; with "all", its blocks or its patch tokens
             cannot be told apart.
     """
-    name = str(name)
+    name = os.path.expanduser(str(name))
     place = _place(name)
     try:
         _check_available(place, name)

@@ -178,6 +178,7 @@ def settings(directory: Path) -> list[Table]:
     paths = [directory / "settings.json"]
     if not paths[0].is_file():
         paths = sorted([*directory.glob("*/settings.json"), *directory.glob("*/*/settings.json")])
+        paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
     stored = {_folder(path, directory): Results(path.parent).read_settings() for path in paths}
     features = {folder: content["features"] for folder, content in stored.items()}
     facts = {name: {k: v for k, v in content.items() if k != "counts"} for name, content in features.items()}

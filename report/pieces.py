@@ -23,8 +23,9 @@ def figure(path: Path) -> str:
     data, words = base64.b64encode(path.read_bytes()).decode(), escape(words_for(path.stem, FIGURES))
     try:
         with Image.open(path) as image:
-            width, height = (round(PIXELS / image.info.get("dpi", (PIXELS,))[0] * pixels) for pixels in image.size)
-    except OSError as error:
+            dots = image.info.get("dpi", (PIXELS,))[0] or PIXELS
+            width, height = (round(PIXELS / dots * pixels) for pixels in image.size)
+    except (OSError, Image.DecompressionBombError) as error:
         raise damaged(f"'{path}'", error) from error
     size = f'width="{width}" height="{height}"'
     shown = f'<img {size} src="data:image/png;base64,{data}" alt="{words} ({escape(path.stem)})">'

@@ -43,12 +43,13 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[Path]:
         temporary, lock = Path(name), os.fdopen(handle)
         try:
             if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, if only by the end of this process
+                with suppress(OSError):  # some file systems have no locks: then what is left behind stays there
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, if only by the end of this process
             else:
                 lock.close()
             yield temporary
             if durable:
-                with temporary.open("rb") as file:
+                with temporary.open("rb+") as file:  # Windows syncs what can be written alone
                     os.fsync(file.fileno())
             temporary.chmod(0o644)  # mkstemp makes it readable by its owner only
             temporary.replace(path)

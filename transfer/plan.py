@@ -18,6 +18,7 @@ from transfer.images import OWN, Classes, load_task
 from transfer.networks import ConvNetworks, Networks
 from transfer.original import OriginalSettings
 from transfer.original_study import OriginalStudy
+from transfer.report import clear
 from transfer.study import TransferSettings, TransferStudy
 
 FEATURES = "features"  # the task that is on a feature file, not on images
@@ -116,6 +117,7 @@ def make_study(
     given = tasks, networks, settings, results, arms_of(kinds, cuts, networks.depth), amounts, repeats, state
     if overwrite:
         results.clear()
+        clear(results.directory)
     return (OriginalStudy if like_original else TransferStudy)(*given, current_execution())
 
 

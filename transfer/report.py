@@ -12,6 +12,7 @@ from storage import atomic_write
 from study import FEWEST_SEEDS
 from transfer.claims import cautions, claims, studies, updates_words
 from transfer.inference import LEVEL, NONINFERIORITY_MARGIN
+from transfer.probes import FILE
 from transfer.statistics import label, share, tables
 
 FACTS = ("chance", "depth")  # entries of `about` that are used, and not printed
@@ -58,6 +59,12 @@ def write(
             path.unlink(missing_ok=True)
     _write_text(Path(directory) / "report.txt", text)
     return text
+
+
+def clear(directory: str | Path) -> None:
+    """Delete what `write` and the probes of layers have written, of a study whose records are gone."""
+    for name in (*(f"{name}.csv" for name in NAMES), FILE, "report.txt"):
+        (Path(directory) / name).unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:

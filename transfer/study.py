@@ -221,8 +221,8 @@ class TransferStudy:
         """Results of `work` for each unit, in order, as many at a time as cores and memory allow."""
         if units:
             self.results.claim(self.settings, self.facts, environment(self.execution.device, self.execution.threads))
-        fit = int(free_memory() / 2 / (4 * CACHE_BYTES))
-        at_a_time = 1 if self.execution.device == "cuda" else max(1, min(default_workers(), fit))
+        fit = free_memory() / 2 / (4 * CACHE_BYTES)  # infinite where it is not known
+        at_a_time = 1 if self.execution.device == "cuda" else max(1, int(min(default_workers(), fit)))
         quiet = {} if self.execution.progress and units else {"disable": True}
 
         def one(unit: object, tick: Callable[[], object]) -> object:

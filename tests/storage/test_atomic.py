@@ -29,6 +29,19 @@ def test_a_file_appears_whole_with_its_folders_and_others_can_read_it(tmp_path, 
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
 
 
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert everything(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
 def test_an_old_file_is_replaced_and_readers_of_it_are_not_disturbed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")

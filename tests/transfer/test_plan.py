@@ -46,7 +46,9 @@ def test_the_command_trains_and_reports_and_again_writes_the_same(transfer, tmp_
     assert transfer(*options) == (0, printed, [])
     assert everything(out) == before
     assert transfer(*options, "--updates", 5)[0] == 2
+    (out / "layer_probes.csv").write_text("of other networks")
     assert transfer(*options, "--updates", 5, "--overwrite")[0] == 0
+    assert not (out / "layer_probes.csv").exists()
 
 
 def test_figures_are_drawn_of_what_was_trained(transfer, command, tmp_path):
