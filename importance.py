@@ -183,9 +183,14 @@ CRITERIA: Mapping[str, Criterion] = {
     "signed": Criterion(("change",), lambda e, _: e["change"].sum(0).abs(), "|Σ_d Δ_d|: opposite moves cancel"),
     "agree": Criterion(("change",), lambda e, _: _agreement(e["change"]), "min_d |Δ_d| where all moves have one sign"),
     "consensus": Criterion(
-        ("distance",), _consensus, "in how many domains' own top share it lies (TALL masks, Wang et al., ICML 2024)"
+        ("distance",),
+        _consensus,
+        "in how many domains' own top share by |Δ_d| it lies (after TALL masks, Wang et al., ICML 2024, which compare "
+        "|Δ_d| with a network of all domains)",
     ),
-    "magnitude": Criterion(("start",), lambda e, _: e["start"][0].abs(), "|w₀| (Han et al., NeurIPS 2015)"),
+    "magnitude": Criterion(
+        ("start",), lambda e, _: e["start"][0].abs(), "|w₀| (after Han et al., NeurIPS 2015, who take trained weights)"
+    ),
     "gradient": Criterion(
         ("gradient",),
         lambda e, _: e["gradient"].mean(0).abs(),
@@ -216,7 +221,8 @@ CRITERIA: Mapping[str, Criterion] = {
     "path": Criterion(
         ("path", "distance"),
         lambda e, _: e["path"].clamp(min=0) / (e["distance"] ** 2 + PATH_DAMPING),
-        "Σ −g·Δw along Phase 1 / (Δ² + 0.1) (Synaptic Intelligence, Zenke et al., ICML 2017, eq. 3 to 5)",
+        "Σ −g·Δw along Phase 1 / (Δ² + 0.1), 0 where the sum is negative (after Synaptic Intelligence, Zenke et al., "
+        "ICML 2017, eq. 3 to 5)",
         compares=False,
     ),
 }
@@ -270,6 +276,15 @@ def mask_size(n: int, percent: float) -> int:
     return math.floor(percent * n / 100 + 0.5)
 
 
+def marked_weights(layers: Layers, percent: float, scope: str = "global") -> int:
+    """How many weights of one network `top_k_mask` marks; `layers` are L × ``[out, in]``."""
+    if scope == "global":
+        return mask_size(sum(layer.numel() for layer in layers), percent)
+    if scope == "layer":
+        return sum(mask_size(layer.numel(), percent) for layer in layers)
+    return sum(layer.shape[0] * mask_size(layer.shape[1], percent) for layer in layers)
+
+
 def top_k_mask(scores: Layers, percent: float = 60.0, scope: str = "global") -> list[Tensor]:
     """Mark exactly the k highest scores among the n weights that compete (``k = mask_size(n, percent)``).
 
@@ -278,7 +293,8 @@ def top_k_mask(scores: Layers, percent: float = 60.0, scope: str = "global") -> 
     Args:
         percent: of the weights that are marked.
         scope: which weights compete: "global", all of a network; "layer", those of each matrix; "row", the incoming
-            weights of each unit, so that no unit goes without (GPS, Zhang et al., CVPR 2024).
+            weights of each unit, of which all get the same share (GPS, Zhang et al., CVPR 2024); that of few weights
+            at a low per cent is none.
 
     Returns:
         Bool layers of the same shapes, True = important.

@@ -25,6 +25,7 @@ from config import BlockSettings, InputError, Settings
 from evidence import own_rates
 from evidence.contrasts import Contrast, seed_averages
 from evidence.report import (
+    PLUS_MINUS,
     by_density,
     contrast_sentences,
     edge_sentences,
@@ -60,12 +61,14 @@ FOLDERS = ("grid", "controls", "schedule")  # results directories: the family's 
 CHOSEN = "chosen"  # results directory: the arms at their own rates, with weights
 RATE_SEEDS = {"grid": 3, "controls": 2, "schedule": 2}  # the first seeds, by which rates are chosen
 SWEEP_SEEDS = 10  # of what is exploratory, at most, unless said otherwise
+TABLES = ("seeds", "accuracy", "contrasts", "densities")  # of one choice of rates or one schedule
 HEAD = Arm("head")
 DECAYING = "erm decaying"  # `head` by the schedule: no weight is marked, so that the rate of all matrices decays
 EXPLANATION = f"""\
 The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over the
-family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else
-Student's t) cover splits, batch orders and classifiers, and are conditional on images and backbone."""
+family of four, and {FEWEST_SEEDS} seeds; "no difference" is not corrected. {PLUS_MINUS}
+Intervals (95 %; of the family percentile bootstrap over seeds, else Student's t) cover splits, batch orders and
+classifiers, and are conditional on images, backbone, and the learning rates that the first seeds chose."""
 
 
 def masked(control: str, density: float) -> Arm:
@@ -238,7 +241,8 @@ class BlockProtocol:
         if "schedule" in arms:
             scheduled = [ERM, HEAD, *arms["schedule"]]
             rates = chosen_rates(tried["grid"] + tried["schedule"], scheduled, self.run.holdouts)
-            tables |= {"rates_schedule": rates} | answers(every, scheduled, rates, "_schedule")
+            own = [record for record in every if record["seed"] in self.seeds["schedule"]]
+            tables |= {"rates_schedule": rates} | answers(own, scheduled, rates, "_schedule")
             tables["decaying"] = decaying_table(tables["seeds_schedule"])
         return tables
 
@@ -250,7 +254,8 @@ class BlockProtocol:
             for folder, study in self.studies.items()
         ]
         text = report(tables, self.run, whole)
-        write_report(self.results, tables, text)
+        optional = [f"{name}{ending}" for name in TABLES for ending in ("_fixed_rate", "_schedule")]
+        write_report(self.results, tables, text, (*optional, "controls", "decaying", "rates_schedule"))
         return text
 
     def save_figures(self) -> None:

@@ -33,7 +33,15 @@ import config
 from config import InputError
 from engine import accuracies, fit_linear, training_threads
 from evidence.contrasts import seed_averages
-from evidence.report import by_density, contrast_sentences, edge_sentences, family_shown, section, write_report
+from evidence.report import (
+    PLUS_MINUS,
+    by_density,
+    contrast_sentences,
+    edge_sentences,
+    family_shown,
+    section,
+    write_report,
+)
 from evidence.statistics import LEVEL, family
 from importance import aggregate, top_k_mask
 from storage import FeatureSet
@@ -68,8 +76,9 @@ FAMILY = (
 SHOWN = 5.0  # density at which the report shows the share kept of each layer
 EXPLANATION = f"""\
 The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over the
-family of four, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the family percentile bootstrap over seeds, else
-Student's t) cover splits and draws of columns, and are conditional on images and backbone."""
+family of four, and {FEWEST_SEEDS} seeds; "no difference" is not corrected. {PLUS_MINUS}
+Intervals (95 %; of the family percentile bootstrap over seeds, else Student's t) cover splits and draws of columns,
+and are conditional on images, backbone, and the values of C that the first seeds chose."""
 
 
 class Layout(NamedTuple):

@@ -93,9 +93,9 @@ FAMILY = (
 )
 EXPLANATION = f"""\
 Fixed in advance, see evidence/confirmation.py. The words "helps" and "hurts" need an interval on one side of 0,
-p < {LEVEL} after Holm's correction over the {len(FAMILY)} contrasts, and {FEWEST_SEEDS} seeds. Intervals (95 %; of the
-contrasts percentile bootstrap over seeds, else Student's t) cover starts, batch orders and splits, and are conditional
-on images and backbone."""
+p < {LEVEL} after Holm's correction over the {len(FAMILY)} contrasts, and {FEWEST_SEEDS} seeds; "no difference" is not
+corrected. Intervals (95 %; of the contrasts percentile bootstrap over seeds, else Student's t) cover starts, batch
+orders and splits, and are conditional on images, backbone, and the learning rates that the first seeds chose."""
 
 
 class Confirmation:

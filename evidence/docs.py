@@ -298,9 +298,9 @@ def _finding(study: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> list
     *most, last = (f"{words} in {count}" for words, count in counts.items() if count or words == "helps")
     return [
         f"Against plain training, importance masking {' and '.join(said)}; 95 % intervals over {first[0].n} seeds.",
-        f"In the {len(family)} contrasts fixed in advance, with plain training and with random and permuted masks, "
-        f"from two starts, at {epochs[0]} and {epochs[1]} epochs, over {family['n'].max()} seeds, it {', '.join(most)} "
-        f"and {last} of them.",
+        f"In the {len(family)} contrasts fixed in advance, with plain training, random and permuted masks, from two "
+        f"starts, at {epochs[0]} and {epochs[1]} epochs (Holm's correction over {len(study['contrasts'])} at each), it "
+        f"{', '.join(most)} and {last} of them.",
         probe_sentence(study["linear_probe"], {epochs[0]: study["accuracy"], epochs[1]: study["accuracy_longer"]}),
     ]
 

@@ -1,9 +1,10 @@
 """Figures of the protocol, from the tables (CSV) that its directory holds."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from config import InputError
@@ -94,8 +95,8 @@ def _forms(table: pd.DataFrame, part: str, about: Mapping) -> Figure:
     rows = table[table["criterion"] != "erm"].sort_values("density", kind="stable", ascending=False)
     rows = rows.assign(label=rows["criterion"], group=[f"{value:g} % marked" for value in rows["density"]])
     rows = rows.assign(**{name: rows[f"twin_{name}"] for name in ("mean", "low", "high")})
-    seeds = table["n"].max()
-    title = f"Exploratory: importance mask minus random mask of the same counts, {part} ({_title(about, seeds)})"
+    title = f"Exploratory: importance mask minus random mask of the same counts, {part}, 95 % t interval"
+    title += f" ({_title(about, rows['n'])})"
     return difference_plot(rows, title, margin=MARGIN)
 
 
@@ -128,7 +129,8 @@ def _confirmation(table: pd.DataFrame) -> Figure:
     parts = [
         rows.assign(group=words, **{kind: rows[f"{name}_{kind}"] for kind in kinds}) for name, words in groups.items()
     ]
-    return difference_plot(pd.concat(parts), "Forms of importance where nobody tuned", margin=MARGIN)
+    title = f"Forms of importance where nobody tuned, 95 % t interval ({_seeds(rows['n'])})"
+    return difference_plot(pd.concat(parts), title, margin=MARGIN)
 
 
 def column_figures(directory: str | Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -157,7 +159,7 @@ def _column_density(directory: Path, about: Mapping) -> Figure:
     points = points.sort_values("density", kind="stable")
     points = points.assign(density=[f"{value:g} %" for value in points["density"]])
     lines = {COLUMN_LINES[row["criterion"]]: tuple(row[["mean", "low", "high"]]) for _, row in table[single].iterrows()}
-    title = f"Accuracy by the share of columns that are kept ({_title(about, table['n'].max())})"
+    title = f"Accuracy by the share of columns that are kept ({_title(about, table['n'])})"
     return accuracy_curves_by_setting(points, "density", title, "columns of all layers that are kept", lines)
 
 
@@ -169,7 +171,7 @@ def _density(directory: Path, about: Mapping) -> Figure:
     points = points.assign(algorithm=points["criterion"].map(in_words))
     rest = table[~table["density"].between(0, 100, inclusive="neither")]
     lines = {in_words(row["criterion"]): tuple(row[["mean", "low", "high"]]) for _, row in rest.iterrows()}
-    title = f"Accuracy by the share of the block's weights that learn ({_title(about, table['n'].max())})"
+    title = f"Accuracy by the share of the block's weights that learn ({_title(about, table['n'])})"
     words = "weights that learn; each arm at its own learning rate"
     return accuracy_curves_by_setting(points, "density", title, words, lines)
 
@@ -202,11 +204,17 @@ def _contrast(name: str) -> str:
     return f"{first.split(',')[0]} − {second}"
 
 
-def _title(about: Mapping, seeds: int) -> str:
-    """As `Run.title`."""
+def _title(about: Mapping, seeds: Iterable[int] | int) -> str:
+    """As `Run.title`, with the seeds of what is drawn."""
     facts = about["features"]
     model = facts["model"]["name"] if facts["model"] else "a model that is not named"
-    return f"{model.split('/')[-1]}, {facts['feature_size']}-d, {seeds} seeds"
+    return f"{model.split('/')[-1]}, {facts['feature_size']}-d, {_seeds(seeds)}"
+
+
+def _seeds(counts: Iterable[int] | int) -> str:
+    """How many seeds there are, a range where not all that is drawn has as many: "10 to 20 seeds"."""
+    found = np.unique(counts)
+    return f"{found[0]} seeds" if len(found) == 1 else f"{found[0]} to {found[-1]} seeds"
 
 
 def _forest(directory: Path, about: Sequence[Mapping]) -> Figure:

@@ -55,7 +55,8 @@ def forms_table(records: Sequence[Mapping], run: Run, forms: Sequence[Form]) -> 
     """
     averages = seed_averages(records)
     tracked = sum(layer.numel() for layer in run.network.tracked(dict(run.network.named_parameters())))
-    rows = [("erm", 100.0, run.network.size, len(averages), *t_interval(averages["erm"].dropna()), *[float("nan")] * 6)]
+    plain = averages["erm"].dropna()
+    rows = [("erm", 100.0, run.network.size, len(plain), *t_interval(plain), *[float("nan")] * 6)]
     for criterion, density in forms:
         own, twin = (averages[label(form(control, criterion, density))] for control in ("importance", TWIN))
         against = [t_interval((own - other).dropna()) for other in (twin, averages["erm"])]

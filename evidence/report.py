@@ -1,7 +1,7 @@
 """What the protocol's tables say: sentences computed from them, and the report."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -32,12 +32,14 @@ VERDICTS = {  # how `Verdict.text` begins -> the words of a sentence
     "undecided": "is undecided",
     "too few seeds": "has too few seeds",
 }
+PLUS_MINUS = 'After "±" stands the standard error over seeds.'
 EXPLANATION = f"""\
-Intervals (95 %; of the family percentile bootstrap over seeds, of the other tables Student's t) cover
+{PLUS_MINUS} Intervals (95 %; of the family percentile bootstrap over seeds,
+of the other tables Student's t) cover
 {{covered}}.
 The words "helps" and "hurts" need an interval on one side of 0, p < {LEVEL} after Holm's correction over
-the family of six, and {FEWEST_SEEDS} seeds. With a fresh start the units mean nothing that a mask could know: a
-difference there can only come from the structure of the mask."""
+the family of six, and {FEWEST_SEEDS} seeds; "no difference" is not corrected. With a fresh start the units mean
+nothing that a mask could know: a difference there can only come from the structure of the mask."""
 LENGTH_ARMS = (ERM, IMPORTANCE, Arm("erm", "phase1"), Arm("importance", "phase1"))  # shown at both lengths
 
 
@@ -55,7 +57,7 @@ def family_sentence(table: pd.DataFrame, epochs: int) -> str:
     """How often each verdict was reached (of a `statistics.family`), and what stands after Holm's correction."""
     counts = verdict_counts(table)
     *most, last = (f"{words} in {n}" for words, n in counts.items() if n or not words.startswith("has"))
-    chosen = table[table["p_holm"] < LEVEL]
+    chosen = table[(table["p_holm"] < LEVEL) & table["verdict"].isin(["helps", "hurts"])]
     stand = ", ".join(f"{row.contrast} ({'above' if row.mean > 0 else 'below'} 0)" for row in chosen.itertuples())
     return (
         f"At {epochs} epochs importance masking {', '.join(most)} and {last} of {len(table)} contrasts; "
@@ -230,7 +232,7 @@ def report(tables: Mapping[str, pd.DataFrame], short: Study, long: Study, others
         *section(f"EXPLORATORY: the other controls, {epochs[0]} epochs (points)", _points(tables["controls"])),
         *section("EXPLORATORY: the family's contrasts per domain (points)", _by_domain(tables["per_domain"])),
         *section(f"EXPLORATORY: one split for all seeds, {FAMILY[0].name} (points)", splits_shown(tables["splits"])),
-        *section(sweep_title, tables["sweep"].round(4)),
+        *section(f"{sweep_title}; %", _per_cent(tables["sweep"])),
         *section("Overlap (IoU) of the domains' masks, same start", tables["domain_overlap"].round(3)),
         f"Chance: {chance_overlap(run):.3f}",
         *section("Overlap of a domain's masks between different starts", tables["seed_stability"].round(3)),
@@ -241,9 +243,19 @@ def report(tables: Mapping[str, pd.DataFrame], short: Study, long: Study, others
     return "\n".join(lines) + "\n"
 
 
-def write_report(results: Results, tables: Mapping[str, pd.DataFrame], text: str) -> None:
-    """Write tables (CSV, by name) and ``report.txt`` into a directory."""
+def _per_cent(sweep: pd.DataFrame) -> pd.DataFrame:
+    """The sweep's accuracies for reading."""
+    columns = ["mean", "low", "high"]
+    return sweep.assign(**{name: (100 * sweep[name]).round(2) for name in columns})
+
+
+def write_report(
+    results: Results, tables: Mapping[str, pd.DataFrame], text: str, optional: Collection[str] = ()
+) -> None:
+    """Write tables (CSV, by name) and ``report.txt`` into a directory; of the `optional` ones the others go."""
     with results:
+        for name in {*optional} - tables.keys():
+            (results.directory / f"{name}.csv").unlink(missing_ok=True)
         for name, table in tables.items():
             csv = table.to_csv(float_format="%.6g", index=table.index.name is not None)
             results.write_text(f"{name}.csv", csv)

@@ -202,7 +202,7 @@ class Verdict:
             return f"no difference larger than {size} {'point' if size == '1' else 'points'}"
         if self.seeds_needed > self.n:
             return f"undecided (about {self.seeds_needed} seeds would decide)"
-        # power 0.8 leaves one study in five undecided, so these seeds may be enough and have failed to decide
+        # of a true difference as large as the margin; a smaller one takes more
         return f"undecided (about {self.seeds_needed} seeds usually decide)"
 
 

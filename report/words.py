@@ -67,6 +67,7 @@ TABLES = {
     "best": "How often each cut is best under the bootstrap",
     "correlations": "Spearman's ρ of the measures of a layer with the accuracy of the frozen cut",
     "differences": "Exploratory: every arm minus training anew, by number of updates",
+    "decaying": "Exploratory: arms of the decaying schedule minus plain training, at a constant and at a decaying rate",
     "controls": "Exploratory: importance masking minus each other control",
     "per_domain": "Exploratory: the contrasts on each domain",
     "sweep": "Exploratory: one setting at a time away from the defaults",

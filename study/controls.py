@@ -20,7 +20,7 @@ from torch import Tensor
 import config
 from config import InputError, Settings
 from engine import Network, Params, generator
-from importance import Layers, mask_size, top_k_mask, unflatten
+from importance import Layers, marked_weights, top_k_mask, unflatten
 from study.merging import MERGES
 from trainer_phase2 import HoldoutMasks, Masking
 
@@ -54,11 +54,11 @@ class MaskSource(NamedTuple):
         return [torch.stack(layers) for layers in zip(*drawn, strict=True)]
 
 
-def random_mask(seed: int, holdout: str, like: Layers, percent: float) -> list[Tensor]:
-    """`percent` per cent of all weights, uniformly without replacement: L × bool ``[out, in]``."""
-    n = sum(layer.numel() for layer in like)
+def random_mask(seed: int, holdout: str, like: Layers, percent: float, scope: str = "global") -> list[Tensor]:
+    """As many of all weights as a mask of this scope marks, uniformly without replacement: L × bool ``[out, in]``."""
+    n, marked = sum(layer.numel() for layer in like), marked_weights(like, percent, scope)
     flat = torch.zeros(n, dtype=torch.bool)
-    flat[torch.randperm(n, generator=generator(seed, "random_mask", holdout))[: mask_size(n, percent)]] = True
+    flat[torch.randperm(n, generator=generator(seed, "random_mask", holdout))[:marked]] = True
     return unflatten(flat, like)
 
 
@@ -106,8 +106,8 @@ def _inverted(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> La
 
 
 def _random(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
-    percent = settings.importance_threshold_percentile
-    return source.per_seed(lambda seed, holdout, mask: random_mask(seed, holdout, mask, percent), masks)
+    percent, scope = settings.importance_threshold_percentile, settings.mask_scope
+    return source.per_seed(lambda seed, holdout, mask: random_mask(seed, holdout, mask, percent, scope), masks)
 
 
 def _random_layer(masks: HoldoutMasks, source: MaskSource, settings: Settings) -> Layers:
@@ -159,7 +159,7 @@ CONTROLS: Mapping[str, Control] = {
     "random": Control(_random, "random positions", learned=False),
     "random_layer": Control(_random_layer, "random positions, with the importance mask's count in each layer"),
     "inverted": Control(_inverted, "as many of the least important weights"),
-    "permuted": Control(_permuted, "the importance mask with its hidden units permuted: structure kept, place broken"),
+    "permuted": Control(_permuted, "the importance mask with units, of blocks rows and columns, permuted"),
     "other_seed": Control(_importance, "the importance mask of the next seed, from another start", next_seed=True),
     "prune": Control(_importance, "the importance mask; the other weights are zero", prune=True),
     "frozen": Control(_importance, "the importance mask; the other weights keep their start", frozen=True),

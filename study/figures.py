@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import visualization as draw
+from config import AGGREGATED
 from dataset import find_dataset, load_image
 from engine import BlockMatrix, accuracies, block_matrices, classify, make_engine
 from importance import degenerate, flatten, normalize, top_k_mask
@@ -151,6 +152,8 @@ def _groups(matrix: BlockMatrix, importance: torch.Tensor) -> np.ndarray:
 def block_densities(run: Run, holdout: str) -> Figure:
     """How much of each matrix of the trained blocks, and of each of its rows, the mask of a holdout marks."""
     mask = run.archive.masks(holdout).layers("mask")
+    ok = torch.stack([layer.flatten(1).any(1) for layer in mask]).any(0)  # there is no mask of a network that failed
+    mask = [layer[ok] for layer in mask]
     matrices, share = block_matrices(run.network), float(flatten(mask).double().mean())
     names = [_name(run, matrix) for matrix in matrices]
     rows = {name: layer.double().mean(-1).flatten() for name, layer in zip(names, mask, strict=True)}
@@ -323,8 +326,11 @@ def block_figures(run: Run) -> Iterator[tuple[str, Callable[[], Figure]]]:
         return block_importance(run, moved, f"Phase 1 on {draw.plain(domain)}")
 
     def of_holdout(figure: Callable, holdout: str) -> Figure:
-        moved = mask_source(run, [holdout], run.seeds).own(run.settings).scores
-        return figure(run, moved, f"Holdout {draw.plain(holdout)}, sum over source domains")
+        moved, settings = mask_source(run, [holdout], run.seeds).own(run.settings).scores, run.settings
+        how = f"{settings.importance_aggregation} over source domains"
+        if settings.importance_criterion != "movement":
+            how = f"{settings.importance_criterion}" + f", {how}" * (settings.importance_criterion in AGGREGATED)
+        return figure(run, moved, f"Holdout {draw.plain(holdout)}, {how}")
 
     for domain in run.domains:
         yield f"phase1_{domain}_importance", partial(of_domain, domain)

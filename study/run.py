@@ -26,7 +26,7 @@ from engine import (
     training_memory,
 )
 from features import get_features
-from importance import mask_size
+from importance import marked_weights
 from models import BackboneTail
 from storage import FeatureSet, Results, environment
 from study.archive import Archive
@@ -337,12 +337,12 @@ def check_tokens(features: FeatureSet, settings: Settings) -> None:
 
 def check_density(settings: Settings, tail: BackboneTail) -> None:
     """Raise an `InputError` if a mask of these settings marks no weight of the blocks."""
-    percent = settings.importance_threshold_percentile
-    weights = sum(layer.numel() for layer in tail.tracked(dict(tail.named_parameters())))
-    if mask_size(weights, percent) == 0:
+    percent, layers = settings.importance_threshold_percentile, tail.tracked(dict(tail.named_parameters()))
+    if marked_weights(layers, percent, settings.mask_scope) == 0:
+        weights, each = sum(layer.numel() for layer in layers), {"global": "", "row": " of each row"}
         raise InputError(
-            f"{percent:g} % of the {weights:,} weights of the blocks are none: raise IMPORTANCE_THRESHOLD_PERCENTILE "
-            "(in Python, Arm('head') trains none of them)."
+            f"{percent:g} % of the {weights:,} weights of the blocks{each.get(settings.mask_scope, ' of each matrix')} "
+            "are none: raise IMPORTANCE_THRESHOLD_PERCENTILE (in Python, Arm('head') trains none of them)."
         )
 
 

@@ -103,7 +103,10 @@ def paired_differences(records: Sequence[Mapping], algorithm: str, baseline: str
 
 
 def wide_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A tidy table (`lodo_table`) for reading: a row per algorithm, mean ± standard error in per cent, "–" for none."""
+    """A tidy table (`lodo_table`) for reading: a row per algorithm, mean ± standard error in per cent, "–" for none.
+
+    Where algorithms have different numbers of seeds there is a column of these.
+    """
 
     def cell(row: pd.Series) -> str:
         if np.isnan(row["mean"]):
@@ -112,7 +115,11 @@ def wide_table(table: pd.DataFrame) -> pd.DataFrame:
         return f"{100 * row['mean']:.1f}" + (f" ± {100 * error:.1f}" if np.isfinite(error) else "")
 
     text = table.assign(text=table.apply(cell, axis=1)).pivot(index="algorithm", columns="holdout", values="text")
-    return text[table["holdout"].unique()].rename_axis(columns=None)
+    text = text[table["holdout"].unique()].rename_axis(columns=None)
+    seeds = table.groupby("algorithm")["n"].max()
+    if seeds.nunique() > 1:
+        text.insert(0, "seeds", seeds)
+    return text
 
 
 def levels(counts: Mapping[str, Mapping[str, int]]) -> tuple[float, dict[str, float]]:

@@ -17,6 +17,7 @@ from importance import (
     aggregate,
     degenerate,
     flatten,
+    marked_weights,
     mask_size,
     normalize,
     scaled_update,
@@ -355,3 +356,12 @@ def test_scopes_mark_the_same_share_of_all_of_each_layer_or_of_each_row(scores, 
             assert (worst >= best).all()  # what is marked is at least as important as what competes with it
     with pytest.raises(ValueError, match="no scope 'column'"):
         top_k_mask(layers(scores), percent, "column")
+
+
+@pytest.mark.parametrize("percent", [0, 3, 10, 40, 64, 100])
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_as_many_weights_are_marked_as_is_said(scope, percent):
+    scores = layers(np.arange(26.0))
+    marked = sum(int(layer.sum()) for layer in top_k_mask(scores, percent, scope))
+    assert marked == marked_weights(scores, percent, scope)
+    assert (percent == 3 and scope == "row") <= (marked == 0)  # rows are too short for so few

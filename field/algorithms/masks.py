@@ -96,7 +96,7 @@ class RandomLayerMask(ImportanceMask):
 
 @register
 class PermutedMask(ImportanceMask):
-    """The importance mask with the hidden units permuted: its structure kept, its location broken: a control."""
+    """The importance mask with the hidden units permuted, of blocks the rows and columns of each matrix: a control."""
 
     control = "permuted"
 

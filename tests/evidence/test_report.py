@@ -34,6 +34,8 @@ def test_the_family_in_a_sentence_counts_verdicts_and_names_what_stands():
         "is undecided in 1 of 4 contrasts; after Holm's correction (p < 0.05) stand: a (below 0)."
     )
     assert family_sentence(table.assign(p_holm=1.0), 10).endswith("stand: none.")
+    few = table.assign(p_holm=0.01, verdict="too few seeds (8; a verdict needs 10)")
+    assert family_sentence(few, 10).endswith("stand: none.")
 
 
 def test_the_other_controls_in_a_sentence():

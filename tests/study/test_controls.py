@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from config import InputError, Settings
-from importance import flatten
+from importance import flatten, top_k_mask
 from models import BackboneTail, FeedforwardClassifier
 from study import BOTH_STARTS, CONTROLS, ERM, IMPORTANCE, Arm, MaskSource, permuted_mask, random_layer_mask
 from study.controls import check_arms, random_mask
@@ -124,6 +124,13 @@ def test_random_masks_are_new_for_each_seed_and_holdout_and_repeatable():
     arms = masking("random").mask
     for s, seed in enumerate(SEEDS):
         assert torch.equal(flatten(arms)[s], flatten(random_mask(seed, "sketch", like, 60)))
+
+
+def test_random_masks_mark_as_many_as_a_mask_of_their_scope():
+    like = [torch.arange(70.0).view(7, 10)]
+    for scope, marked in (("global", 45), ("row", 42)):  # 64 % of 70; of each of seven rows of ten
+        assert int(top_k_mask(like, 64, scope)[0].sum()) == marked
+        assert int(random_mask(0, "x", like, 64, scope)[0].sum()) == marked
 
 
 def test_random_masks_are_uniform():

@@ -207,9 +207,10 @@ def test_wide_table_text():
     )
     wide = wide_table(tidy)
     assert wide.index.tolist() == ["erm", "importance"]
-    assert wide.columns.tolist() == ["sketch", "art"]  # in the order of the table
-    assert wide.loc["erm"].tolist() == ["71.2 ± 0.2", "50.0 ± 0.6"]  # t of two degrees of freedom: 4.303
-    assert wide.loc["importance"].tolist() == ["66.6", "100.0 ± 0.0"]
+    assert wide.columns.tolist() == ["seeds", "sketch", "art"]  # in the order of the table
+    assert wide.loc["erm"].tolist() == [3, "71.2 ± 0.2", "50.0 ± 0.6"]  # t of two degrees of freedom: 4.303
+    assert wide.loc["importance"].tolist() == [2, "66.6", "100.0 ± 0.0"]
+    assert wide_table(tidy.assign(n=3)).columns.tolist() == ["sketch", "art"]
 
 
 def test_wide_table_ends_with_the_averages():
