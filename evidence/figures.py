@@ -95,8 +95,8 @@ def _forms(table: pd.DataFrame, part: str, about: Mapping) -> Figure:
     rows = table[table["criterion"] != "erm"].sort_values("density", kind="stable", ascending=False)
     rows = rows.assign(label=rows["criterion"], group=[f"{value:g} % marked" for value in rows["density"]])
     rows = rows.assign(**{name: rows[f"twin_{name}"] for name in ("mean", "low", "high")})
-    title = f"Exploratory: importance mask minus random mask of the same counts, {part}, 95 % t interval"
-    title += f" ({_title(about, rows['n'])})"
+    what = f"Exploratory, {part}: importance mask minus random mask of the same counts"
+    title = f"{what} (95 % t interval; {_title(about, rows['n'])})"
     return difference_plot(rows, title, margin=MARGIN)
 
 
