@@ -41,6 +41,7 @@ HEAD_ROLES = ("query", "key", "value", "output")  # of matrices that attention h
 ROLE_WORDS = {"output": "attention out", "gate": "MLP gate", "in": "MLP in", "out": "MLP out"}
 MLP_PARTS = 8  # of the MLP's hidden units
 TOP_ROWS, MOST_COLUMNS = 6, 400  # of a matrix that a strip shows; of more columns, means of neighbours
+MOST_BLOCKS = 2  # whose rows are drawn: a figure of many more would be too tall to look at
 # What is drawn of tracked layers: kind of number -> (how it is drawn, words for the title)
 DOMAIN_GRIDS = {
     "initial": ("weights", "initial weights"),
@@ -165,11 +166,13 @@ def block_densities(run: Run, holdout: str) -> Figure:
 def block_rows(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Figure:
     """The rows with the largest mean importance of each matrix of the trained blocks, a strip of their weights.
 
-    Arguments as in `block_importance`.
+    Of many blocks those of the last one alone. Arguments as in `block_importance`.
     """
-    ok, panels = ~degenerate(moved), []
+    ok, panels, blocks = ~degenerate(moved), [], len(run.network.blocks)
     means = [layer[ok].mean(0) for layer in normalize([layer.double() for layer in moved])]
     for matrix, mean in zip(block_matrices(run.network), means, strict=True):
+        if blocks > MOST_BLOCKS and matrix.block < blocks - 1:
+            continue
         best = mean.mean(1).argsort(descending=True, stable=True)[:TOP_ROWS]
         names, together = [f"row {row + 1}" for row in best.tolist()], -(-mean.shape[1] // MOST_COLUMNS)
         strips = torch.stack([group_means(row[None], -(-len(row) // together), columns=True) for row in mean[best]])
@@ -179,7 +182,8 @@ def block_rows(run: Run, moved: Sequence[torch.Tensor], whose: str) -> Figure:
             draw.Panel(f"{_name(run, matrix)}: {len(best)} of {len(mean)} rows", strips.numpy(), names, columns, words)
         )
     top = max(float(np.nanmax(panel.values, initial=1e-9)) for panel in panels)
-    title = f"{whose}: the rows of largest mean importance ({_over(int(ok.sum()))})"
+    of = ", last block" if blocks > MOST_BLOCKS else ""
+    title = f"{whose}: the rows of largest mean importance{of} ({_over(int(ok.sum()))})"
     return draw.matrices(panels, title, "importance (0 to 1)", (0, top), square=False)
 
 

@@ -278,7 +278,10 @@ def test_rows_of_blocks_are_those_of_largest_mean_importance(of_blocks, monkeypa
     figure_of(of_blocks, "holdout_photo_rows")
     monkeypatch.setattr(figures, "MOST_COLUMNS", 6)
     figure_of(of_blocks, "holdout_photo_rows")
-    wide, narrow = (panels[0] for panels, *_ in noted)
+    monkeypatch.setattr(figures, "MOST_BLOCKS", 0)
+    figure_of(of_blocks, "holdout_photo_rows")
+    assert ["last block" in title for _, title, *_ in noted] == [False, False, True]
+    wide, narrow, _ = (panels[0] for panels, *_ in noted)
     scores = normalize(mask_source(of_blocks.run, ["photo"], (0, 1)).own(of_blocks.run.settings).scores)
     mean = scores[0].double().mean(0)
     best = mean.mean(1).argsort(descending=True)[: figures.TOP_ROWS]
