@@ -21,14 +21,14 @@ TWINS = (  # a method that uses Phase 1 or the domains, and the same without
 
 
 def comparison_tables(root: str | Path) -> dict[str, str]:
-    """What ``results/reference/compare``, ``search`` and ``domainbed`` say about the methods: name -> Markdown."""
+    """What ``results/reference/compare``, ``search``, ``domainbed`` and ``blocks_compare`` say about the methods: name -> Markdown."""
     reference = Path(root) / "results" / "reference"
     known = [cls for _, cls in sorted(ALGORITHMS.items()) if cls.__module__.startswith(f"{__package__}.")]
     found = {"algorithms": "\n".join(_entry(cls) for cls in known)}
     found["compare-twins"] = twins_markdown(
         pd.read_csv(reference / "compare" / "comparison_seeds.csv", index_col="seed")
     )
-    for name in ("compare", "search", "domainbed"):
+    for name in ("compare", "search", "domainbed", "blocks_compare"):
         table = pd.read_csv(reference / name / f"comparison_{HEADLINE}.csv", index_col="algorithm")
         found[name] = comparison_markdown(table)
         found[f"{name}-finding"] = paragraph(_finding(reference / name / "comparison.txt"))
