@@ -21,7 +21,7 @@ TWINS = (  # a method that uses Phase 1 or the domains, and the same without
 
 
 def comparison_tables(root: str | Path) -> dict[str, str]:
-    """What ``results/reference/compare``, ``search``, ``domainbed`` and ``blocks_compare`` say about the methods: name -> Markdown."""
+    """What the comparisons in ``results/reference/`` say about the methods: name -> Markdown."""
     reference = Path(root) / "results" / "reference"
     known = [cls for _, cls in sorted(ALGORITHMS.items()) if cls.__module__.startswith(f"{__package__}.")]
     found = {"algorithms": "\n".join(_entry(cls) for cls in known)}
