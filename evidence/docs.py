@@ -50,7 +50,7 @@ class Benchmark(NamedTuple):
 
     Attributes:
         file: name in ``benchmarks/results/``, without ending.
-        rows: entry of the file that lists them; "" = the file is one row.
+        rows: entry of the file that lists them.
         columns: heading -> entry of a row, "outer.inner" for an entry of an entry.
         keep: whether a row is shown.
     """
@@ -112,15 +112,12 @@ BENCHMARKS = {
     ),
     "extraction": Benchmark(
         "extraction_cpu",
-        "",
+        "results",
         {
-            "images": "images",
-            "bare forward pass": "images_per_second.bare_forward",
-            "decoding": "images_per_second.decoding_alone",
-            "extraction": "images_per_second.extraction",
-            "from the cache": "images_per_second.cache_hit",
-            "extraction / bare": "ratio_to_bare_forward_median",
-            "without a cache": "without_cache.speedup",
+            "part": "part",
+            "images per second": "images_per_second",
+            "/ bare forward pass": "speed_over_bare_forward",
+            "by processor time": "by_processor_time",
         },
     ),
 }
@@ -173,7 +170,7 @@ def benchmark_tables(root: str | Path) -> dict[str, str]:
     folder, tables = Path(root) / "benchmarks" / "results", {}
     for name, of in BENCHMARKS.items():
         report = json.loads((folder / f"{of.file}.json").read_text("utf-8"))
-        rows = [row for row in (report[of.rows] if of.rows else [report]) if of.keep(row)]
+        rows = [row for row in report[of.rows] if of.keep(row)]
         cells = [[_number(_entry(row, path)) for path in of.columns.values()] for row in rows]
         words = [isinstance(_entry(rows[0], path), str) for path in of.columns.values()]
         tables[name] = markdown_table("".join("l" if word else "r" for word in words), list(of.columns), cells)
