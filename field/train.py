@@ -6,7 +6,6 @@ all methods are paired by seed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from engine import (
     generator,
     network_start,
     train,
+    updates_per_epoch,
 )
 from field.algorithms import Algorithm, Setup, State
 
@@ -153,7 +153,7 @@ def _stack(
     See `train_trials`.
     """
     sources, every = data.sources(holdouts), [*seeds] * len(methods)
-    steps = ceil(data.rows(sources, "in", seeds).shape[1] / settings.batch_size)
+    steps = updates_per_epoch(data, sources, settings)
     network, fraction = PureNetwork(data.network(settings.hidden_sizes), data.shortcut), backbone_rate(settings)
     setup = Setup(network, len(sources), settings.batch_size, steps, settings.ph2_num_epochs, fraction)
     trials = [method(setup) for method in methods]

@@ -104,11 +104,10 @@ class MixtureOfExperts(Algorithm):
     def every_expert(self, params: Params, rows: Tensor) -> Tensor:
         """What each expert makes of each row: ``[N, D]`` -> ``[N, E, out]``."""
         activation = self.setup.network.shortcut.activation if self.setup.network.has_blocks else torch.relu
-        hidden = activation(
-            of_experts(params, "experts.gate" if "experts.gate.weight" in params else "experts.in", rows)
-        )
         if "experts.gate.weight" in params:
-            hidden = hidden * of_experts(params, "experts.in", rows)
+            hidden = activation(of_experts(params, "experts.gate", rows)) * of_experts(params, "experts.in", rows)
+        else:
+            hidden = activation(of_experts(params, "experts.in", rows))
         each = torch.einsum("neh,ech->nec", hidden, params["experts.out.weight"])
         return each + params["experts.out.bias"] if "experts.out.bias" in params else each
 
