@@ -3,8 +3,9 @@
 For a single block the tokens below it are constants and only ``[CLS]`` is read above it. Then attention needs no keys
 and values of all tokens: with X̂ the normalized tokens before the norm's affine part γ, β, the scores of a head are
 ``X̂ u / √d`` with ``u = γ ⊙ (W_kᵀ q)``, and its output is ``W_v (γ ⊙ m + β) + b_v`` with ``m = X̂ᵀ softmax(scores)``
-(β and the key's bias add the same to every score, which the softmax cancels). This is exact, needs no gradient to the
-tokens, and reads X̂ once for all arms of a seed. `ClsShortcut` is this; other blocks, and several, take the module
+(β and the key's bias add the same to every score, which the softmax cancels). X̂ itself is never made: it is ``a X + c``
+with two numbers a, c of each token, which are put into scores and weights. This is exact, needs no gradient to the
+tokens, and reads X once for all arms of a seed. `ClsShortcut` is this; other blocks, and several, take the module
 itself, one network after the other.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +163,7 @@ class ClsShortcut:
             ``[S, V, B, D]``.
         """
         cls, of = tokens[:, None, :, 0], _Parameters(params, self.names, factors)
-        normalized = F.layer_norm(tokens, tokens.shape[-1:], eps=self.eps["norm1"])  # X̂
-        attended = self._attention(of, normalized)
+        attended = self._attention(of, tokens)
         cls = cls + of.scaled("scale1", of.linear("output", attended))
         hidden = of.norm("norm2", cls, self.eps)
         cls = cls + of.scaled("scale2", self._mlp(of, hidden) if mlp is None else mlp(hidden))
@@ -176,23 +177,79 @@ class ClsShortcut:
             hidden = self.activation(of.linear("in", rows))
         return of.linear("out", hidden)
 
-    def _attention(self, of: "_Parameters", normalized: Tensor) -> Tensor:
-        """Attention of ``[CLS]`` to all tokens: X̂ ``[S, B, T, D]`` -> ``[S, V, B, D]``."""
-        seeds, batch, _, width = normalized.shape
+    def _attention(self, of: "_Parameters", tokens: Tensor) -> Tensor:
+        """Attention of ``[CLS]`` to all tokens: X ``[S, B, T, D]`` -> ``[S, V, B, D]``."""
+        seeds, batch, _, width = tokens.shape
+        scale, offset = normalization(tokens, self.eps["norm1"])  # a, c: [S, B, T]
         gain, shift = of("norm1", "weight"), of("norm1", "bias")  # γ, β: [S, V, D]
-        seen = normalized[:, None, :, 0] * gain.unsqueeze(-2) + shift.unsqueeze(-2)
+        cls = tokens[:, :, 0] * scale[:, :, :1] + offset[:, :, :1]
+        seen = cls[:, None] * gain.unsqueeze(-2) + shift.unsqueeze(-2)
         query = of.linear("query", seen).unflatten(-1, (self.heads, -1)).movedim(-2, 2)  # [S, V, H, B, d]
         key, value = (of(role, "weight").unflatten(-2, (self.heads, -1)) for role in ("key", "value"))  # […, H, d, D]
         reads = (query @ key) * (gain[:, :, None, None] / math.sqrt(query.shape[-1]))  # u: [S, V, H, B, D]
         reads = of.times("key", reads)
         every = reads.movedim(3, 1).reshape(seeds * batch, -1, width)  # all arms and heads of an image in one product
-        images = normalized.flatten(0, 1)
-        weights = (every @ images.transpose(1, 2)).softmax(-1)  # [S · B, V · H, T]
-        means = (weights @ images).view(seeds, batch, *reads.shape[1:3], width).movedim(1, 3)  # m: [S, V, H, B, D]
+        images, scale, offset = tokens.flatten(0, 1), *(x.flatten(0, 1).unsqueeze(1) for x in (scale, offset))
+        scores = TimesConstant.apply(every, images.transpose(1, 2)) * scale + every.sum(-1, keepdim=True) * offset
+        weights = scores.softmax(-1)  # [S · B, V · H, T]
+        means = TimesConstant.apply(weights * scale, images) + (weights * offset).sum(-1, keepdim=True)
+        means = means.view(seeds, batch, *reads.shape[1:3], width).movedim(1, 3)  # m: [S, V, H, B, D]
         means = of.times("value", means * gain[:, :, None, None] + shift[:, :, None, None])
         heads = means @ value.transpose(-1, -2)  # [S, V, H, B, d]
         attended = heads.movedim(2, 3).flatten(-2)
         return attended + of("value", "bias").unsqueeze(-2) if of.has("value", "bias") else attended
+
+
+def normalization(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A layer norm without its affine part as numbers of each token: ``[*, D]`` -> a, c ``[*]``, X̂ = a X + c.
+
+    No tensor of the size of the tokens is made: on a busy CPU, its memory takes longer than all other steps.
+    """
+    mean = tokens.mean(-1)
+    variance = torch.linalg.vector_norm(tokens, dim=-1).square() / tokens.shape[-1] - mean.square()
+    scale = (variance.clamp(min=0) + eps).rsqrt()
+    return scale, -mean * scale
+
+
+class TimesConstant(torch.autograd.Function):
+    """Products ``[B, M, K]`` with ``[B, K, N]`` that are not differentiated to the second: tokens, which are read once.
+
+    Under `vmap`, rows of networks that share the constants become more rows of one product. PyTorch's own rule would
+    copy the constants for every network.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, constants: Tensor) -> Tensor:
+        """``[B, M, N]``."""
+        return rows @ constants
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """The constants are all that the gradient needs."""
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Of the rows, itself differentiable.
+
+        Raises:
+            NotImplementedError: a gradient of the constants is wanted.
+        """
+        if ctx.needs_input_grad[1]:
+            raise NotImplementedError("The shortcut gives no gradient of the tokens: use the block itself.")
+        (constants,) = ctx.saved_tensors
+        return TimesConstant.apply(gradient, constants.transpose(-1, -2)), None
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, rows: Tensor, constants: Tensor) -> tuple[Tensor, int]:
+        """The products of several networks as one."""
+        if dims[1] is None:
+            rows = rows.movedim(dims[0], 1)
+            return TimesConstant.apply(rows.flatten(1, 2), constants).unflatten(1, rows.shape[1:3]), 1
+        constants = constants.movedim(dims[1], 0)
+        rows = rows.expand(len(constants), *rows.shape) if dims[0] is None else rows.movedim(dims[0], 0)
+        product = TimesConstant.apply(rows.flatten(0, 1), constants.flatten(0, 1))
+        return product.unflatten(0, rows.shape[:2]), 0
 
 
 class _Parameters:

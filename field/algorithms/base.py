@@ -12,6 +12,7 @@ object. `engine.FunctionalEngine` runs it under `torch.func.vmap`, so that all s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -305,8 +306,8 @@ class Algorithm:
         rate, fraction = self.learning_rate if rate is None else rate, self.setup.backbone_rate
         if fraction != 1:
             like = next(iter(params.values()))
-            shares = [like.new_full((v.numel(),), fraction if self.of_backbone(n) else 1.0) for n, v in params.items()]
-            rate = rate * torch.cat(shares)
+            sizes = tuple((value.numel(), self.of_backbone(name)) for name, value in params.items())
+            rate = rate * _rate_shares(sizes, fraction, like.dtype, like.device)
         return adam(params, gradient, moments, rate, self.weight_decay, betas)
 
     def of_backbone(self, name: str) -> bool:
@@ -340,6 +341,18 @@ class Algorithm:
         """The network's parameters, and those of `extra_parameters`."""
         network = {name: params[name] for name in self.shapes}
         return network, {name: value for name, value in params.items() if name not in network}
+
+
+@lru_cache(maxsize=4)
+def _rate_shares(
+    sizes: tuple[tuple[int, bool], ...], fraction: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Learning rate of each number of a network, relative to the classifier's: ``[P]``.
+
+    Args:
+        sizes: of each parameter in order, how many numbers it has, and whether it is of the trained blocks.
+    """
+    return torch.cat([torch.full((n,), fraction if own else 1.0, dtype=dtype, device=device) for n, own in sizes])
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {}

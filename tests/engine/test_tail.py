@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from engine import BlockMatrix, ClsShortcut, TailEngine, block_matrices
+from engine.tail import TimesConstant, normalization
 from importance import weight_rates
 from models import BackboneTail, FeatureExtractor, FeedforwardClassifier
 from trainer_phase1 import train_network
@@ -89,6 +90,34 @@ def test_other_families_take_the_module_itself(kind):
     features, tokens = vit.tokens(pixels, 2)
     torch.testing.assert_close(vit.tail(2)(tokens), features, rtol=1e-5, atol=1e-5)
     assert ClsShortcut.of(vit.tail(1), vit.tokens(pixels, 1)[1]) is None
+
+
+def test_a_norm_is_two_numbers_of_each_token():
+    tokens = 3 + torch.randn(4, 5, 7, dtype=torch.float64) * torch.tensor([0.0, 1e-6, 1, 1e3, 1e6])[:, None]
+    scale, offset = normalization(tokens, 1e-5)
+    wanted = torch.nn.functional.layer_norm(tokens, (7,), eps=1e-5)
+    torch.testing.assert_close(tokens * scale[..., None] + offset[..., None], wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_with_constants_and_their_two_derivatives_are_plain_ones_under_vmap(shared):
+    rows, constants = torch.randn(3, 2, 4, 5).double(), torch.randn(3, 2, 5, 6).double()
+    constants = constants[0] if shared else constants
+
+    def slopes(product):
+        def loss(own, fixed):
+            return product(own, fixed).pow(3).sum()
+
+        def slope(own, fixed):
+            return torch.func.grad(loss)(own, fixed).pow(2).sum()
+
+        each = (product, torch.func.grad(loss), torch.func.grad(slope))
+        return [torch.func.vmap(one, in_dims=(0, None if shared else 0))(rows, constants) for one in each]
+
+    for given, wanted in zip(slopes(TimesConstant.apply), slopes(torch.matmul), strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-12, atol=0)
+    with pytest.raises(NotImplementedError, match="no gradient of the tokens"):
+        TimesConstant.apply(rows[0], constants[..., :5, :].reshape(-1, 5, 6)[:2].requires_grad_()).sum().backward()
 
 
 def test_several_blocks_and_a_block_that_computes_something_else_have_no_shortcut():
