@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import Identity
+from transformers import Dinov2Config, Dinov2Model
 
 from config import InputError, Settings
 from engine import Batch, SplitFeatures, networks
@@ -115,17 +116,31 @@ def test_experts_begin_as_copies_of_the_mlp(data):
     assert experts.params["experts.in.weight"].shape == (1, 4, 16, 12)
 
 
-def test_experts_take_the_place_of_the_mlp_image_by_image(data):
+def with_swiglu(data):
+    """The same tokens before a block whose MLP has a gate."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "use_swiglu_ffn": True}
+    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    return replace(data, tail=BackboneTail(model.encoder.layer, [((), {})], model.layernorm, Identity()))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_experts_take_the_place_of_the_mlp_image_by_image(data, gated):
     """Against the module itself with a mixture written out in its block."""
-    split = SplitFeatures.from_features(data, SETTINGS, dtype=torch.float64)
+    split = SplitFeatures.from_features(with_swiglu(data) if gated else data, SETTINGS, dtype=torch.float64)
     trained = train_method(split, ["art"], (0,), partial(ALGORITHMS["SFMoE"], learning_rate=0.01), SETTINGS)
     params = {name: value[0] for name, value in trained.params.items()}
     tail = copy.deepcopy(split.network(())).to_empty(device="cpu").double()
     tail.load_state_dict({name: value for name, value in params.items() if name in tail.state_dict()})
+    assert ("experts.gate.weight" in params) == gated
+
+    def layer(role, e, row):
+        return params[f"experts.{role}.weight"][e] @ row + params[f"experts.{role}.bias"][e]
 
     def expert(mlp, e, row):
-        hidden = mlp.activation_fn(params["experts.in.weight"][e] @ row + params["experts.in.bias"][e])
-        return params["experts.out.weight"][e] @ hidden + params["experts.out.bias"][e]
+        if gated:
+            return layer("out", e, mlp.act_fn(layer("gate", e, row)) * layer("in", e, row))
+        return layer("out", e, mlp.activation_fn(layer("in", e, row)))
 
     def mixture(mlp, inputs, output):
         mixed = []
