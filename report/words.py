@@ -64,6 +64,7 @@ TABLES = {
     "trend": "Kendall's τ of best cut and amount of data",
     "truncation": "Truncated minus frozen",
     "weights": "The weights that moved most, minus others",
+    "zero_shot": "Exploratory: training anew and fine-tuning everything, minus the pretrained network as it is",
     "best": "How often each cut is best under the bootstrap",
     "correlations": "Spearman's ρ of the measures of a layer with the accuracy of the frozen cut",
     "differences": "Exploratory: every arm minus training anew, by number of updates",

@@ -2,7 +2,8 @@
 
 A cut is a mask. Fine-tuning decides two bits per weight: *kept* (it starts from the pretrained value, otherwise from a
 fresh one) and *frozen* (its rate is 0, otherwise 1). A cut c moves these bits layer by layer, c = 0 … depth being the
-number of hidden layers below it; importance moves them weight by weight. The head is fresh and trained in every arm.
+number of hidden layers below it; importance moves them weight by weight. The head is fresh and trained in every arm but
+the last of these.
 
 Layer by layer, with the names that tusharmanekar/mp-tl-study gives to its settings:
 
@@ -15,7 +16,10 @@ frozen+rest   all layers                   layers below        F
 warm          layers below the cut         nothing             R
 finetune      all layers                   nothing             "--"
 truncated     layers below; no others      the same            FT
+zero-shot     everything, the head too     the same
 ============= ============================ =================== ========
+
+`zero-shot` is the pretrained network as it is, so that it needs the same classes on both sides.
 
 Weight by weight, k weights are kept and frozen, as many as the layers below the cut hold: `moved`, those that moved
 most in pretraining (|final − start|), and as controls `random` (k of all), `random_layer` (in each layer as many as
@@ -37,7 +41,9 @@ from study import random_layer_mask
 
 LAYER_WISE = ("scratch", "finetune", "frozen", "frozen+rest", "warm", "truncated")
 WEIGHT_WISE = ("moved", "random", "random_layer", "permuted", "least")
-KINDS = (*LAYER_WISE, *WEIGHT_WISE)
+ZERO_SHOT = "zero-shot"
+KINDS = (*LAYER_WISE, *WEIGHT_WISE, ZERO_SHOT)
+WITHOUT_CUT = ("scratch", "finetune", ZERO_SHOT)
 NEED_START = ("moved", "random_layer", "permuted", "least")  # of pretraining, to know what moved
 
 
@@ -58,13 +64,13 @@ class CutArm:
 
     @property
     def name(self) -> str:
-        """How tables call it: "frozen@4"; `scratch` and `finetune` have no cut."""
-        return self.kind if self.kind in ("scratch", "finetune") else f"{self.kind}@{self.cut}"
+        """How tables call it: "frozen@4"; those of `WITHOUT_CUT` have none."""
+        return self.kind if self.kind in WITHOUT_CUT else f"{self.kind}@{self.cut}"
 
     @property
     def prefix(self) -> int:
         """Number of first layers that are the pretrained ones and stay so: they can be run once per image."""
-        return self.cut if self.kind in ("frozen", "frozen+rest", "truncated") else 0
+        return self.cut if self.kind in ("frozen", "frozen+rest", "truncated", ZERO_SHOT) else 0
 
 
 def arms_of(kinds: Iterable[str], cuts: Iterable[int], depth: int) -> tuple[CutArm, ...]:
@@ -87,6 +93,8 @@ def arms_of(kinds: Iterable[str], cuts: Iterable[int], depth: int) -> tuple[CutA
 def _same(arm: CutArm, depth: int) -> CutArm:
     """The arm by the first of its names, see `arms_of`."""
     kind, cut = arm.kind, arm.cut
+    if kind == ZERO_SHOT:
+        return CutArm(kind, depth)
     if kind == "scratch" or (cut == 0 and kind not in ("finetune", "frozen+rest", "truncated")):
         return CutArm("scratch", 0)
     if kind == "finetune" or (kind, cut) in (("frozen+rest", 0), ("warm", depth)):
@@ -112,8 +120,9 @@ def bits(arm: CutArm, start: Params | None, pretrained: Params, seed: int) -> tu
         (keep, freeze): name -> bool, shaped as the parameters; what is frozen is also kept.
     """
     *layers, head = layers_of(pretrained)
-    kept = {"scratch": 0, "finetune": len(layers), "frozen+rest": len(layers)}.get(arm.kind, arm.cut)
-    frozen = 0 if arm.kind in ("scratch", "finetune", "warm") else arm.cut
+    whole = len(layers)
+    kept = {"scratch": 0, "finetune": whole, "frozen+rest": whole, ZERO_SHOT: whole}.get(arm.kind, arm.cut)
+    frozen = {"scratch": 0, "finetune": 0, "warm": 0, ZERO_SHOT: whole}.get(arm.kind, arm.cut)
     keep, freeze = (
         {
             name: torch.full_like(pretrained[name], i < below, dtype=torch.bool)
@@ -125,8 +134,8 @@ def bits(arm: CutArm, start: Params | None, pretrained: Params, seed: int) -> tu
     if arm.kind in WEIGHT_WISE:
         mask = _marked(arm, start, pretrained, [weight for weight, _ in layers], seed)
         keep, freeze = keep | mask, freeze | mask
-    fresh = {name: torch.zeros_like(pretrained[name], dtype=torch.bool) for name in head}
-    return keep | fresh, freeze | fresh
+    of_head = {name: torch.full_like(pretrained[name], arm.kind == ZERO_SHOT, dtype=torch.bool) for name in head}
+    return keep | of_head, freeze | of_head
 
 
 def _marked(

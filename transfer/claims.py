@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from evidence import with_interval
+from evidence import interval, with_interval
 from storage import ranges
+from transfer.arms import ZERO_SHOT
 from transfer.inference import NONINFERIORITY_MARGIN
 from transfer.statistics import FROZEN, GROUP, MEASURES, MOVED, ORIGINAL, SCRATCH, TRUNCATED, WEIGHT_BASELINES, share
 
@@ -48,6 +49,7 @@ def claims(tables: Tables) -> list[str]:
         "weights": weights_sentence,
         "correlations": probe_sentence,
         "differences": budget_sentence,
+        "zero_shot": zero_shot_sentence,
     }
     return [
         f"{title}: {sentence}"
@@ -197,6 +199,21 @@ def budget_sentence(table: pd.DataFrame) -> str:
     )
 
 
+def zero_shot_sentence(table: pd.DataFrame) -> str:
+    """What images of the new domain are worth (of `statistics.above_zero_shot`); exploratory."""
+    known = table[table["mean"].notna()]
+    if known.empty:
+        return ""
+    parts = []
+    for arm, rows in known.groupby("arm", sort=False):
+        cells = [f"{interval(row)} at {share(row.amount)}" for row in rows.itertuples()]
+        parts.append(f"{arm} {', '.join(cells)}")
+    return (
+        f"EXPLORATORY, the pretrained network as it is ({ZERO_SHOT}) has {100 * known['baseline_mean'].iloc[0]:.1f} %; "
+        f"minus it, in points: {'; '.join(parts)}."
+    )
+
+
 def cautions(tables: Tables, chance: Mapping[str, float]) -> list[str]:
     """What a reader must know before believing the claims: failures, unequal repeats, and what was not learned.
 
@@ -208,8 +225,9 @@ def cautions(tables: Tables, chance: Mapping[str, float]) -> list[str]:
     for title, own in studies(tables):
         accuracy = own["accuracy"]
         last = accuracy[accuracy["updates"] == accuracy["updates"].max()]
+        tuned = last[last["arm"] != ZERO_SHOT]
         sentences = [
-            *_measured(last), *_failures(last), *_unequal(last), *_unlearned(last, chance.get(last["task"].iloc[0])),
+            *_measured(last), *_failures(last), *_unequal(last), *_unlearned(tuned, chance.get(last["task"].iloc[0])),
         ]  # fmt: skip
         found += [f"{title}: {sentence}" for sentence in sentences]
     return found

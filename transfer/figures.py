@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from study import MARGIN
+from transfer.arms import ZERO_SHOT
 from transfer.claims import studies, updates_words
 from transfer.inference import LEVEL
 from transfer.probe_figures import all_figures as probe_figures
@@ -40,6 +41,7 @@ from visualization import (
 )
 
 BAND = "#D9D9D9"
+DOTTED = {"color": COLORS[1], "linestyle": (0, (1, 2)), "linewidth": 1.4}
 NOT_REJECTED, NOT_ABLE = "·", "†"
 
 
@@ -98,7 +100,8 @@ def cut_boxes(runs: pd.DataFrame, letters: pd.DataFrame, title: str) -> Figure:
 
     Args:
         runs: arm, cut, amount, images, repeat, value (fraction): frozen at cuts above 0; scratch, which is cut 0 and
-            whose middle half is a band behind the others; finetune, whose median is a dashed line.
+            whose middle half is a band behind the others; finetune and zero-shot, whose medians are a dashed and a
+            dotted line.
         letters: amount, cut, letters, lowest_p: two cuts that share a letter are not told apart.
     """
     amounts = sorted(letters["amount"].unique())
@@ -122,6 +125,8 @@ def cut_boxes(runs: pd.DataFrame, letters: pd.DataFrame, title: str) -> Figure:
     ]
     if (runs["arm"] == FINETUNE).any():
         handles.append(Line2D([], [], **DASHED, label="finetune: median"))
+    if (runs["arm"] == ZERO_SHOT).any():
+        handles.append(Line2D([], [], **DOTTED, label=f"{ZERO_SHOT}: median"))
     few = f"; {NOT_ABLE}: too few repeats to tell any apart" * bool((letters["lowest_p"] >= LEVEL).any())
     add_legend(figure, handles, f"cuts that share a letter are not told apart (Wilcoxon, Holm, p < {LEVEL}){few}")
     return settled(figure)
@@ -135,9 +140,10 @@ def _boxes(ax, runs: pd.DataFrame, letters: pd.DataFrame) -> None:
     places = {cut: place for place, cut in enumerate(sorted(letters["cut"]))}
     if 0 in values:
         ax.axhspan(*np.quantile(values[0], [0.25, 0.75]), color=BAND, linewidth=0, zorder=0)
-    whole = 100 * runs.loc[runs["arm"] == FINETUNE, "value"].dropna()
-    if len(whole):
-        ax.axhline(whole.median(), **DASHED, zorder=1)
+    for arm, style in ((FINETUNE, DASHED), (ZERO_SHOT, DOTTED)):
+        whole = 100 * runs.loc[runs["arm"] == arm, "value"].dropna()
+        if len(whole):
+            ax.axhline(whole.median(), **style, zorder=1)
     box = {"showfliers": False, "widths": 0.62, "patch_artist": True, "manage_ticks": False, "zorder": 2}
     lines = {name: {"color": "black", "linewidth": width} for name, width in (("whiskerprops", 0.8), ("capprops", 0.8))}
     fill = {"boxprops": {"facecolor": "white", "alpha": 0.75, "linewidth": 0.8}}

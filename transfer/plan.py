@@ -11,7 +11,7 @@ from engine import Params
 from storage import Results
 from study import current_execution
 from transfer import original
-from transfer.arms import KINDS, arms_of
+from transfer.arms import KINDS, LAYER_WISE, WEIGHT_WISE, arms_of
 from transfer.convnet import load_original
 from transfer.features import FeatureNetworks, feature_tasks
 from transfer.images import OWN, Classes, load_task
@@ -43,7 +43,15 @@ class Plan:
 
 
 PLANS = {
-    "digits": Plan(KINDS, (0, 2, 4, 6), (0.01, 0.1, 1.0), 300, pretraining=300, batch_size=16, learning_rate=3e-3),
+    "digits": Plan(
+        (*LAYER_WISE, *WEIGHT_WISE),
+        (0, 2, 4, 6),
+        (0.01, 0.1, 1.0),
+        updates=300,
+        pretraining=300,
+        batch_size=16,
+        learning_rate=3e-3,
+    ),
     FEATURES: Plan(KINDS, tuple(range(6)), (0.01, 0.03, 0.1, 0.3, 1.0), 1000, pretraining=2000, batch_size=32),
 }
 IMAGES = Plan(

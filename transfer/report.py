@@ -17,7 +17,7 @@ from transfer.statistics import label, share, tables
 
 FACTS = ("chance", "depth")  # entries of `about` that are used, and not printed
 NAMES = (
-    "runs", "accuracy", "contrasts", "weights", "truncation", "trend", "letters", "best", "differences",
+    "runs", "accuracy", "contrasts", "weights", "truncation", "trend", "letters", "best", "differences", "zero_shot",
     "correlations",
 )  # fmt: skip
 EXPLANATION = f"""\

@@ -20,6 +20,7 @@ import pandas as pd
 
 from config import InputError
 from study import t_interval
+from transfer.arms import WITHOUT_CUT, ZERO_SHOT
 from transfer.inference import (
     best_cuts,
     best_shares,
@@ -64,8 +65,8 @@ def check(table: pd.DataFrame) -> None:
 
 
 def label(arm: str, cut: int) -> str:
-    """How an arm at a cut is called: "frozen@4"; scratch and finetune have no cut."""
-    return arm if arm in (SCRATCH, FINETUNE) else f"{arm}@{cut}"
+    """How an arm at a cut is called: "frozen@4"; those of `arms.WITHOUT_CUT` have none."""
+    return arm if arm in WITHOUT_CUT else f"{arm}@{cut}"
 
 
 def share(amount: float) -> str:
@@ -212,6 +213,26 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def above_zero_shot(runs: pd.DataFrame) -> pd.DataFrame:
+    """EXPLORATORY: training anew and fine-tuning everything, minus the pretrained network as it is.
+
+    Args:
+        runs: at the headline.
+
+    Returns:
+        `pairs_of` with repeats, baseline_mean (of these), mean, low, high (95 % t interval of this difference alone).
+    """
+    depth = runs.loc[runs["arm"] == ZERO_SHOT, "cut"].max()
+    contrasts = pairs_of(runs, [((arm, cut), (ZERO_SHOT, depth)) for arm, cut in ((SCRATCH, 0), (FINETUNE, depth))])
+    wide, rows = by_repeat(runs), []
+    for row, values in zip(contrasts.itertuples(), differences_of(runs, contrasts).values(), strict=True):
+        known = values.dropna()
+        level = wide.loc[known.index, (row.amount, ZERO_SHOT, depth)].mean()
+        rows.append((row.contrast, len(known), level, *(t_interval(known) if len(known) else (np.nan,) * 3)))
+    columns = ["contrast", "repeats", "baseline_mean", "mean", "low", "high"]
+    return contrasts.merge(pd.DataFrame(rows, columns=columns), on="contrast")
+
+
 def letters(runs: pd.DataFrame) -> pd.DataFrame:
     """`inference.letters_table` at each amount: amount, cut, repeats, mean, letters, lowest_p."""
     found = {amount: letters_table(curve) for amount, curve in curves_of(runs).items()}
@@ -292,7 +313,7 @@ def tables(
 
     Returns:
         runs (of the headline), accuracy, contrasts, differences, letters, best, and what there are runs for of trend,
-        truncation, weights and correlations.
+        truncation, weights, zero_shot and correlations.
 
     Raises:
         InputError: see `check`.
@@ -322,6 +343,7 @@ def _tables_of(
     yield "trend", trends(runs)
     yield "truncation", truncation(headline, depth)
     yield "weights", weights(headline)
+    yield "zero_shot", above_zero_shot(headline)
     if probes is not None and len(probes):
         yield "correlations", probe_correlations(headline, probes)
 

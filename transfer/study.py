@@ -29,7 +29,7 @@ from engine import Params, default_workers, free_memory, generator, side_by_side
 from storage import Results, environment
 from study import Execution, check_seeds
 from transfer import report
-from transfer.arms import NEED_START, CutArm, bits, layers_of, start_of
+from transfer.arms import NEED_START, ZERO_SHOT, CutArm, bits, layers_of, start_of
 from transfer.images import Examples, Task, nested_rows
 from transfer.networks import Networks
 from transfer.probes import FILE, probe_layers, read_probes
@@ -100,8 +100,8 @@ class TransferStudy:
         pretrained: parameters that all repeats start from, instead of pretraining a network for each.
 
     Raises:
-        InputError: invalid repeats or amounts, an arm that needs the start of pretraining where there is none, or a
-            directory with results of other settings or images.
+        InputError: invalid repeats or amounts, an arm that needs the start of pretraining where there is none, or the
+            same classes where they are others, or a directory with results of other settings or images.
     """
 
     tasks: Sequence[Task]
@@ -123,6 +123,8 @@ class TransferStudy:
                 raise InputError(f"An amount of data lies above 0 and at most at 100 %, not at {100 * amount:g} %.")
         if self.pretrained is not None:
             self._check_pretrained()
+        if any(arm.kind == ZERO_SHOT for arm in self.arms):
+            self._check_classes()
         with self.results:
             self.results.claim(self.settings, self.facts)
 
@@ -142,6 +144,17 @@ class TransferStudy:
             for name in (name for pair in layers for name in pair):
                 if wanted[name].shape != self.pretrained[name].shape:
                     raise InputError(f"The pretrained network does not fit the images of {task.name}, see its {name}.")
+
+    def _check_classes(self) -> None:
+        """Refuse to keep a head whose classes are not those of the images."""
+        for task in self.tasks:
+            before = [task.source.class_names[c] for c in task.source_classes]
+            after = [task.target.class_names[c] for c in task.target_classes]
+            if before != after or self.pretrained is not None:
+                raise InputError(
+                    f"The arm '{ZERO_SHOT}' keeps the head, and the classes of {task.name} are others than those that "
+                    "were pretrained on: leave it out."
+                )
 
     @cached_property
     def facts(self) -> dict[str, object]:
@@ -429,7 +442,7 @@ def beginning(
         before, after: parameters of the pretrained network before and after pretraining.
     """
     fresh = draw_start(network, generator(repeat, "fresh_start", "transfer"))
-    *_, head = layers_of(fresh)
+    head = () if arm.kind == ZERO_SHOT else layers_of(fresh)[-1]
     known = {name: value if name in head else after[name] for name, value in fresh.items()}
     keep, freeze = bits(arm, before, known, repeat)
     return start_of(fresh, known, keep), freeze

@@ -34,6 +34,7 @@ def marked(mask, name):
         ("frozen+rest", 4, 2),
         ("warm", 2, 0),
         ("truncated", 2, 2),
+        ("zero-shot", 5, 5),  # the head is the fifth
     ],
 )
 def test_layers_below_the_cut_are_kept_and_frozen_as_the_table_says(networks, kind, kept, frozen):
@@ -114,7 +115,8 @@ def test_arms_that_are_the_same_program_are_there_once(networks):
     arms = arms_of(KINDS, range(DEPTH + 1), DEPTH)
     names = [arm.name for arm in arms]
     assert names[:2] == ["scratch", "finetune"]
-    assert len(names) == len(set(names)) == 2 + 4 + 3 + 3 + 4 + 5 * 3
+    assert names[-1] == "zero-shot"
+    assert len(names) == len(set(names)) == 2 + 4 + 3 + 3 + 4 + 5 * 3 + 1
     found = {}
     for arm in arms:
         keep, freeze = bits(arm, *networks, seed=0)
@@ -132,6 +134,7 @@ def test_arms_that_are_the_same_program_are_there_once(networks):
         (["frozen+rest"], [0], ["finetune"]),
         (["truncated", "frozen+rest", "least"], [4], ["frozen@4"]),
         (["truncated"], [0], ["truncated@0"]),
+        (["zero-shot"], [0, 2], ["zero-shot"]),
     ],
 )
 def test_arms_at_the_ends_have_their_common_name(kinds, cuts, wanted):

@@ -86,3 +86,13 @@ def test_a_study_of_all_domains_is_one_directory(features, path, tmp_path):
     assert last["finetune"] > 0.8
     assert set(table["task"]) == {task.name for task in study.tasks}
     assert {"blobs-art", "blobs-photo", "blobs-sketch"} == study.about()["chance"].keys()
+    whole, task = table[table["arm"] == "zero-shot"], study.tasks[1]
+    assert (whole.groupby(["task", "repeat"])["accuracy"].nunique() == 1).all()  # at every amount and checkpoint
+    after, network = study.finetuning(task), NETWORKS.outline(study.pretraining(task)).to_empty(device="cpu")
+    for repeat, (_, params) in study.networks_of(task).items():
+        network.load_state_dict(params)
+        right = network(after.test_inputs).argmax(1) == after.test_labels
+        own = whole[(whole["task"] == task.name) & (whole["repeat"] == repeat)]
+        assert own["accuracy"].iloc[0] == pytest.approx(right.double().mean().item())
+    report = " ".join(study.write().split())
+    assert "blobs-photo: EXPLORATORY, the pretrained network as it is (zero-shot) has" in report

@@ -83,7 +83,9 @@ def test_layers_are_probed_once_and_the_claim_about_them_is_stated(transfer, tmp
 
 def test_defaults_are_those_that_suit_the_task(tmp_path):
     study = make_study(directory=tmp_path / "digits")
-    assert {arm.kind for arm in study.arms} == set(KINDS)
+    assert {arm.kind for arm in study.arms} == {*KINDS} - {"zero-shot"}
+    with pytest.raises(InputError, match="'zero-shot' keeps the head, and the classes of digits are others"):
+        make_study(kinds=["zero-shot"], directory=tmp_path / "digits")
     assert {arm.cut for arm in study.arms} == {0, 2, 4, 6}
     assert (len(study.repeats), study.amounts, study.settings.checkpoints) == (
         20,

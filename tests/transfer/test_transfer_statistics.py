@@ -54,6 +54,17 @@ def test_the_second_family_is_corrected_by_itself(found):
     assert family["p_holm"].max() == pytest.approx(6 * family["p"].min())
 
 
+def test_what_images_of_the_new_domain_are_worth_is_measured_against_the_pretrained_network():
+    others = {"zero-shot": (-0.1, (3,))}  # than frozen@3: 0.60, 0.65 and 0.70
+    found = tables(common_table(others=others, sd=1e-4))["zero_shot"]
+    assert found["contrast"].tolist()[:3] == [f"scratch − zero-shot, {share} %" for share in ("1", "10", "100")]
+    assert found["baseline_mean"].to_numpy() == pytest.approx([0.6, 0.65, 0.7] * 2, abs=1e-3)
+    assert found["mean"].to_numpy() == pytest.approx([0, 0.15, 0.26, 0.21, 0.26, 0.27], abs=1e-3)
+    assert (found["low"] < found["mean"]).all()
+    assert (found["repeats"] == 12).all()
+    assert "zero_shot" not in tables(common_table())
+
+
 def test_truncating_is_judged_below_the_depth(found):
     assert found["truncation"]["cut"].unique().tolist() == [1, 2]  # finetune says that there are three layers
     assert found["truncation"]["noninferior"].eq("no worse by more than 1 point").all()
