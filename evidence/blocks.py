@@ -418,9 +418,10 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     averages = tables["accuracy"][tables["accuracy"]["holdout"] == AVERAGE].set_index("algorithm")
     means = averages["mean"][averages["n"] == averages["n"].max()]  # on fewer seeds, a mean is of other splits
     best = means.idxmax()
+    where = f"{100 * means[best]:.1f} %{', exploratory' * best.startswith(CONTROLS)}"
     found.append(
         f"Head, biases and norms alone have {100 * means['head']:.1f} %, ERM {100 * means['erm']:.1f} %; "
-        f"of the arms on all seeds {best} has the best mean ({100 * means[best]:.1f} %)."
+        f"of the arms on all seeds {best} has the best mean ({where})."
     )
     return found + edge_sentences(tables["rates"], "learning rates")
 

@@ -430,7 +430,7 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
         index="layer", columns="criterion", values="share"
     )
     shares = (100 * shares.loc[list(dict.fromkeys(tables["layers"]["layer"])), list(CRITERIA)]).round(1)
-    densities = by_density(tables["densities"], ALL, "columns kept")
+    densities = columns_shown(tables["densities"])
     lines = [
         "Importance of features: which columns of the ViT's layers carry over to a new domain?",
         "",
@@ -449,6 +449,11 @@ def report(tables: Mapping[str, pd.DataFrame], run: Run) -> str:
         *section("C that was chosen (and the best layer)", chosen_shown(tables["chosen"])),
     ]
     return "\n".join(lines) + "\n"
+
+
+def columns_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A `densities_table` for reading."""
+    return by_density(table, ALL, "columns kept")
 
 
 def column_sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:

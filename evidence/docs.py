@@ -17,6 +17,7 @@ import pandas as pd
 
 from config import InputError
 from evidence.blocks import controls_shown, decaying_shown, densities_shown, rates_shown, sentences
+from evidence.columns import column_sentences, columns_shown
 from evidence.confirmation import confirmation_sentence
 from evidence.form_tables import forms_wide, starts_shown
 from evidence.form_tables import sentences as form_sentences
@@ -162,7 +163,10 @@ def results_tables(root: str | Path) -> dict[str, str]:
         "splits": _splits(study["splits"]),
         "study-findings": "\n".join(paragraph(text, "- ") for text in summary(study, epochs)),
         "arms": _accuracies(study["accuracy"]),
-    } | {**_blocks_tables(reference / "blocks"), **_forms_tables(reference)}
+        **_blocks_tables(reference / "blocks"),
+        **_columns_tables(reference / "columns"),
+        **_forms_tables(reference),
+    }
 
 
 def benchmark_tables(root: str | Path) -> dict[str, str]:
@@ -208,6 +212,19 @@ def _blocks_tables(folder: Path) -> dict[str, str]:
         "blocks-accuracy": _accuracies(tables["accuracy"]),
         "blocks-densities": markdown_table("lrrrr", [*densities], densities.to_numpy()),
         "blocks-rates": markdown_table("l" + "r" * (rates.shape[1] - 1), [*rates], rates.to_numpy()),
+    }
+
+
+def _columns_tables(folder: Path) -> dict[str, str]:
+    """What the importance of features says: name -> Markdown."""
+    tables = {path.stem: pd.read_csv(path) for path in folder.glob("*.csv")}
+    contrasts, densities = (
+        shown.reset_index() for shown in (family_shown(tables["contrasts"]), columns_shown(tables["densities"]))
+    )
+    return {
+        "columns-finding": "\n".join(paragraph(text, "- ") for text in column_sentences(tables)),
+        "columns-contrasts": markdown_table("lrrrl", [*contrasts], contrasts.to_numpy()),
+        "columns-densities": markdown_table("lrrrr", [*densities], densities.to_numpy()),
     }
 
 

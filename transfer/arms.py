@@ -78,7 +78,7 @@ def arms_of(kinds: Iterable[str], cuts: Iterable[int], depth: int) -> tuple[CutA
 
     `frozen`, `warm` and every weight-wise arm at cut 0 are `scratch`; `frozen+rest` at 0 and `warm` at `depth` are
     `finetune`; `frozen+rest`, `truncated` and every weight-wise arm at `depth` are `frozen`. Truncating at 0 leaves a
-    linear classifier on the inputs.
+    linear classifier on the inputs. `zero-shot` has no cut.
 
     Raises:
         InputError: an unknown kind, or a cut outside 0 … `depth`.

@@ -1,7 +1,8 @@
 """The transfer study on features: pretrain the package's classifier on some domains, fine-tune it on another.
 
-Cuts are the hidden layers of `FeedforwardClassifier`. Classes are the same on both sides, but the head is fresh all the
-same, as it is for new classes. A split is fixed: of each domain and class 80 % to train on, 20 % to test on.
+Cuts are the hidden layers of `FeedforwardClassifier`. Classes are the same on both sides, but in every arm except
+`zero-shot` the head is fresh all the same, as it is for new classes. A split is fixed: of each domain and class 80 % to
+train on, 20 % to test on.
 """
 
 from collections.abc import Callable, Sequence

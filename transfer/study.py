@@ -150,11 +150,16 @@ class TransferStudy:
         for task in self.tasks:
             before = [task.source.class_names[c] for c in task.source_classes]
             after = [task.target.class_names[c] for c in task.target_classes]
-            if before != after or self.pretrained is not None:
+            if before != after:
                 raise InputError(
                     f"The arm '{ZERO_SHOT}' keeps the head, and the classes of {task.name} are others than those that "
                     "were pretrained on: leave it out."
                 )
+        if self.pretrained is not None:
+            raise InputError(
+                f"The arm '{ZERO_SHOT}' keeps the head, and --pretrained does not say which classes its head has: "
+                "leave out one of them."
+            )
 
     @cached_property
     def facts(self) -> dict[str, object]:

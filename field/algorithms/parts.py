@@ -78,16 +78,19 @@ def adam(
     Args:
         gradient: by name, for at least the names of `params`.
         state: of `adam_state` or the last step.
-        learning_rate: a number, or a scalar tensor, as the others.
+        learning_rate: a number, or a scalar tensor, as the others; or a tensor of one rate for each number ``[P]``.
         weight_decay: L2, added to the gradient.
         betas: decay of the two moments.
+
+    Raises:
+        NotImplementedError: the step is differentiated.
     """
     old, g = flatten(params), flatten({name: gradient[name] for name in params})
     if not is_zero(weight_decay):
         g = g + weight_decay * old
     count = state["count"] + 1
     factors = (each for beta in betas for each in (beta, 1 - beta, 1 - beta**count))
-    given = (value.reshape(-1) if isinstance(value, Tensor) else value for value in (*factors, learning_rate))
+    given = (value.reshape(-1).to(old) if isinstance(value, Tensor) else value for value in (*factors, learning_rate))
     new, mean, square = _AdamStep.apply(old, g, state["mean"], state["square"], *given)
     return unflatten(new, params), {"mean": mean, "square": square, "count": count}
 
