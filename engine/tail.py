@@ -204,7 +204,7 @@ class ClsShortcut:
 def normalization(tokens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A layer norm without its affine part as numbers of each token: ``[*, D]`` -> a, c ``[*]``, X̂ = a X + c.
 
-    No tensor of the size of the tokens is made: on a busy CPU, its memory takes longer than all other steps.
+    No tensor of the size of the tokens is made: its memory would take longer than the arithmetic.
     """
     mean = tokens.mean(-1)
     variance = torch.linalg.vector_norm(tokens, dim=-1).square() / tokens.shape[-1] - mean.square()
