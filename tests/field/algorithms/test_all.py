@@ -201,47 +201,6 @@ def test_adam_is_torchs():
         assert torch.allclose(leaf, value, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("piece", [1, 20, 10**6])
-@pytest.mark.parametrize("differing", [False, True])
-def test_adam_is_the_same_for_a_stack_within_stacks_and_in_pieces(piece, differing, monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    start, g = ({"a": torch.randn(4, 3, 2, generator=draw), "b": torch.randn(4, 1, generator=draw)} for _ in range(2))
-    rates, decays, betas = (torch.rand(4, generator=draw) for _ in range(3))
-
-    def trained(params, gradient, rate, decay, beta):
-        state = adam_state(params)
-        for _ in range(3):
-            params, state = adam(params, gradient, state, rate, decay, betas=(beta, 0.9))
-        return params["a"], params["b"]
-
-    def twice(params, gradient, *rest):  # for two gradients, a stack within each network
-        both = {name: torch.stack([value, -3 * value]) for name, value in gradient.items()}
-        return torch.func.vmap(lambda own: trained(params, own, *rest))(both)
-
-    given = (rates, decays, betas) if differing else (0.01, 0.1, 0.5)
-    alone = []
-    for s in range(4):
-        own = ({name: value[s] for name, value in part.items()} for part in (start, g))
-        alone.append(trained(*own, *(value[s] if differing else value for value in given)))
-    monkeypatch.setattr("field.algorithms.parts.PIECE_FLOATS", piece)
-    dims = (0, 0, *(0 if differing else None for _ in given))
-    stacked, within = (torch.func.vmap(each, in_dims=dims)(start, g, *given) for each in (trained, twice))
-    for i in range(2):
-        wanted = torch.stack([values[i] for values in alone])
-        assert torch.equal(stacked[i], wanted)
-        assert torch.equal(within[i][:, 0], wanted)
-
-
-def test_a_step_of_adam_in_a_loss_is_refused():
-    params = {"a": torch.ones(3)}
-
-    def loss(own):
-        return adam(own, {"a": torch.ones(3)}, adam_state(own), 0.1)[0]["a"].sum()
-
-    with pytest.raises(NotImplementedError, match="cannot be differentiated"):
-        torch.func.grad(loss)(params)
-
-
 def test_the_classifier_is_the_projects(methods):
     of, params, x = methods.setup(), methods.one_network(), methods.one_batch().features
     template = FeedforwardClassifier(of.features, of.classes, (6, 5, 4)).double()
