@@ -30,12 +30,13 @@ IMAGES = ("VIT_MODEL", "POOLING", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BAT
 MACHINE = ("DEVICE", "THREADS")
 TRAINED_ON = (*MACHINE, "SCHEDULER")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
+TAIL = ("TRAINED_BLOCKS", "BACKBONE_LEARNING_RATE")
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
     "columns": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", *TRAINED_ON),
     "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "features": ("DATA_ROOT", *IMAGES, "TRAINED_BLOCKS", *MACHINE),
     "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
-    "transfer": (*TRANSFER, "HIDDEN_SIZES", "RESULTS_DIR", *TRAINED_ON),
+    "transfer": (*TRANSFER, "DATA_ROOT", *IMAGES, *TAIL, "HIDDEN_SIZES", "RESULTS_DIR", *TRAINED_ON),
     "export-domainbed": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "import-domainbed": (),
     "export-original": ("RESULTS_DIR",),
@@ -489,10 +490,11 @@ def _shared_options(command: str, add: Callable) -> None:
         add("--overwrite", action="store_true", help="delete the results that are there first")
         if command != "columns":
             add("--strict", action="store_true", help="stop at the first network that fails")
-    if command in (*TRAINING, "features"):
+    if command in (*TRAINING, "features", "transfer"):
         where = "folder of domain folders of class folders of images, or of Parquet files"
         add("--data-root", metavar="DIR", help=where)
         add("--vit-model", metavar="ID_OR_DIR", help=f"default {config.VIT_MODEL}")
+    if command in (*TRAINING, "features"):
         add("--verify", action="store_true", help="read all image files again, trust no time stamp")
     if command in (*TRAINING, "transfer"):
         add("--scheduler", metavar="ADDRESS", help="train on the Dask cluster of this scheduler, as tcp://HOST:8786")

@@ -14,7 +14,16 @@ from engine.data import (
 from engine.functional import Batch, FunctionalEngine, Validation
 from engine.gradients import PathRecorder, loss_gradients
 from engine.logistic import Linear, fit_linear
-from engine.loop import Engine, Trained, TrainingFailedError, classify, failure_reason, raise_failure, train
+from engine.loop import (
+    Engine,
+    Trained,
+    TrainingFailedError,
+    classify,
+    failure_reason,
+    raise_failure,
+    rows_at_a_time,
+    train,
+)
 from engine.machine import (
     check_memory,
     choose_device,
@@ -28,7 +37,7 @@ from engine.machine import (
 from engine.networks import fit_probes, logistic_regression, make_engine, network_start, random_start
 from engine.pure import PureNetwork
 from engine.stack import FlatAdam, MatmulEngine, Params, Rates
-from engine.tail import BlockMatrix, ClsShortcut, TailEngine, block_matrices
+from engine.tail import BlockMatrix, ClsShortcut, Half, TailEngine, block_matrices, tail_halves
 from engine.workers import side_by_side, stacks_at_a_time
 
 __all__ = [
@@ -40,6 +49,7 @@ __all__ = [
     "Engine",
     "FlatAdam",
     "FunctionalEngine",
+    "Half",
     "Linear",
     "MatmulEngine",
     "Network",
@@ -72,8 +82,10 @@ __all__ = [
     "raise_failure",
     "random_start",
     "rank",
+    "rows_at_a_time",
     "side_by_side",
     "stacks_at_a_time",
+    "tail_halves",
     "train",
     "training_memory",
     "training_order",

@@ -40,6 +40,7 @@ ROLES = {  # role in a pre-norm block -> what implementations call the module
     "scale2": ("layer_scale2",),
 }
 OPTIONAL = ("scale1", "gate", "scale2")
+MLP = ("norm2", "gate", "in", "out", "scale2")  # the other roles are attention's
 ACTIVATIONS = ("mlp.activation_fn", "mlp.act_fn", "intermediate.intermediate_act_fn")
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 TOLERANCE = 1e-9  # of the shortcut's features, relative to the largest, in float64
@@ -73,6 +74,38 @@ def block_matrices(tail: BackboneTail) -> list[BlockMatrix]:
         known.get(name) or BlockMatrix(int(number), module.removesuffix(".weight"), None)
         for name, (_, number, module) in parts.items()
     ]
+
+
+@dataclass(frozen=True)
+class Half:
+    """Attention or MLP of a block, with the norm before it: what it gives is added to what it was given.
+
+    Attributes:
+        names: of its parameters in a `BackboneTail`.
+        matrices: those of `names` that are tracked.
+        last: those of the linear layer that it ends with: where they are 0 it adds nothing; none where it is not known.
+    """
+
+    names: tuple[str, ...]
+    matrices: tuple[str, ...]
+    last: tuple[str, ...]
+
+
+def tail_halves(tail: BackboneTail) -> list[Half]:
+    """Two of each block, first to last; a block that does not say what its modules do is one."""
+    found = []
+    for number, block in enumerate(tail.blocks):
+        names = [f"blocks.{number}.{name}" for name, _ in block.named_parameters()]
+        roles = {role: f"blocks.{number}.{name}." for role, name in _roles(block).items()}
+        if roles.keys() >= ROLES.keys() - {*OPTIONAL}:
+            mlp = [name for name in names if name.startswith(tuple(roles[role] for role in MLP if role in roles))]
+            parts = ([name for name in names if name not in mlp], roles["output"]), (mlp, roles["out"])
+        else:
+            parts = ((names, None),)
+        for own, last in parts:
+            ends = tuple(name for name in own if last is not None and name.startswith(last))
+            found.append(Half(tuple(own), tuple(name for name in own if name in tail.tracked_names), ends))
+    return found
 
 
 def _roles(block: nn.Module) -> dict[str, str]:

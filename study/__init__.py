@@ -5,7 +5,17 @@ Figures are in `study.figures`, which imports matplotlib and is therefore not im
 
 import storage  # noqa: F401 - first: it says if a module of another project hides one of this
 from study.archive import Archive, SavedNetworks, load_networks
-from study.controls import BOTH_STARTS, CONTROLS, ERM, IMPORTANCE, Arm, MaskSource, permuted_mask, random_layer_mask
+from study.controls import (
+    BOTH_STARTS,
+    CONTROLS,
+    ERM,
+    IMPORTANCE,
+    Arm,
+    MaskSource,
+    permuted_mask,
+    permuted_matrices,
+    random_layer_mask,
+)
 from study.masks import densities, expected_overlap, layer_statistics, overlap, overlap_table, statistics_table
 from study.predict import predict_images
 from study.records import SELECTIONS, Counted, make_records
@@ -72,6 +82,7 @@ __all__ = [
     "overlap_table",
     "paired_differences",
     "permuted_mask",
+    "permuted_matrices",
     "predict_images",
     "random_layer_mask",
     "statistics_table",

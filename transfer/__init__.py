@@ -6,6 +6,7 @@ inside, `transfer.arms` says what an arm keeps, and `transfer.training` trains a
 
 import storage  # noqa: F401 - first: it says if a module of another project hides one of this
 from transfer.arms import KINDS, CutArm, arms_of
+from transfer.blocks import TailNetworks
 from transfer.convnet import ConvClassifier, load_original
 from transfer.docs import transfer_tables
 from transfer.features import FeatureNetworks, FeatureTask, feature_tasks
@@ -30,6 +31,7 @@ __all__ = [
     "ImageSet",
     "OriginalSettings",
     "OriginalStudy",
+    "TailNetworks",
     "Task",
     "TransferSettings",
     "TransferStudy",

@@ -30,6 +30,7 @@ moved least). Biases follow the layers in these arms as well: those below the cu
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from torch import Tensor
 from config import InputError
 from engine import Params, generator
 from importance import top_k_mask, weight_importance
-from study import random_layer_mask
+from study import permuted_matrices, random_layer_mask
 
 LAYER_WISE = ("scratch", "finetune", "frozen", "frozen+rest", "warm", "truncated")
 WEIGHT_WISE = ("moved", "random", "random_layer", "permuted", "least")
@@ -102,49 +103,78 @@ def _same(arm: CutArm, depth: int) -> CutArm:
     return CutArm("frozen", depth) if cut == depth else arm
 
 
+class Layer(NamedTuple):
+    """Names of the parameters of a layer: of a cut, the next step."""
+
+    weights: tuple[str, ...]  # matrices, which weight-wise arms choose from
+    others: tuple[str, ...]  # biases and the like, which follow the layer in every arm
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.weights + self.others
+
+
 def layers_of(params: Iterable[str]) -> list[tuple[str, str]]:
     """Names of weight and bias of each layer, first to last, the head last; `params` are names in this order."""
     names = list(params)
     return list(zip(names[::2], names[1::2], strict=True))
 
 
-def bits(arm: CutArm, start: Params | None, pretrained: Params, seed: int) -> tuple[Params, Params]:
+def chain(params: Iterable[str]) -> list[Layer]:
+    """The same as layers of a weight and a bias each."""
+    return [Layer((weight,), (bias,)) for weight, bias in layers_of(params)]
+
+
+def bits(
+    arm: CutArm,
+    start: Params | None,
+    pretrained: Params,
+    seed: int,
+    layers: Sequence[Layer] | None = None,
+    chained: bool = True,
+) -> tuple[Params, Params]:
     """What an arm keeps and what it freezes of one pretrained network.
 
     Args:
         start: parameters before pretraining; needed by `NEED_START` alone.
-        pretrained: parameters after it, name -> tensor: weight and bias of each layer in turn, the head last.
+        pretrained: parameters after it, name -> tensor.
         seed: of the random arms.
+        layers: of the network, the head last; default `chain`.
+        chained: whether each layer's outputs are the next one's inputs, so that `permuted` can rename the units between
+            them; else it permutes the rows and columns of each matrix.
 
     Returns:
         (keep, freeze): name -> bool, shaped as the parameters; what is frozen is also kept.
     """
-    *layers, head = layers_of(pretrained)
+    *layers, head = chain(pretrained) if layers is None else layers
     whole = len(layers)
     kept = {"scratch": 0, "finetune": whole, "frozen+rest": whole, ZERO_SHOT: whole}.get(arm.kind, arm.cut)
     frozen = {"scratch": 0, "finetune": 0, "warm": 0, ZERO_SHOT: whole}.get(arm.kind, arm.cut)
     keep, freeze = (
         {
             name: torch.full_like(pretrained[name], i < below, dtype=torch.bool)
-            for i, pair in enumerate(layers)
-            for name in pair
+            for i, layer in enumerate(layers)
+            for name in layer.names
         }
         for below in (kept, frozen)
     )
     if arm.kind in WEIGHT_WISE:
-        mask = _marked(arm, start, pretrained, [weight for weight, _ in layers], seed)
+        mask = _marked(arm, start, pretrained, layers, seed, chained)
         keep, freeze = keep | mask, freeze | mask
-    of_head = {name: torch.full_like(pretrained[name], arm.kind == ZERO_SHOT, dtype=torch.bool) for name in head}
+    of_head = {name: torch.full_like(pretrained[name], arm.kind == ZERO_SHOT, dtype=torch.bool) for name in head.names}
     return keep | of_head, freeze | of_head
 
 
 def _marked(
-    arm: CutArm, start: Params | None, pretrained: Params, names: Sequence[str], seed: int
+    arm: CutArm, start: Params | None, pretrained: Params, layers: Sequence[Layer], seed: int, chained: bool
 ) -> dict[str, Tensor]:
     """The weights that a weight-wise arm keeps: name -> bool."""
+    names = [name for layer in layers for name in layer.weights]
     final = [pretrained[name].flatten(1) for name in names]  # [out, in · kernel]
     size = sum(map(torch.numel, final))
-    percent = 100 * sum(weight.numel() for weight in final[: arm.cut]) / size
+    below = [name for layer in layers[: arm.cut] for name in layer.weights]
+    percent = 100 * sum(pretrained[name].numel() for name in below) / size
     stream = f"transfer/{arm.cut}"
     if arm.kind == "random":
         order = torch.rand(size, generator=generator(seed, "random_mask", stream), dtype=torch.float64)
@@ -158,8 +188,12 @@ def _marked(
     mask = top_k_mask(scores, percent)
     if arm.kind == "random_layer":
         mask = random_layer_mask(seed, stream, mask)
+    if arm.kind == "permuted" and not chained:
+        mask = permuted_matrices(seed, stream, mask)
     shaped = {name: layer.view_as(pretrained[name]) for name, layer in zip(names, mask, strict=True)}
-    return renamed_units(shaped, generator(seed, "permuted_mask", stream)) if arm.kind == "permuted" else shaped
+    if arm.kind == "permuted" and chained:
+        return renamed_units(shaped, generator(seed, "permuted_mask", stream))
+    return shaped
 
 
 def renamed_units(mask: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The transfer study on features: pretrain the package's classifier on some domains, fine-tune it on another.
 
-Cuts are the hidden layers of `FeedforwardClassifier`. Classes are the same on both sides, but in every arm except
-`zero-shot` the head is fresh all the same, as it is for new classes. A split is fixed: of each domain and class 80 % to
-train on, 20 % to test on.
+Cuts are the hidden layers of `FeedforwardClassifier`; on tokens, `transfer.blocks` has the network. Classes are the
+same on both sides, but in every arm except `zero-shot` the head is fresh all the same, as it is for new classes. A
+split is fixed: of each domain and class 80 % to train on, 20 % to test on.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import split
-from engine import MatmulEngine, Params
+from engine import MatmulEngine, Params, TailEngine, rows_at_a_time
 from features import bundled_features, load_features
 from models import FeedforwardClassifier
 from storage import FeatureSet
 from transfer.arms import CutArm
 from transfer.images import TEST_FRACTION, Examples
+from transfer.networks import Chain
 
 SPLIT_SEED = 0
 
@@ -73,18 +74,55 @@ class FeatureTask:
         data = self.features
         names = data.domain_names, data.class_names
         inside = split(data.files, data.labels, data.domains, *names, SPLIT_SEED, TEST_FRACTION)
-        parts = [(data.features[part].float(), data.labels[part]) for part in (rows & inside, rows & ~inside)]
+        parts = [(self._inputs(part), data.labels[part]) for part in (rows & inside, rows & ~inside)]
         return Examples(*parts[0], *parts[1], len(data.class_names))
 
+    def _inputs(self, rows: Tensor) -> "Tensor | TokenRows":
+        if self.features.tokens is None:
+            return self.features.features[rows].float()
+        return TokenRows(self.features.tokens, rows.nonzero().squeeze(1))
 
-def feature_tasks(data: str | Path | None = None) -> list[FeatureTask]:
-    """A task for each domain of a feature file; default the bundled features."""
-    features = bundled_features() if data is None else load_features(data)
-    return [FeatureTask(features, holdout) for holdout in features.domain_names]
+
+class TokenRows:
+    """Tokens of some images as `images.Examples` has them, read from the disk when they are asked for.
+
+    Args:
+        tokens: of all images, ``[N, T, D]``, as they are stored.
+        rows: the images, int64 ``[n]``.
+    """
+
+    dtype = torch.float32  # of what is read
+
+    def __init__(self, tokens: Tensor, rows: Tensor):
+        self.tokens, self.rows, self.shape = tokens, rows, torch.Size([len(rows), *tokens.shape[1:]])
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.tokens.device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
+        return self.tokens[self.rows[rows]].to(self.dtype)
+
+    def to(self, device: torch.device | str) -> "TokenRows":
+        """Theirs alone on another device; where they are already, themselves."""
+        if self.device == torch.device(device):
+            return self
+        return TokenRows(self.tokens[self.rows].to(device), torch.arange(len(self.rows), device=device))
+
+
+def feature_tasks(data: FeatureSet | str | Path | None = None) -> list[FeatureTask]:
+    """A task for each domain of features or of a file of them; default the bundled features."""
+    if not isinstance(data, FeatureSet):
+        data = bundled_features() if data is None else load_features(data)
+    return [FeatureTask(data, holdout) for holdout in data.domain_names]
 
 
 @dataclass(frozen=True)
-class FeatureNetworks:
+class FeatureNetworks(Chain):
     """Networks of `FeedforwardClassifier`, see `networks.Networks`."""
 
     hidden_sizes: tuple[int, ...]
@@ -121,16 +159,35 @@ class FeatureNetworks:
         tick: Callable[[], object] = lambda: None,
     ) -> tuple[Params, Tensor]:
         """As `training.train_stack`, by the engine of the package's own study."""
-        engine = MatmulEngine(start, learning_rate)
-        rates = {name: (~frozen).to(examples.inputs) for name, frozen in freeze.items() if frozen.any()}
-        classes, counts = F.one_hot(examples.test_labels, examples.classes).double(), []
-        for first, last in pairwise((0, *checkpoints)):
-            for update in range(first, last):
-                rows = batches[:, update]
-                engine.step(examples.inputs[rows], examples.labels[rows], rates, rows)
-            right = engine.right(examples.test_inputs, examples.test_labels).double() @ classes
-            finite = [value.isfinite().flatten(2).all(-1) for value in engine.params.values()]
-            counts.append(torch.where(torch.stack(finite).all(0)[..., None], right.long(), -1))
-            for _ in range(engine.shape.numel()):
-                tick()
-        return dict(engine.params), torch.stack(counts, 2)
+        return train_engine(MatmulEngine(start, learning_rate), freeze, examples, batches, checkpoints, tick)
+
+
+def train_engine(
+    engine: MatmulEngine | TailEngine,
+    freeze: Params,
+    examples: Examples,
+    batches: Tensor,
+    checkpoints: Sequence[int],
+    tick: Callable[[], object],
+) -> tuple[Params, Tensor]:
+    """Train the networks of an engine and count their right answers, see `training.train_stack`."""
+    rates = {name: (~frozen).to(examples.inputs.dtype) for name, frozen in freeze.items() if frozen.any()}
+    counts = []
+    for first, last in pairwise((0, *checkpoints)):
+        for update in range(first, last):
+            rows = batches[:, update]
+            engine.step(examples.inputs[rows], examples.labels[rows], rates, rows)
+        counts.append(count_right(engine, examples))
+        for _ in range(engine.shape.numel()):
+            tick()
+    return dict(engine.params), torch.stack(counts, 2)
+
+
+def count_right(engine: MatmulEngine | TailEngine, examples: Examples) -> Tensor:
+    """Right answers on the test images by class ``[S, V, classes]``; -1 where a network is not finite."""
+    rows = torch.arange(len(examples.test_labels), device=examples.test_labels.device)
+    parts = rows.split(rows_at_a_time(engine, examples.test_inputs))
+    right = [engine.right(examples.test_inputs[part], examples.test_labels[part]) for part in parts]
+    counts = torch.cat(right, -1).double() @ F.one_hot(examples.test_labels, examples.classes).double()
+    finite = [value.isfinite().flatten(2).all(-1) for value in engine.params.values()]
+    return torch.where(torch.stack(finite).all(0)[..., None], counts.long(), -1)

@@ -1,7 +1,7 @@
-"""What the transfer study trains: small CNNs on images, or the package's own classifier on features.
+"""What the transfer study trains: small CNNs on images, the package's own classifier on features, or blocks of a ViT.
 
-A kind of network says what it looks like for some data and down to some layer, which arms can be trained together, and
-how a stack of them is trained. `features` has the other kind.
+A kind of network says what it looks like for some data and down to some layer, what its layers are and how they begin,
+which arms can be trained together, and how a stack of them is trained. `features` and `blocks` have the other kinds.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from engine import Params
-from transfer.arms import CutArm
+from transfer.arms import CutArm, Layer, chain
 from transfer.convnet import ConvClassifier
 from transfer.images import Examples
-from transfer.training import train_stack
+from transfer.training import draw_start, train_stack
 
 
 class Networks(Protocol):
@@ -23,12 +23,22 @@ class Networks(Protocol):
 
     depth: int  # hidden layers, and so the largest cut
     convolutional: bool  # whether its layers can be probed, see `probes`
+    chained: bool  # see `arms.bits`
 
     def facts(self) -> dict[str, object]:
         """Settings that describe it, by the names of the constants."""
 
     def outline(self, examples: Examples, depth: int | None = None) -> nn.Module:
         """A network for these inputs and classes, without weights (on the meta device); cut short at `depth`."""
+
+    def layers(self, params: Params) -> list[Layer]:
+        """Those of a network with these parameters, first to last, the head last."""
+
+    def draw(self, network: nn.Module, draw: torch.Generator) -> Params:
+        """Fresh parameters of an outline, float32 on the CPU."""
+
+    def cut_short(self, start: Params, freeze: Params, cut: int) -> tuple[Params, Params]:
+        """Start and what is frozen of a truncated network, from those of an outline that was made for that cut."""
 
     def prefix(self, arm: CutArm) -> int:
         """How many first layers to run once per image; arms that are trained together have the same number."""
@@ -48,8 +58,26 @@ class Networks(Protocol):
         """See `training.train_stack`."""
 
 
+class Chain:
+    """Networks of layers of a weight and a bias, each fed by the one before, as far as `Networks` asks."""
+
+    chained: ClassVar[bool] = True
+
+    def layers(self, params: Params) -> list[Layer]:
+        """See `Networks`."""
+        return chain(params)
+
+    def draw(self, network: nn.Module, draw: torch.Generator) -> Params:
+        """PyTorch's own initialization."""
+        return draw_start(network, draw)
+
+    def cut_short(self, start: Params, freeze: Params, cut: int) -> tuple[Params, Params]:
+        """As they are: the outline has no other layers."""
+        return start, freeze
+
+
 @dataclass(frozen=True)
-class ConvNetworks:
+class ConvNetworks(Chain):
     """Networks of `ConvClassifier`."""
 
     channels: int = 16

@@ -8,10 +8,12 @@ from pathlib import Path
 import config
 from config import InputError
 from engine import Params
-from storage import Results
+from features import get_features
+from storage import FeatureSet, Results
 from study import current_execution
 from transfer import original
 from transfer.arms import KINDS, LAYER_WISE, WEIGHT_WISE, arms_of
+from transfer.blocks import TailNetworks
 from transfer.convnet import load_original
 from transfer.features import FeatureNetworks, feature_tasks
 from transfer.images import OWN, Classes, load_task
@@ -21,7 +23,8 @@ from transfer.original_study import OriginalStudy
 from transfer.report import clear
 from transfer.study import TransferSettings, TransferStudy
 
-FEATURES = "features"  # the task that is on a feature file, not on images
+FEATURES = "features"  # the task that is on a feature file or a backbone's images, not on small images
+BLOCKS = "blocks"  # what it is called with TRAINED_BLOCKS
 PROTOCOLS = ("updates", "original")
 REPEATS = 20
 MOST_REPEATS = max(map(original.repeats_of, original.AMOUNTS))  # of the original, with the smallest amounts
@@ -53,6 +56,19 @@ PLANS = {
         learning_rate=3e-3,
     ),
     FEATURES: Plan(KINDS, tuple(range(6)), (0.01, 0.03, 0.1, 0.3, 1.0), 1000, pretraining=2000, batch_size=32),
+    BLOCKS: Plan(KINDS, tuple(range(3)), (0.01, 0.1, 1.0), 300, pretraining=500, batch_size=32),
+}
+OF_FEATURES = {  # settings that are read for the task on features alone
+    "DATA_ROOT",
+    "VIT_MODEL",
+    "POOLING",
+    "FEATURE_LAYERS",
+    "CACHE_DIR",
+    "EXTRACTION_BATCH_SIZE",
+    "EXTRACTION_WORKERS",
+    "TRAINED_BLOCKS",
+    "BACKBONE_LEARNING_RATE",
+    "HIDDEN_SIZES",
 }
 IMAGES = Plan(
     ("scratch", "finetune", "frozen", "truncated"),
@@ -82,8 +98,8 @@ def make_study(
 
     Args:
         task: of `images.PRESETS`; or "features", the package's own classifier on features, each domain held out in
-            turn; or "images", of one's own.
-        data: where its images are, see `images.load_task`; a feature file.
+            turn, and with `TRAINED_BLOCKS` the last blocks of the backbone; or "images", of one's own.
+        data: where its images are, see `images.load_task`; a feature file, unless features are those of `DATA_ROOT`.
         classes: of "images", those to pretrain on and those to fine-tune on.
         protocol: "updates", or "original" for `OriginalStudy`.
         kinds: of arms, see `arms.KINDS`.
@@ -105,10 +121,12 @@ def make_study(
         raise InputError(f"The original has no task '{OWN}': leave --protocol out.")
     if task == FEATURES and classes is not None:
         raise InputError("The classes of features are the same before and after: leave --classes out.")
-    plan, like_original = PLANS.get(task, IMAGES), protocol == "original"
-    tasks = feature_tasks(data) if task == FEATURES else [load_task(task, data, classes)]
+    features = _features(data) if task == FEATURES else None
+    name = BLOCKS if features is not None and features.tokens is not None else task
+    plan, like_original = PLANS.get(name, IMAGES), protocol == "original"
+    tasks = [load_task(task, data, classes)] if features is None else feature_tasks(features)
     state = None if pretrained is None else load_original(pretrained)
-    networks = _networks(plan, task, state, pretrained)
+    networks = _networks(plan, features, state, pretrained)
     about = {
         "network": networks.facts(),
         "pretrained": None if state is None else hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16],
@@ -120,7 +138,7 @@ def make_study(
         cuts = range(networks.depth + 1) if like_original or task == FEATURES else plan.cuts
     amounts = amounts or (original.AMOUNTS if like_original else plan.amounts)
     repeats = repeats or range(MOST_REPEATS if like_original else REPEATS)
-    folder = f"{task}_original" if like_original else task
+    folder = f"{task}_original" if like_original else name
     results = Results(Path(config.RESULTS_DIR) / "transfer" / folder if directory is None else directory)
     given = tasks, networks, settings, results, arms_of(kinds, cuts, networks.depth), amounts, repeats, state
     if overwrite:
@@ -129,9 +147,21 @@ def make_study(
     return (OriginalStudy if like_original else TransferStudy)(*given, current_execution())
 
 
-def _networks(plan: Plan, task: str, state: Params | None, pretrained: str | Path | None) -> Networks:
+def _features(data: str | Path | None) -> FeatureSet:
+    """Of a file, or of images, with tokens if blocks are trained."""
+    config.refuse_whole_model("transfer")
+    if data is not None and config.DATA_ROOT is not None:
+        raise InputError("--data and --data-root exclude each other: features or images, not both.")
+    if config.TRAINED_BLOCKS and config.SCHEDULER is not None:
+        raise InputError("transfer trains blocks on this machine alone: leave out --scheduler.")
+    return get_features(config.DATA_ROOT, data)
+
+
+def _networks(plan: Plan, features: FeatureSet | None, state: Params | None, pretrained: str | Path | None) -> Networks:
     """What is trained; with a pretrained network, others of its shape."""
-    if task == FEATURES:
+    if features is not None and features.tokens is not None:
+        return TailNetworks.of(features, config.BACKBONE_LEARNING_RATE)
+    if features is not None:
         return FeatureNetworks(tuple(config.HIDDEN_SIZES))
     if state is None:
         return ConvNetworks(config.TRANSFER_CHANNELS or plan.channels, DEPTH)
@@ -153,7 +183,10 @@ def _settings(plan: Plan, about: dict[str, object]) -> TransferSettings:
 
 def without_effect(task: str, protocol: str) -> set[str]:
     """Settings that a task or protocol does not use, of those that the command knows."""
-    unused = {"TRANSFER_CHANNELS"} if task == FEATURES else {"HIDDEN_SIZES"}
+    if task == FEATURES:
+        unused = {"TRANSFER_CHANNELS", "HIDDEN_SIZES" if config.TRAINED_BLOCKS else "BACKBONE_LEARNING_RATE"}
+    else:
+        unused = OF_FEATURES
     if protocol == "original":
-        unused |= {f"TRANSFER_{name}" for name in ("UPDATES", "PRETRAINING", "BATCH_SIZE", "LEARNING_RATE")}
+        unused = unused | {f"TRANSFER_{name}" for name in ("UPDATES", "PRETRAINING", "BATCH_SIZE", "LEARNING_RATE")}
     return unused

@@ -34,7 +34,7 @@ from transfer.images import Examples, Task, nested_rows
 from transfer.networks import Networks
 from transfer.probes import FILE, probe_layers, read_probes
 from transfer.tables import long_table
-from transfer.training import CACHE_BYTES, draw_batches, draw_start
+from transfer.training import CACHE_BYTES, draw_batches
 
 CHECKPOINTS = (50, 100, 200, 400, 1000, 2000)  # updates after which accuracy is measured, and after the last
 REPEATS_PER_UNIT = 5  # trained together and written together
@@ -306,7 +306,7 @@ class TransferStudy:
         """Networks of some repeats before and after pretraining, and their accuracy: name -> ``[S, …]``."""
         examples, updates = self.pretraining(task), self.settings.transfer_pretraining
         network = self.networks.outline(examples)
-        starts = [draw_start(network, generator(repeat, "start", "transfer")) for repeat in repeats]
+        starts = [self.networks.draw(network, generator(repeat, "start", "transfer")) for repeat in repeats]
         start = stacked(starts, examples.inputs, 1)
         freeze = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in start.items()}
         rows = [torch.arange(len(examples))] * len(repeats)
@@ -338,7 +338,8 @@ class TransferStudy:
         right = {}
         for (depth, prefix), arms in groups.items():
             network = self.networks.outline(examples, depth)
-            made = [beginning(network, arm, *pretrained[repeat], repeat) for repeat in unit.repeats for arm in arms]
+            runs = [(arm, *pretrained[repeat], repeat) for repeat in unit.repeats for arm in arms]
+            made = [beginning(self.networks, network, *run) for run in runs]
             start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*made, strict=True))
             _, counts = self.networks.train(network, start, freeze, prefix, *given)
             right.update(zip(arms, counts.cpu().unbind(1), strict=True))
@@ -438,7 +439,7 @@ def filled(outline: torch.nn.Module, params: Params) -> torch.nn.Module:
 
 
 def beginning(
-    network: torch.nn.Module, arm: CutArm, before: Params | None, after: Params, repeat: int
+    networks: Networks, network: torch.nn.Module, arm: CutArm, before: Params | None, after: Params, repeat: int
 ) -> tuple[Params, Params]:
     """Where an arm starts and what it freezes, see `arms.bits`.
 
@@ -446,17 +447,19 @@ def beginning(
         network: outline of what is fine-tuned; a truncated one has fewer layers than the pretrained one.
         before, after: parameters of the pretrained network before and after pretraining.
     """
-    fresh = draw_start(network, generator(repeat, "fresh_start", "transfer"))
-    head = () if arm.kind == ZERO_SHOT else layers_of(fresh)[-1]
+    fresh = networks.draw(network, generator(repeat, "fresh_start", "transfer"))
+    layers = networks.layers(fresh)
+    head = () if arm.kind == ZERO_SHOT else layers[-1].names
     known = {name: value if name in head else after[name] for name, value in fresh.items()}
-    keep, freeze = bits(arm, before, known, repeat)
-    return start_of(fresh, known, keep), freeze
+    keep, freeze = bits(arm, before, known, repeat, layers, networks.chained)
+    start = start_of(fresh, known, keep)
+    return networks.cut_short(start, freeze, arm.cut) if arm.kind == "truncated" else (start, freeze)
 
 
 def stacked(params: Sequence[Params], like: Tensor, arms: int) -> Params:
     """Parameters of S · V networks -> name -> ``[S, V, *shape]``, on the device of `like`, floats in its type."""
     found = {name: torch.stack([own[name] for own in params]).unflatten(0, (-1, arms)) for name in params[0]}
-    return {n: v.to(like) if v.is_floating_point() else v.to(like.device) for n, v in found.items()}
+    return {n: v.to(like.device, like.dtype if v.is_floating_point() else v.dtype) for n, v in found.items()}
 
 
 def chunks(repeats: Sequence[int]) -> list[tuple[int, ...]]:

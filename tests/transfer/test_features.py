@@ -60,7 +60,7 @@ def test_every_arm_equals_the_plain_loop(features, depth):
     made = []
     for seed in SEEDS:
         before, after = (draw_start(whole, generator(seed, name)) for name in ("start", "final"))
-        made += [beginning(network, arm, before, after, seed) for arm in arms]
+        made += [beginning(NETWORKS, network, arm, before, after, seed) for arm in arms]
     start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*made, strict=True))
     orders = [draw_batches(torch.arange(72), 16, CHECKPOINTS[-1], generator(seed, "order")) for seed in SEEDS]
     options = examples, torch.stack(orders), CHECKPOINTS, 1e-2

@@ -71,7 +71,7 @@ def test_what_is_kept_and_frozen_is_exactly_what_the_arm_says(study):
     for repeat, (before, after) in made.networks_of(task).items():
         for arm in made.arms:
             network = NETWORKS.outline(examples, arm.cut if arm.kind == "truncated" else None)
-            start, freeze = beginning(network, arm, before, after, repeat)
+            start, freeze = beginning(NETWORKS, network, arm, before, after, repeat)
             keep = bits(arm, before, {name: after.get(name, value) for name, value in start.items()}, repeat)[0]
             for name, value in start.items():
                 if name.startswith("convs."):
