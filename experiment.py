@@ -221,10 +221,14 @@ def import_domainbed(options: argparse.Namespace) -> None:
 
 def export_original(options: argparse.Namespace) -> None:
     from storage import Results
-    from transfer import export_original
+    from transfer import export_clusters, export_original
 
-    for path in export_original(options.directory, Results(options.results_dir)):
-        print(path)
+    if options.data is not None and not options.clusters:
+        raise InputError("--data has no effect without --clusters: leave it out.")
+    results = Results(options.results_dir)
+    written = export_original(options.directory, results)
+    written += export_clusters(options.directory, results, options.data) if options.clusters else []
+    print("\n".join(map(str, written)))
 
 
 def import_original(options: argparse.Namespace) -> None:
@@ -473,6 +477,8 @@ def build_parser() -> Parser:
     add = added["export-original"].add_argument
     add("directory", metavar="DIR", help="gets SET/results/cuts_CLASSES_SETTING.json and baselines_CLASSES.json")
     add("--results-dir", metavar="DIR", required=True, help="of transfer")
+    add("--clusters", action="store_true", help="cluster what each layer gives as well: CLASSES_cluster.json")
+    add("--data", metavar="DIR", help="where the images are, for --clusters")
     add = added["import-original"].add_argument
     add("directory", metavar="DIR", help="with its files cuts_*.json, at any depth")
     add("--output", metavar="DIR", help="write the report and its tables there as well: report.txt, and CSV")

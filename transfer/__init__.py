@@ -13,6 +13,7 @@ from transfer.features import FeatureNetworks, FeatureTask, feature_tasks
 from transfer.images import PRESETS, Examples, ImageSet, Task, find_images, load_images, load_task, nested_rows
 from transfer.networks import ConvNetworks
 from transfer.original import OriginalSettings
+from transfer.original_clusters import export_clusters
 from transfer.original_files import export_original, import_original
 from transfer.original_study import OriginalStudy
 from transfer.plan import make_study, without_effect
@@ -36,6 +37,7 @@ __all__ = [
     "TransferSettings",
     "TransferStudy",
     "arms_of",
+    "export_clusters",
     "export_original",
     "feature_tasks",
     "find_images",

@@ -15,7 +15,7 @@ from transfer.arms import CutArm
 from transfer.convnet import ConvClassifier
 from transfer.images import Task
 from transfer.original import ACCURACIES, KINDS, Cut, Maps, OriginalData, OriginalSettings, hits, pretrain, repeats_of
-from transfer.study import TransferStudy, key_of
+from transfer.study import TransferStudy, file_of, key_of
 
 
 @dataclass
@@ -83,7 +83,7 @@ class OriginalStudy(TransferStudy):
 
     def _pretrain(self, task: Task, repeats: list[int]) -> None:
         """Pretrain the one network, unless it is given or on disk."""
-        name = self._file(task)
+        name = file_of(task.name)
         if self.pretrained is not None or self.results.has("weights", name):
             return
         data = OriginalData.of(self.pretraining(task), self.settings)
@@ -99,7 +99,7 @@ class OriginalStudy(TransferStudy):
         if self.pretrained is not None:
             state = self.pretrained
         else:
-            arrays, _ = self.results.load("weights", self._file(task))
+            arrays, _ = self.results.load("weights", file_of(task.name))
             state = {key.removeprefix("final."): value[0] for key, value in arrays.items() if key.startswith("final.")}
         network = self.networks.outline(self.finetuning(task)).to_empty(device="cpu")
         network.convs.load_state_dict({k.removeprefix("convs."): v for k, v in state.items() if k.startswith("convs.")})

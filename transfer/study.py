@@ -164,13 +164,10 @@ class TransferStudy:
     @cached_property
     def facts(self) -> dict[str, object]:
         """Where the images come from, for headers; no paths."""
-        names = [(task.name, task.source.fingerprint, task.target.fingerprint) for task in self.tasks]
-        classes = [(task.source_classes, task.target_classes) for task in self.tasks]
-        digest = hashlib.sha256(json.dumps([names, classes]).encode()).hexdigest()[:16]
         inputs = self.pretraining(self.tasks[0]).inputs
         return {
             "dataset": ", ".join(task.name for task in self.tasks),
-            "fingerprint": digest,
+            "fingerprint": fingerprint(self.tasks),
             "feature_size": inputs[0].numel(),
             "model": getattr(self.tasks[0], "model", None),
             "counts": {name: counts for task in self.tasks for name, counts in self._counts(task)},
@@ -203,8 +200,7 @@ class TransferStudy:
 
     def rows(self, task: Task, amount: float, repeat: int) -> Tensor | None:
         """Rows of a repeat's subset; None if it would lack a class."""
-        labels = self.finetuning(task).labels.cpu()
-        return nested_rows(labels, amount, generator(repeat, "subset", f"transfer/{task.name}"))
+        return subset(task, self.finetuning(task), amount, repeat)
 
     def amounts_of(self, task: Task) -> list[float]:
         """Amounts that are at least one image per class."""
@@ -263,31 +259,23 @@ class TransferStudy:
                     if arms:
                         yield Unit(task, amount, arms, tuple(r for r in some if lacking[r] == arms))
 
-    def _file(self, task: Task) -> str:
-        return f"pretrained_{task.name}"
-
     def networks_of(self, task: Task) -> Mapping[int, tuple[Params | None, Params]]:
         """Start and final parameters of the pretrained network of each repeat that is on disk."""
         if self.pretrained is not None:
             return dict.fromkeys(self.repeats, (None, self.pretrained))
-        arrays, _ = self.results.load("weights", self._file(task))
-
-        def params(kind: str, i: int) -> Params:
-            return {name.removeprefix(kind): value[i] for name, value in arrays.items() if name.startswith(kind)}
-
-        return {r: (params("start.", i), params("final.", i)) for i, r in enumerate(arrays["seeds"].tolist())}
+        return stored_networks(self.results, task.name)
 
     def pretrained_accuracy(self, task: Task) -> Tensor | None:
         """On the test split of the classes that it was pretrained on, by repeat; None of a network from a file."""
         if self.pretrained is not None:
             return None
-        return self.results.load("weights", self._file(task))[0]["accuracy"]
+        return self.results.load("weights", file_of(task.name))[0]["accuracy"]
 
     def _pretrain(self, task: Task, repeats: Sequence[int]) -> None:
         """Pretrain the networks of these repeats that are not on disk."""
         if self.pretrained is not None:
             return
-        name = self._file(task)
+        name = file_of(task.name)
         if self.results.has("weights", name):
             known = self.results.load("weights", name)[0]["seeds"].tolist()
             repeats = [repeat for repeat in repeats if repeat not in known]
@@ -429,6 +417,33 @@ class TransferStudy:
                 lines[f"Pretrained accuracy of {task.name}"] = f"{spread} on the test images of its own classes"
         depth = {task.name: self.networks.depth for task in self.tasks}
         return lines | {"Settings": settings, "chance": chance, "depth": depth}
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Of the images and classes of tasks, 16 hex digits."""
+    names = [(task.name, task.source.fingerprint, task.target.fingerprint) for task in tasks]
+    classes = [(task.source_classes, task.target_classes) for task in tasks]
+    return hashlib.sha256(json.dumps([names, classes]).encode()).hexdigest()[:16]
+
+
+def subset(task: Task, examples: Examples, amount: float, repeat: int) -> Tensor | None:
+    """Rows of the training images that a repeat fine-tunes on; None if they would lack a class."""
+    return nested_rows(examples.labels.cpu(), amount, generator(repeat, "subset", f"transfer/{task.name}"))
+
+
+def file_of(task: str) -> str:
+    """Name of the file of pretrained networks of a task."""
+    return f"pretrained_{task}"
+
+
+def stored_networks(results: Results, task: str) -> dict[int, tuple[Params, Params]]:
+    """Start and final parameters of the pretrained network of each repeat that is on disk."""
+    arrays, _ = results.load("weights", file_of(task))
+
+    def params(kind: str, i: int) -> Params:
+        return {name.removeprefix(kind): value[i] for name, value in arrays.items() if name.startswith(kind)}
+
+    return {r: (params("start.", i), params("final.", i)) for i, r in enumerate(arrays["seeds"].tolist())}
 
 
 def filled(outline: torch.nn.Module, params: Params) -> torch.nn.Module:
