@@ -12,17 +12,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from config import InputError
-from engine import ClsShortcut, Half, Params, TailEngine, tail_halves
+from engine import ClsShortcut, Half, MatmulEngine, Params, TailEngine, tail_halves
 from models import HEAD, BackboneTail, FeedforwardClassifier
 from storage import FeatureSet
 from transfer.arms import CutArm, Layer
-from transfer.features import train_engine
+from transfer.features import TokenRows, train_engine
 from transfer.images import Examples
 from transfer.training import draw_start
 
 CHECKED_IMAGES = 4  # on which the shortcut must agree with the blocks
+IMAGES_AT_A_TIME = 256  # that are run through frozen layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +100,8 @@ class TailNetworks:
         return start, {name: mask if name in head.names else torch.ones_like(mask) for name, mask in freeze.items()}
 
     def prefix(self, arm: CutArm) -> int:
-        """None: all arms of a repeat share what the shortcut reads of an image."""
-        return 0
+        """All layers where an arm trains none of them; else none, for what is left of a block costs as much."""
+        return self.depth if arm.kind == "truncated" or arm.prefix == self.depth else 0
 
     def train(
         self,
@@ -113,9 +115,55 @@ class TailNetworks:
         learning_rate: float,
         tick: Callable[[], object] = lambda: None,
     ) -> tuple[Params, Tensor]:
-        """As `training.train_stack`, by the engine of trained blocks."""
+        """As `training.train_stack`, by the engines of the package's own study."""
+        if prefix:
+            return self._train_heads(network, start, freeze, examples, batches, checkpoints, learning_rate, tick)
         shape = next(iter(start.values())).shape[:2]
         rates = {name: learning_rate if name.startswith(HEAD) else self.learning_rate for name in start}
         rates = {name: torch.full(shape, rate, dtype=torch.float64) for name, rate in rates.items()}
         engine = TailEngine(network, self.shortcut, start, rates)
         return train_engine(engine, freeze, examples, batches, checkpoints, tick)
+
+    def _train_heads(
+        self,
+        network: BackboneTail,
+        start: Params,
+        freeze: Params,
+        examples: Examples,
+        batches: Tensor,
+        checkpoints: Sequence[int],
+        learning_rate: float,
+        tick: Callable[[], object],
+    ) -> tuple[Params, Tensor]:
+        """The same where the layers of a repeat's arms are frozen and alike: the images are run through them once."""
+        heads = {name.removeprefix(HEAD): value for name, value in start.items() if name.startswith(HEAD)}
+        masks = {name: freeze[f"{HEAD}{name}"] for name in heads}
+        final, counts = {name: torch.empty_like(value) for name, value in heads.items()}, []
+        for s, order in enumerate(batches):
+            rows, numbers = order.unique(return_inverse=True)
+            own = {name: value[s, 0] for name, value in start.items()}
+            every = torch.arange(len(examples.test_labels), device=rows.device)
+            train, test = examples.labels[rows], examples.test_labels
+            of_train = self._features(network, own, examples.inputs, rows)
+            of_test = self._features(network, own, examples.test_inputs, every)
+            seen = Examples(of_train, train, of_test, test, examples.classes)
+            engine = MatmulEngine({name: value[s : s + 1] for name, value in heads.items()}, learning_rate)
+            frozen = {name: mask[s : s + 1] for name, mask in masks.items()}
+            params, right = train_engine(engine, frozen, seen, numbers[None], checkpoints, tick)
+            counts.append(right)
+            for name, value in params.items():
+                final[name][s] = value[0]
+        return start | {f"{HEAD}{name}": value for name, value in final.items()}, torch.cat(counts)
+
+    @torch.no_grad()
+    def _features(self, network: BackboneTail, params: Params, tokens: Tensor | TokenRows, rows: Tensor) -> Tensor:
+        """The last ``[CLS]`` of some of the images ``[n, T, D]``: rows ``[m]`` -> ``[m, D]``."""
+        network, found = network.with_head(torch.nn.Identity()), []
+        params = {name: value for name, value in params.items() if not name.startswith(HEAD)}
+        for part in rows.split(IMAGES_AT_A_TIME):
+            if self.shortcut is None:
+                found.append(functional_call(network, params, (tokens[part],)))
+            else:
+                stack = {name: value[None, None] for name, value in params.items()}
+                found.append(self.shortcut.representation(stack, tokens[part][None])[0, 0])
+        return torch.cat(found)

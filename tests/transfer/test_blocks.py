@@ -88,19 +88,25 @@ def test_layers_are_attention_and_mlp_and_hold_every_parameter_once(networks, ex
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
-@pytest.mark.parametrize("depth", [None, 0, 1])
-def test_every_arm_equals_the_plain_loop(networks, examples, pretrained, depth, shortcut):
+@pytest.mark.parametrize(
+    ("kinds", "cuts", "depth"),
+    [
+        ([kind for kind in KINDS if kind not in ("truncated", "zero-shot")], [1], None),
+        (["frozen", "zero-shot"], [2], None),
+        (["truncated"], [0], 0),
+        (["truncated"], [1], 1),
+    ],
+)
+def test_every_arm_equals_the_plain_loop(networks, examples, pretrained, kinds, cuts, depth, shortcut):
     made = networks if shortcut else replace(networks, shortcut=None)
-    network = made.outline(examples, depth)
-    if depth is None:
-        arms = [arm for arm in arms_of(KINDS, [1, 2], 2) if arm.kind != "truncated"]
-    else:
-        arms = arms_of(["truncated"], [depth], 2)
+    network, arms = made.outline(examples, depth), arms_of(kinds, cuts, 2)
+    (prefix,) = {made.prefix(arm) for arm in arms}
+    assert prefix == (0 if cuts == [1] and depth is None else 2)  # trained together
     begun = [beginning(made, network, arm, *pretrained, seed) for seed in SEEDS for arm in arms]
     start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*begun, strict=True))
     rows = torch.arange(len(examples))
     orders = [draw_batches(rows, 16, CHECKPOINTS[-1], generator(seed, "order")) for seed in SEEDS]
-    params, right = made.train(network, start, freeze, 0, examples, torch.stack(orders), CHECKPOINTS, RATE)
+    params, right = made.train(network, start, freeze, prefix, examples, torch.stack(orders), CHECKPOINTS, RATE)
     for s, order in enumerate(orders):
         for v, arm in enumerate(arms):
             own = [{name: value[s, v] for name, value in values.items()} for values in (start, freeze)]
