@@ -66,7 +66,7 @@ BLOCK_PH1_LEARNING_RATE: float = 1e-4  # Adam; of blocks and classifier
 BLOCK_PH1_DATA: str = "in"  # learning rates are chosen on `out`, so masks must not see it
 BLOCK_SEEDS_PER_CHUNK: int = 1  # seeds trained and written together; these networks are large
 BLOCK_FREEZE_EPOCH: int = 0  # unmarked weights are frozen from the start
-BACKBONE_LEARNING_RATE: float = 1e-4  # Adam, Phase 2; of the blocks' marked weights, biases and norms
+BACKBONE_LEARNING_RATE: float = 1e-4  # Adam, Phase 2; of the blocks' marked weights, biases, norms; of transfer all
 HEAD_START: str = "probe"  # of the classifier: "probe" (logistic regression, as in LP-FT) or "random"
 PROBE_C: float = 0.01  # inverse of the penalty of that regression
 
@@ -82,7 +82,7 @@ TRANSFER_CHANNELS: int | None = None  # of each of the six convolutions
 TRANSFER_PRETRAINING: int | None = None  # updates of pretraining
 TRANSFER_UPDATES: int | None = None  # of fine-tuning, as many for every amount of data
 TRANSFER_BATCH_SIZE: int | None = None  # images per update of both; all there are where these are fewer
-TRANSFER_LEARNING_RATE: float | None = None  # Adam, of both
+TRANSFER_LEARNING_RATE: float | None = None  # Adam, of both; with TRAINED_BLOCKS of the head
 
 # Run
 NUM_SEEDS: int = 10  # seeds 0 … N-1

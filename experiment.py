@@ -30,13 +30,13 @@ IMAGES = ("VIT_MODEL", "POOLING", "FEATURE_LAYERS", "CACHE_DIR", "EXTRACTION_BAT
 MACHINE = ("DEVICE", "THREADS")
 TRAINED_ON = (*MACHINE, "SCHEDULER")
 TRANSFER = tuple(name for name in config.names() if name.startswith("TRANSFER_"))
-TAIL = ("TRAINED_BLOCKS", "BACKBONE_LEARNING_RATE")
+OF_FEATURES = ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "TRAINED_BLOCKS", "BACKBONE_LEARNING_RATE", "HIDDEN_SIZES")
 HONOURED = {  # the settings that a command uses, where these are not all; it refuses the others
     "columns": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "OUT_FRACTION", "NUM_SEEDS", "RESULTS_DIR", *TRAINED_ON),
     "figures": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "features": ("DATA_ROOT", *IMAGES, "TRAINED_BLOCKS", *MACHINE),
     "predict": ("VIT_MODEL", "EXTRACTION_BATCH_SIZE", *MACHINE),
-    "transfer": (*TRANSFER, "DATA_ROOT", *IMAGES, *TAIL, "HIDDEN_SIZES", "RESULTS_DIR", *TRAINED_ON),
+    "transfer": (*TRANSFER, *OF_FEATURES, "RESULTS_DIR", *TRAINED_ON),
     "export-domainbed": ("DATA_ROOT", *IMAGES, "FEATURES_FILE", "RESULTS_DIR", *MACHINE),
     "import-domainbed": (),
     "export-original": ("RESULTS_DIR",),
@@ -159,13 +159,15 @@ def transfer(options: argparse.Namespace) -> None:
     from transfer import make_study, without_effect
 
     for name, (_, typed) in _given(options).items():
-        if name in without_effect(options.task, options.protocol):
+        if name in without_effect(options.task, options.protocol, OF_FEATURES):
             raise InputError(f"{typed} has no effect on {options.task}, protocol '{options.protocol}': leave it out.")
     names = ("classes", "protocol", "kinds", "cuts", "amounts", "repeats", "pretrained", "overwrite")
     choice = {name: getattr(options, name) for name in names} | {"directory": options.results_dir}
     study = make_study(options.task, options.data, **choice)
     for sentence in study.left_out():
         print(sentence, flush=True)
+    if options.probes:
+        study.check_probes()
     study.train()
     if options.probes:
         study.probe()

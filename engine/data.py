@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from logging import getLogger
 from typing import Protocol
 
 import torch
@@ -17,8 +16,6 @@ from dataset import split
 from engine.machine import free_memory
 from engine.tail import ClsShortcut
 from models import BackboneTail, FeedforwardClassifier, WholeBackbone
-
-log = getLogger(__name__)
 
 
 class Images(Protocol):
@@ -36,7 +33,6 @@ class Images(Protocol):
 
 
 Network = FeedforwardClassifier | BackboneTail  # what is trained
-CHECKED_IMAGES = 4  # on which the shortcut must agree with the module
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +101,7 @@ class SplitFeatures:
         """What computes the features of `tail` for whole stacks; None where only the module itself does."""
         if self.tail is None or isinstance(self.tail, WholeBackbone):
             return None
-        found = ClsShortcut.of(self.tail, self.tokens[:CHECKED_IMAGES])
-        if found is None:
-            what = "this kind of block" if len(self.tail.blocks) == 1 else "more than one block"
-            log.info("The shortcut does not cover %s: every network computes the whole block, which is slower.", what)
-        return found
+        return ClsShortcut.where_it_fits(self.tail, self.tokens)
 
     def inside(self, seeds: Sequence[int]) -> Tensor:
         """Whether a row is in the `in` split of each seed: bool ``[S, N]``."""

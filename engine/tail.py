@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from logging import getLogger
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.optim.adam import adam
 from engine.stack import Params, Rates
 from importance import scaled_update
 from models import HEAD, BackboneTail
+
+log = getLogger(__name__)
 
 ROLES = {  # role in a pre-norm block -> what implementations call the module
     "norm1": ("layernorm_before", "norm1", "layer_norm1"),
@@ -43,6 +46,7 @@ OPTIONAL = ("scale1", "gate", "scale2")
 MLP = ("norm2", "gate", "in", "out", "scale2")  # the other roles are attention's
 ACTIVATIONS = ("mlp.activation_fn", "mlp.act_fn", "intermediate.intermediate_act_fn")
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+CHECKED_IMAGES = 4  # on which the shortcut must agree with the module
 TOLERANCE = 1e-9  # of the shortcut's features, relative to the largest, in float64
 ROUNDING = 1e-3  # of normalized tokens, in the float32 that is trained in
 
@@ -83,29 +87,41 @@ class Half:
     Attributes:
         names: of its parameters in a `BackboneTail`.
         matrices: those of `names` that are tracked.
-        last: those of the linear layer that it ends with: where they are 0 it adds nothing; none where it is not known.
+        output: those of the linear layer that it ends with: where they are 0 it adds nothing; none where it is not
+            known.
     """
 
     names: tuple[str, ...]
     matrices: tuple[str, ...]
-    last: tuple[str, ...]
+    output: tuple[str, ...]
 
 
 def tail_halves(tail: BackboneTail) -> list[Half]:
-    """Two of each block, first to last; a block that does not say what its modules do is one."""
+    """Two of each block, first to last; a block that does not say what all its parameters are for is one."""
     found = []
     for number, block in enumerate(tail.blocks):
-        names = [f"blocks.{number}.{name}" for name, _ in block.named_parameters()]
-        roles = {role: f"blocks.{number}.{name}." for role, name in _roles(block).items()}
-        if roles.keys() >= ROLES.keys() - {*OPTIONAL}:
-            mlp = [name for name in names if name.startswith(tuple(roles[role] for role in MLP if role in roles))]
-            parts = ([name for name in names if name not in mlp], roles["output"]), (mlp, roles["out"])
-        else:
-            parts = ((names, None),)
-        for own, last in parts:
-            ends = tuple(name for name in own if last is not None and name.startswith(last))
-            found.append(Half(tuple(own), tuple(name for name in own if name in tail.tracked_names), ends))
+        parts = _halves(block) or [([name for name, _ in block.named_parameters()], None)]
+        for own, output in parts:
+            names = tuple(f"blocks.{number}.{name}" for name in own)
+            ends = () if output is None else tuple(n for n in names if n.startswith(f"blocks.{number}.{output}."))
+            found.append(Half(names, tuple(name for name in names if name in tail.tracked_names), ends))
     return found
+
+
+def _halves(block: nn.Module) -> list[tuple[list[str], str]] | None:
+    """Names of the parameters of attention and of MLP, each with the linear layer that it ends with."""
+    roles, parts = _roles(block), {True: [], False: []}
+    if not roles.keys() >= ROLES.keys() - {*OPTIONAL}:
+        return None
+    inside = {mlp: {roles[role].split(".")[0] for role in roles if (role in MLP) == mlp} for mlp in (True, False)}
+    if inside[True] & inside[False]:
+        return None
+    for name, _ in block.named_parameters():
+        of = [mlp for mlp in (True, False) if name.split(".")[0] in inside[mlp]]
+        if not of:
+            return None
+        parts[of[0]].append(name)
+    return [(parts[False], roles["output"]), (parts[True], roles["out"])]
 
 
 def _roles(block: nn.Module) -> dict[str, str]:
@@ -161,6 +177,15 @@ class ClsShortcut:
             except (RuntimeError, KeyError):  # parameters of other shapes or names
                 return None
         return found if bool(((given - wanted).abs() <= TOLERANCE * wanted.abs().max()).all()) else None
+
+    @classmethod
+    def where_it_fits(cls, tail: BackboneTail, tokens: Tensor) -> "ClsShortcut | None":
+        """As `of`, from the first of all images' tokens; the log says it where every network must do without."""
+        found = cls.of(tail, tokens[:CHECKED_IMAGES].to(next(tail.parameters()).device))
+        if found is None:
+            what = "this kind of block" if len(tail.blocks) == 1 else "more than one block"
+            log.info("The shortcut does not cover %s: every network computes the whole block, which is slower.", what)
+        return found
 
     @classmethod
     def _find(cls, tail: BackboneTail) -> "ClsShortcut | None":

@@ -15,16 +15,22 @@ from torch import Tensor
 from torch.func import functional_call
 
 from config import InputError
-from engine import ClsShortcut, Half, MatmulEngine, Params, TailEngine, tail_halves
+from engine import ClsShortcut, Half, MatmulEngine, Params, TailEngine, tail_halves, training_memory
 from models import HEAD, BackboneTail, FeedforwardClassifier
 from storage import FeatureSet
 from transfer.arms import CutArm, Layer
 from transfer.features import TokenRows, train_engine
 from transfer.images import Examples
-from transfer.training import draw_start
+from transfer.training import REPEATS_PER_UNIT, draw_start
 
-CHECKED_IMAGES = 4  # on which the shortcut must agree with the blocks
 IMAGES_AT_A_TIME = 256  # that are run through frozen layers
+BYTES_KEPT = 10  # of a number of a network that waits: where it starts and if it is frozen, twice while it is stacked
+
+
+def check_halves(halves: Sequence[Half]) -> None:
+    """Raise an `InputError` if a network of these layers cannot be truncated."""
+    if not all(half.output for half in halves):
+        raise InputError("A block of this kind cannot be cut short: leave out the arm 'truncated'.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +52,7 @@ class TailNetworks:
     @classmethod
     def of(cls, features: FeatureSet, learning_rate: float) -> "TailNetworks":
         """Those of the blocks that features come with."""
-        few = features.tokens[:CHECKED_IMAGES]
-        return cls(features.tail, ClsShortcut.of(features.tail, few), learning_rate)
+        return cls(features.tail, ClsShortcut.where_it_fits(features.tail, features.tokens), learning_rate)
 
     @cached_property
     def halves(self) -> list[Half]:
@@ -59,6 +64,16 @@ class TailNetworks:
         """Two layers for each block."""
         return len(self.halves)
 
+    def memory(self, arms: int) -> int:
+        """See `networks.Networks`: one repeat is trained at a time, and all of a unit are kept."""
+        size = arms * self.tail.size
+        return training_memory(1, size) + REPEATS_PER_UNIT * size * BYTES_KEPT
+
+    def about(self) -> dict[str, str]:
+        """See `networks.Networks`."""
+        fresh = "those that the backbone came with, where other tasks draw them; the head is drawn at random"
+        return {"Weights that are drawn anew": fresh}
+
     def facts(self) -> dict[str, object]:
         """See `networks.Networks`."""
         return {"TRAINED_BLOCKS": len(self.tail.blocks), "BACKBONE_LEARNING_RATE": self.learning_rate}
@@ -69,10 +84,11 @@ class TailNetworks:
         Raises:
             InputError: it is to be cut short, and a block does not say what its modules do.
         """
-        if depth is not None and not all(half.last for half in self.halves):
-            raise InputError("A block of this kind cannot be cut short: leave out the arm 'truncated'.")
+        if depth is not None:
+            check_halves(self.halves)
         head = FeedforwardClassifier.outline(examples.inputs.shape[-1], examples.classes, ())
-        return self.tail.to(examples.inputs.device).with_head(head)
+        copied = self.tail.with_head(torch.nn.Identity()).to(examples.inputs.device)
+        return copied.with_head(head)
 
     def layers(self, params: Params) -> list[Layer]:
         """See `networks.Networks`; the last norm belongs to the last layer below the head."""
@@ -93,14 +109,14 @@ class TailNetworks:
         return params | {f"{HEAD}{name}": value for name, value in head.items()}
 
     def cut_short(self, start: Params, freeze: Params, cut: int) -> tuple[Params, Params]:
-        """See `networks.Networks`: what ends a layer above the cut is 0, and the head alone is trained."""
+        """See `networks.Networks`: layers above the cut end in zeros, and the head alone is trained."""
         *_, head = self.layers(start)
-        removed = {name for half in self.halves[cut:] for name in half.last}
+        removed = {name for half in self.halves[cut:] for name in half.output}
         start = {name: torch.zeros_like(value) if name in removed else value for name, value in start.items()}
         return start, {name: mask if name in head.names else torch.ones_like(mask) for name, mask in freeze.items()}
 
     def prefix(self, arm: CutArm) -> int:
-        """All layers where an arm trains none of them; else none, for what is left of a block costs as much."""
+        """All layers where an arm trains none of them; else none, for the rest of a single block costs as much."""
         return self.depth if arm.kind == "truncated" or arm.prefix == self.depth else 0
 
     def train(
@@ -118,11 +134,16 @@ class TailNetworks:
         """As `training.train_stack`, by the engines of the package's own study."""
         if prefix:
             return self._train_heads(network, start, freeze, examples, batches, checkpoints, learning_rate, tick)
-        shape = next(iter(start.values())).shape[:2]
+        shape, final, counts = next(iter(start.values())).shape[:2], [], []
         rates = {name: learning_rate if name.startswith(HEAD) else self.learning_rate for name in start}
-        rates = {name: torch.full(shape, rate, dtype=torch.float64) for name, rate in rates.items()}
-        engine = TailEngine(network, self.shortcut, start, rates)
-        return train_engine(engine, freeze, examples, batches, checkpoints, tick)
+        rates = {name: torch.full((1, shape[1]), rate, dtype=torch.float64) for name, rate in rates.items()}
+        for s in range(shape[0]):  # repeats share nothing, and a stack of all would take their number times the memory
+            own, frozen = ({name: value[s : s + 1] for name, value in values.items()} for values in (start, freeze))
+            engine = TailEngine(network, self.shortcut, own, rates)
+            params, right = train_engine(engine, frozen, examples, batches[s : s + 1], checkpoints, tick)
+            final.append(params)
+            counts.append(right)
+        return {name: torch.cat([params[name] for params in final]) for name in start}, torch.cat(counts)
 
     def _train_heads(
         self,

@@ -108,10 +108,8 @@ class TokenRows:
         return self.tokens[self.rows[rows]].to(self.dtype)
 
     def to(self, device: torch.device | str) -> "TokenRows":
-        """Theirs alone on another device; where they are already, themselves."""
-        if self.device == torch.device(device):
-            return self
-        return TokenRows(self.tokens[self.rows].to(device), torch.arange(len(self.rows), device=device))
+        """The same rows there; tokens that are there already are not copied."""
+        return TokenRows(self.tokens.to(device), self.rows.to(device))
 
 
 def feature_tasks(data: FeatureSet | str | Path | None = None) -> list[FeatureTask]:

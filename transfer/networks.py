@@ -15,7 +15,7 @@ from engine import Params
 from transfer.arms import CutArm, Layer, chain
 from transfer.convnet import ConvClassifier
 from transfer.images import Examples
-from transfer.training import draw_start, train_stack
+from transfer.training import CACHE_BYTES, draw_start, train_stack
 
 
 class Networks(Protocol):
@@ -27,6 +27,12 @@ class Networks(Protocol):
 
     def facts(self) -> dict[str, object]:
         """Settings that describe it, by the names of the constants."""
+
+    def about(self) -> dict[str, str]:
+        """What else a report must say of it: words -> value."""
+
+    def memory(self, arms: int) -> int:
+        """Bytes that a unit with so many arms takes, at most."""
 
     def outline(self, examples: Examples, depth: int | None = None) -> nn.Module:
         """A network for these inputs and classes, without weights (on the meta device); cut short at `depth`."""
@@ -59,9 +65,17 @@ class Networks(Protocol):
 
 
 class Chain:
-    """Networks of layers of a weight and a bias, each fed by the one before, as far as `Networks` asks."""
+    """The part of `Networks` that networks share whose layers are a weight and a bias, each fed by the one before."""
 
     chained: ClassVar[bool] = True
+
+    def about(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def memory(self, arms: int) -> int:
+        """What is kept of the images; the networks are small."""
+        return 4 * CACHE_BYTES
 
     def layers(self, params: Params) -> list[Layer]:
         """See `Networks`."""

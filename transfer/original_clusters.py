@@ -1,4 +1,4 @@
-"""How well the classes of the new task cluster in each layer, as the result files of tusharmanekar/mp-tl-study say it.
+"""How well the classes of the new task cluster in each layer, in the files of tusharmanekar/mp-tl-study.
 
 A file ``SET/results/CLASSES_cluster.json`` is a list with an entry for each amount of data, repeat and convolution.
 Clustered are the averaged maps (see `probes`) that the repeat's pretrained network gives for the images of its subset:
@@ -12,22 +12,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from config import InputError
 from engine import Params
 from storage import Results, atomic_write
-from transfer import study
 from transfer.arms import layers_of
+from transfer.convnet import ConvClassifier
 from transfer.images import Task, load_task
 from transfer.networks import ConvNetworks
 from transfer.original_files import FOLDERS
 from transfer.probes import adjusted_rand_index, agglomerative, matched_accuracy
-from transfer.probes import layers_of as maps_of
+from transfer.study import file_of, filled, fingerprint, stored_networks, subset
 
 log = logging.getLogger(__name__)
 
 MOST_IMAGES = 6000  # of a subset: the memory for the distances grows with its square
+IMAGES_AT_A_TIME = 500  # that a network is run on
 
 
 def pair_scores(clusters: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -62,22 +65,23 @@ def export_clusters(
         InputError: no pretrained networks on a task of the original, or images that are missing or others.
     """
     folders, written = {task: names for names, task in FOLDERS.items()}, []
-    records = [r for r in results.records() if r["task"] in folders and r["protocol"] == "updates"]
-    names = dict.fromkeys(r["task"] for r in records if results.has("weights", study.file_of(r["task"])))
+    records = [r for r in results.records() if r.get("task") in folders and r["protocol"] == "updates"]
+    names = dict.fromkeys(r["task"] for r in records if results.has("weights", file_of(r["task"])))
     if not names:
-        raise InputError(f"'{results.directory}' has no pretrained networks on a task of the original.")
-    for name in names:
-        task = load_task(name, data)
-        if study.fingerprint([task]) != results.read_settings()["features"]["fingerprint"]:
-            raise InputError(f"'{results.directory}' is of other images than those of {name} that --data names.")
-        units = sorted({(r["amount"], r["repeat"], r["n"]) for r in records if r["task"] == name})
+        raise InputError(
+            f"'{results.directory}' has no networks pretrained on a task of the original by the protocol 'updates'."
+        )
+    tasks = [load_task(name, data) for name in names]
+    if fingerprint(tasks) != results.read_settings()["features"]["fingerprint"]:
+        raise InputError(f"'{results.directory}' holds results on other images than those that were found.")
+    for task in tasks:
+        units = sorted({(r["amount"], r["repeat"], r["n"]) for r in records if r["task"] == task.name})
         if large := sorted({n for _, _, n in units if n > MOST_IMAGES}):
-            log.warning(
-                "Subsets of %s images are not clustered: they are too many.", " and ".join(f"{n:,}" for n in large)
-            )
+            sizes = " and ".join(f"{n:,}" for n in large)
+            log.warning("Subsets of %s images are not clustered: they are too many.", sizes)
         units = [(amount, repeat) for amount, repeat, n in units if n <= MOST_IMAGES]
-        entries = list(_entries(task, study.stored_networks(results, name), units, progress))
-        folder, classes = folders[name]
+        entries = list(_entries(task, stored_networks(results, task.name), units, progress))
+        folder, classes = folders[task.name]
         written.append(Path(directory) / folder / "results" / f"{classes}_cluster.json")
         with atomic_write(written[-1]) as path:
             path.write_text(json.dumps(entries, allow_nan=False), "utf-8")
@@ -92,12 +96,24 @@ def _entries(
     (first, _), *others, _ = layers_of(params)
     outline = ConvNetworks(channels=len(params[first]), depth=1 + len(others)).outline(task.pretraining())
     for amount, repeat in tqdm(units, desc="Clustering", unit="subset", **({} if progress else {"disable": True})):
-        rows = study.subset(task, examples, amount, repeat)
-        labels, network = examples.labels[rows].numpy(), study.filled(outline, stored[repeat][1])
-        for number, layer in enumerate(maps_of(network, examples.inputs[rows])):
-            if layer.maps is not None:
-                where = {"Percentage": amount, "Repeat": repeat, "Layer": f"conv{number - 1}"}
-                yield where | _scores(layer.maps, labels) | {"Dataset": "Finetune", "Split": "Train"}
+        rows = subset(task, examples, amount, repeat)
+        labels, network = examples.labels[rows].numpy(), filled(outline, stored[repeat][1])
+        for number, maps in enumerate(averaged_maps(network, examples.inputs[rows])):
+            if not np.isfinite(maps).all():
+                raise InputError(f"The pretrained network of repeat {repeat} of {task.name} is not finite.")
+            where = {"Percentage": amount, "Repeat": repeat, "Layer": f"conv{number}"}
+            yield where | _scores(maps, labels) | {"Dataset": "Finetune", "Split": "Train"}
+
+
+@torch.no_grad()
+def averaged_maps(network: ConvClassifier, images: Tensor) -> list[np.ndarray]:
+    """What each convolution gives before its activation, averaged over the places: float32 ``[n, channels]`` each."""
+    found = [[] for _ in network.convs]
+    for seen in images.split(IMAGES_AT_A_TIME):
+        for number, convolution in enumerate(network.convs):
+            found[number].append(convolution(seen).mean((2, 3)))
+            seen = network.block(seen, number)
+    return [torch.cat(parts).numpy() for parts in found]
 
 
 def _scores(maps: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:

@@ -344,7 +344,7 @@ def cluster_table(directory: str | Path) -> pd.DataFrame | None:
             if any(name not in entry for name in CLUSTER) or not str(entry["Layer"]).removeprefix("conv").isdigit():
                 raise InputError(f"'{path}', entry {number}, lacks one of {', '.join(CLUSTER)}.")
             layer, amount = int(entry["Layer"].removeprefix("conv")) + 1, float(entry["Percentage"])
-            index = float("nan") if entry["ARI"] is None else entry["ARI"]  # ours: one class alone has a direction
+            index = float("nan") if entry["ARI"] is None else entry["ARI"]  # null of ours: nothing to cluster
             rows.append((task, PRETRAINED, entry["Repeat"], layer, f"ari at {share(amount)}", index))
     columns = ["task", "network", "repeat", "layer", "measure", "value"]
     return pd.DataFrame(rows, columns=columns) if rows else None

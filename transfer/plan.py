@@ -2,18 +2,19 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
 from config import InputError
-from engine import Params
+from engine import Params, check_memory, tail_halves
 from features import get_features
+from models import BackboneTail
 from storage import FeatureSet, Results
 from study import current_execution
 from transfer import original
 from transfer.arms import KINDS, LAYER_WISE, WEIGHT_WISE, arms_of
-from transfer.blocks import TailNetworks
+from transfer.blocks import TailNetworks, check_halves
 from transfer.convnet import load_original
 from transfer.features import FeatureNetworks, feature_tasks
 from transfer.images import OWN, Classes, load_task
@@ -36,7 +37,7 @@ class Plan:
     """Defaults of a task."""
 
     kinds: tuple[str, ...]  # of arms
-    cuts: tuple[int, ...]
+    cuts: tuple[int, ...] | None  # None = all
     amounts: tuple[float, ...]
     updates: int
     pretraining: int  # updates
@@ -55,20 +56,8 @@ PLANS = {
         batch_size=16,
         learning_rate=3e-3,
     ),
-    FEATURES: Plan(KINDS, tuple(range(6)), (0.01, 0.03, 0.1, 0.3, 1.0), 1000, pretraining=2000, batch_size=32),
-    BLOCKS: Plan(KINDS, tuple(range(3)), (0.01, 0.1, 1.0), 300, pretraining=500, batch_size=32),
-}
-OF_FEATURES = {  # settings that are read for the task on features alone
-    "DATA_ROOT",
-    "VIT_MODEL",
-    "POOLING",
-    "FEATURE_LAYERS",
-    "CACHE_DIR",
-    "EXTRACTION_BATCH_SIZE",
-    "EXTRACTION_WORKERS",
-    "TRAINED_BLOCKS",
-    "BACKBONE_LEARNING_RATE",
-    "HIDDEN_SIZES",
+    FEATURES: Plan(KINDS, None, (0.01, 0.03, 0.1, 0.3, 1.0), 1000, pretraining=2000, batch_size=32),
+    BLOCKS: Plan(KINDS, None, (0.01, 0.1, 1.0), 300, pretraining=500, batch_size=32),
 }
 IMAGES = Plan(
     ("scratch", "finetune", "frozen", "truncated"),
@@ -99,7 +88,8 @@ def make_study(
     Args:
         task: of `images.PRESETS`; or "features", the package's own classifier on features, each domain held out in
             turn, and with `TRAINED_BLOCKS` the last blocks of the backbone; or "images", of one's own.
-        data: where its images are, see `images.load_task`; a feature file, unless features are those of `DATA_ROOT`.
+        data: where its images are, see `images.load_task`; a feature file (default `FEATURES_FILE`), unless features
+            are those of `DATA_ROOT`.
         classes: of "images", those to pretrain on and those to fine-tune on.
         protocol: "updates", or "original" for `OriginalStudy`.
         kinds: of arms, see `arms.KINDS`.
@@ -113,15 +103,10 @@ def make_study(
     Raises:
         InputError: see `TransferStudy`; images or a file that are missing or do not fit.
     """
-    if protocol not in PROTOCOLS:
-        raise InputError(f"There is no protocol '{protocol}'; there are {', '.join(PROTOCOLS)}.")
-    if task == FEATURES and (protocol == "original" or pretrained is not None):
-        raise InputError("The original has no networks on features: leave --protocol and --pretrained out.")
-    if task == OWN and protocol == "original":
-        raise InputError(f"The original has no task '{OWN}': leave --protocol out.")
-    if task == FEATURES and classes is not None:
-        raise InputError("The classes of features are the same before and after: leave --classes out.")
-    features = _features(data) if task == FEATURES else None
+    _refuse_together(task, protocol, classes, pretrained)
+    kinds, cuts = (None if some is None else list(some) for some in (kinds, cuts))
+    execution = current_execution()
+    features = _features(data, execution.device, kinds, cuts) if task == FEATURES else None
     name = BLOCKS if features is not None and features.tokens is not None else task
     plan, like_original = PLANS.get(name, IMAGES), protocol == "original"
     tasks = [load_task(task, data, classes)] if features is None else feature_tasks(features)
@@ -135,26 +120,53 @@ def make_study(
     if kinds is None:
         kinds = ("scratch", "frozen") if like_original else plan.kinds
     if cuts is None:
-        cuts = range(networks.depth + 1) if like_original or task == FEATURES else plan.cuts
+        cuts = range(networks.depth + 1) if like_original or plan.cuts is None else plan.cuts
+    arms = arms_of(kinds, cuts, networks.depth)
+    if name == BLOCKS:
+        check_memory(networks.memory(len(arms)), execution.device, ("TRAINED_BLOCKS", "the number of arms"))
     amounts = amounts or (original.AMOUNTS if like_original else plan.amounts)
     repeats = repeats or range(MOST_REPEATS if like_original else REPEATS)
     folder = f"{task}_original" if like_original else name
     results = Results(Path(config.RESULTS_DIR) / "transfer" / folder if directory is None else directory)
-    given = tasks, networks, settings, results, arms_of(kinds, cuts, networks.depth), amounts, repeats, state
     if overwrite:
         results.clear()
         clear(results.directory)
-    return (OriginalStudy if like_original else TransferStudy)(*given, current_execution())
+    made = OriginalStudy if like_original else TransferStudy
+    return made(tasks, networks, settings, results, arms, amounts, repeats, state, execution)
 
 
-def _features(data: str | Path | None) -> FeatureSet:
-    """Of a file, or of images, with tokens if blocks are trained."""
-    config.refuse_whole_model("transfer")
+def _refuse_together(task: str, protocol: str, classes: Classes | None, pretrained: str | Path | None) -> None:
+    """Raise an `InputError` for what does not go together."""
+    if protocol not in PROTOCOLS:
+        raise InputError(f"There is no protocol '{protocol}'; there are {', '.join(PROTOCOLS)}.")
+    if task == FEATURES and (protocol == "original" or pretrained is not None):
+        raise InputError("The original has no networks on features: leave --protocol and --pretrained out.")
+    if task == OWN and protocol == "original":
+        raise InputError(f"The original has no task '{OWN}': leave --protocol out.")
+    if task == FEATURES and classes is not None:
+        raise InputError("The classes of features are the same before and after: leave --classes out.")
+    if task == FEATURES:
+        config.refuse_whole_model("transfer")
+        if config.TRAINED_BLOCKS and config.SCHEDULER is not None:
+            raise InputError("transfer trains blocks on this machine alone: leave out --scheduler.")
+
+
+def _features(
+    data: str | Path | None, device: str, kinds: Sequence[str] | None, cuts: Sequence[int] | None
+) -> FeatureSet:
+    """Of a file, or of images, with tokens on the device if blocks are trained."""
     if data is not None and config.DATA_ROOT is not None:
-        raise InputError("--data and --data-root exclude each other: features or images, not both.")
-    if config.TRAINED_BLOCKS and config.SCHEDULER is not None:
-        raise InputError("transfer trains blocks on this machine alone: leave out --scheduler.")
-    return get_features(config.DATA_ROOT, data)
+        raise InputError("A feature file (--data) and DATA_ROOT (--data-root) exclude each other: give one of them.")
+
+    def check_tail(tail: BackboneTail) -> None:
+        halves = tail_halves(tail)
+        arms = arms_of(kinds or PLANS[BLOCKS].kinds, cuts or range(len(halves) + 1), len(halves))
+        if any(arm.kind == "truncated" for arm in arms):
+            check_halves(halves)
+
+    file = data or config.FEATURES_FILE
+    features = get_features(config.DATA_ROOT, file, device=device, check_tail=check_tail)
+    return features if features.tokens is None else replace(features, tokens=features.tokens.to(device))
 
 
 def _networks(plan: Plan, features: FeatureSet | None, state: Params | None, pretrained: str | Path | None) -> Networks:
@@ -181,12 +193,15 @@ def _settings(plan: Plan, about: dict[str, object]) -> TransferSettings:
     )
 
 
-def without_effect(task: str, protocol: str) -> set[str]:
-    """Settings that a task or protocol does not use, of those that the command knows."""
+def without_effect(task: str, protocol: str, of_features: Iterable[str]) -> set[str]:
+    """Settings that a task or protocol does not use, of those that the command knows.
+
+    `of_features` are those that only the task on features reads.
+    """
     if task == FEATURES:
         unused = {"TRANSFER_CHANNELS", "HIDDEN_SIZES" if config.TRAINED_BLOCKS else "BACKBONE_LEARNING_RATE"}
     else:
-        unused = OF_FEATURES
+        unused = {*of_features}
     if protocol == "original":
-        unused = unused | {f"TRANSFER_{name}" for name in ("UPDATES", "PRETRAINING", "BATCH_SIZE", "LEARNING_RATE")}
+        unused |= {f"TRANSFER_{name}" for name in ("UPDATES", "PRETRAINING", "BATCH_SIZE", "LEARNING_RATE")}
     return unused

@@ -34,10 +34,9 @@ from transfer.images import Examples, Task, nested_rows
 from transfer.networks import Networks
 from transfer.probes import FILE, probe_layers, read_probes
 from transfer.tables import long_table
-from transfer.training import CACHE_BYTES, draw_batches
+from transfer.training import REPEATS_PER_UNIT, draw_batches
 
 CHECKPOINTS = (50, 100, 200, 400, 1000, 2000)  # updates after which accuracy is measured, and after the last
-REPEATS_PER_UNIT = 5  # trained together and written together
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ class TransferStudy:
         """Results of `work` for each unit, in order, as many at a time as cores and memory allow."""
         if units:
             self.results.claim(self.settings, self.facts, environment(self.execution.device, self.execution.threads))
-        fit = free_memory() / 2 / (4 * CACHE_BYTES)  # infinite where it is not known
+        fit = free_memory() / 2 / self.networks.memory(len(self.arms))  # infinite where it is not known
         at_a_time = 1 if self.execution.device == "cuda" else max(1, int(min(default_workers(), fit)))
         quiet = {} if self.execution.progress and units else {"disable": True}
 
@@ -329,6 +328,7 @@ class TransferStudy:
             runs = [(arm, *pretrained[repeat], repeat) for repeat in unit.repeats for arm in arms]
             made = [beginning(self.networks, network, *run) for run in runs]
             start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*made, strict=True))
+            del made  # of large networks several copies would not fit
             _, counts = self.networks.train(network, start, freeze, prefix, *given)
             right.update(zip(arms, counts.cpu().unbind(1), strict=True))
         totals = torch.bincount(examples.test_labels, minlength=examples.classes).cpu()
@@ -352,7 +352,7 @@ class TransferStudy:
         steps = self.settings.checkpoints
         shares = {
             "accuracy": right.sum(-1).double() / totals.sum(),
-            "balanced_accuracy": (right.double() / totals).mean(-1),
+            "balanced_accuracy": (right.double() / totals)[:, totals > 0].mean(-1),
         }
         bad = [step for step, counts in zip(steps, right, strict=True) if counts[0] < 0]
         record = identity | {"n": n, "updates": steps[-1]}
@@ -361,14 +361,18 @@ class TransferStudy:
             record[name] = None if bad else {str(k): float(v) for k, v in zip(steps, values, strict=True)}
         return {"key": key_of(self.facts["fingerprint"], identity), **record}
 
+    def check_probes(self) -> None:
+        """Raise an `InputError` if `probe` cannot: the networks are not convolutional, or were not pretrained here."""
+        if self.pretrained is not None or self.settings.protocol != "updates" or not self.networks.convolutional:
+            raise InputError("Layers are probed of CNNs that are pretrained here: leave --probes out.")
+
     def probe(self) -> None:
         """Measure what each layer of the pretrained networks holds and keep it, see `probes.probe_layers`.
 
         Raises:
-            InputError: the networks are not convolutional, or were not pretrained here.
+            InputError: see `check_probes`.
         """
-        if self.pretrained is not None or self.settings.protocol != "updates" or not self.networks.convolutional:
-            raise InputError("Layers are probed of CNNs that are pretrained here: leave --probes out.")
+        self.check_probes()
         for task in self.tasks:
             known, outline = self.networks_of(task), self.networks.outline(self.pretraining(task))
             repeats = [repeat for repeat in self.repeats if repeat in known]
@@ -416,6 +420,7 @@ class TransferStudy:
                 spread = f"{100 * accuracy.mean():.1f} % ({100 * accuracy.min():.1f}–{100 * accuracy.max():.1f})"
                 lines[f"Pretrained accuracy of {task.name}"] = f"{spread} on the test images of its own classes"
         depth = {task.name: self.networks.depth for task in self.tasks}
+        lines |= self.networks.about()
         return lines | {"Settings": settings, "chance": chance, "depth": depth}
 
 

@@ -26,6 +26,7 @@ from transfer.arms import layers_of
 from transfer.convnet import ConvClassifier
 from transfer.images import Examples
 
+REPEATS_PER_UNIT = 5  # trained together and written together
 STACK_BYTES = 2**20  # of the largest maps of a stack on a CPU: what its second-level cache holds
 FEWEST_TOGETHER = 3  # networks; fewer are trained one by one
 CACHE_BYTES = 2**29  # of the maps that frozen layers give of one repeat's images; more are computed when they are used

@@ -21,6 +21,7 @@ from transfer import (
     arms_of,
     feature_tasks,
     make_study,
+    plan,
 )
 from transfer.arms import bits
 from transfer.features import TokenRows
@@ -68,7 +69,7 @@ def test_tokens_are_read_when_they_are_asked_for(features):
     assert torch.equal(found.flatten(1).sort(0).values, own.flatten(1).sort(0).values)  # every image, once
     pair = torch.tensor([[1, 2], [3, 1]])
     assert torch.equal(after.inputs[pair][1, 1], after.inputs[1])
-    assert after.inputs.to("cpu") is after.inputs
+    assert after.inputs.to("cpu").tokens is features.tokens  # nothing is copied
 
 
 def test_layers_are_attention_and_mlp_and_hold_every_parameter_once(networks, examples):
@@ -115,6 +116,51 @@ def test_every_arm_equals_the_plain_loop(networks, examples, pretrained, kinds, 
             for name, value in wanted.items():
                 assert (params[name][s, v] - value).abs().max() <= 1e-7, (arm.name, name)
                 assert torch.equal(params[name][s, v][freeze[name][s, v]], start[name][s, v][freeze[name][s, v]])
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_blocks_and_head_have_their_own_learning_rates(networks, examples, pretrained, prefix):
+    made = replace(networks, learning_rate=1e-6)
+    network, (arm,) = made.outline(examples), arms_of(["frozen" if prefix else "scratch"], [2], 2)
+    begun = beginning(made, network, arm, *pretrained, 0)
+    start, freeze = (stacked([each], examples.inputs, 1) for each in begun)
+    batches = torch.arange(16)[None, None]
+    params, _ = made.train(network, start, freeze, prefix, examples, batches, (1,), 1e-2)
+    moved = {name: (params[name] - start[name]).abs().max().item() for name in start}  # Adam's first step: the rate
+    for name, distance in moved.items():
+        wanted = 1e-2 if name.startswith("head.") else 0 if prefix else 1e-6
+        if "k_proj.bias" not in name and "key.bias" not in name:  # which has no gradient
+            assert distance == pytest.approx(wanted, rel=0.3), name  # less where a gradient is near its 1e-8
+
+
+def test_a_tail_of_two_blocks_has_four_layers_and_is_trained_as_by_the_plain_loop(features, examples):
+    block, *_ = features.tail.blocks
+    tail = BackboneTail([block, block], [((None,), {})] * 2, features.tail.norm, torch.nn.Identity())
+    networks = TailNetworks.of(replace(features, tail=tail), RATE)
+    assert (networks.depth, networks.shortcut) == (4, None)
+    network = networks.outline(examples)
+    before = networks.draw(network, generator(0, "start"))
+    after = {name: value + 0.01 for name, value in before.items()}
+    (arm,) = arms_of(["frozen"], [3], 4)
+    start, freeze = beginning(networks, network, arm, before, after, 0)
+    frozen = {name for name, mask in freeze.items() if mask.all()}
+    assert frozen == {name for layer in networks.layers(start)[:3] for name in layer.names}
+    assert {name.split(".")[1] for name in frozen} == {"0", "1"}
+    order = draw_batches(torch.arange(len(examples)), 16, 3, generator(0, "order"))
+    given = (stacked([each], examples.inputs, 1) for each in (start, freeze))
+    params, right = networks.train(network, *given, 0, examples, order[None], (3,), RATE)
+    double = {name: value.double() for name, value in start.items()}
+    wanted, counts = train_one(network, double, freeze, examples, order, (3,), RATE)
+    assert torch.equal(right[0, 0], counts)
+    assert all((params[name][0, 0] - value).abs().max() <= 1e-7 for name, value in wanted.items())
+
+
+def test_a_block_with_a_parameter_of_its_own_is_one_layer(features):
+    tail = features.tail.with_head(torch.nn.Identity())
+    tail.blocks[0].lambda_2 = torch.nn.Parameter(torch.ones(12))  # as in BEiT, where it scales what the MLP gives
+    (half,) = tail_halves(tail)
+    assert "blocks.0.lambda_2" in half.names
+    assert half.output == ()
 
 
 @pytest.mark.parametrize("cut", [0, 1])
@@ -192,7 +238,7 @@ def test_a_block_that_does_not_say_what_its_modules_do_is_one_layer(features, ex
 
     tail = BackboneTail([Plain(), Plain()], [((), {})] * 2, torch.nn.LayerNorm(12), torch.nn.Identity())
     networks = TailNetworks.of(replace(features, tail=tail), RATE)
-    assert [half.last for half in tail_halves(tail)] == [(), ()]
+    assert [half.output for half in tail_halves(tail)] == [(), ()]
     assert networks.shortcut is None
     params = networks.draw(networks.outline(examples), generator(0, "start"))
     first, second, _ = networks.layers(params)
@@ -215,6 +261,42 @@ def test_what_cannot_be_trained_is_one_sentence(settings, message):
     config.apply(settings)
     with pytest.raises(InputError, match=message):
         make_study("features")
+
+
+@pytest.fixture
+def found(features, monkeypatch):
+    """Stands for the features of images, whose blocks are checked before."""
+
+    def found(root, file, device, check_tail):
+        assert (root, file) == (config.DATA_ROOT, None)
+        check_tail(features.tail)
+        return features
+
+    monkeypatch.setattr(plan, "get_features", found)
+
+
+@pytest.mark.usefixtures("restored", "found")
+def test_with_trained_blocks_the_task_on_features_is_on_blocks(tmp_path, monkeypatch):
+    config.apply({"TRAINED_BLOCKS": 1, "DATA_ROOT": "pacs", "RESULTS_DIR": str(tmp_path), "DEVICE": "cpu"})
+    study = make_study("features", repeats=range(1))
+    assert study.results.directory == tmp_path / "transfer" / "blocks"
+    assert study.networks.learning_rate == config.BACKBONE_LEARNING_RATE
+    assert (study.settings.transfer_updates, study.settings.network["TRAINED_BLOCKS"]) == (300, 1)
+    assert {arm.kind for arm in study.arms} == {*KINDS}
+    with pytest.raises(InputError, match="Cuts lie in 0 … 2"):
+        make_study("features", cuts=[3])
+    monkeypatch.setattr("engine.machine.free_memory", lambda device="cpu": 1e3)
+    with pytest.raises(InputError, match="lower TRAINED_BLOCKS or the number of arms"):
+        make_study("features")
+
+
+@pytest.mark.usefixtures("restored", "found")
+def test_probes_of_blocks_are_refused_before_anything_is_trained(command, tmp_path):
+    config.apply({"TRAINED_BLOCKS": 1, "DATA_ROOT": "pacs", "DEVICE": "cpu"})
+    code, _, error = command("transfer", "--task", "features", "--probes", "--results-dir", "out")
+    assert (code, len(error)) == (2, 1)
+    assert "leave --probes out" in error[0]
+    assert not (tmp_path / "out" / "weights").exists()
 
 
 @pytest.mark.parametrize(

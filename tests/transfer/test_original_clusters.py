@@ -25,7 +25,6 @@ from transfer import (
 )
 from transfer.original_clusters import pair_scores
 from transfer.original_files import cluster_table
-from transfer.probes import Layer
 from transfer.study import filled, subset
 
 KEYS = ["Percentage", "Repeat", "Layer", "Precision", "Recall", "Accuracy", "ARI", "Dataset", "Split"]
@@ -92,9 +91,9 @@ def test_the_import_reads_them(study, tmp_path):
 
 def test_maps_without_a_direction_give_null(study, tmp_path, monkeypatch):
     def dead(network, images):
-        yield from (Layer(None, maps) for maps in (None, np.zeros((len(images), 4), np.float32)))
+        return [np.zeros((len(images), 4), np.float32)]
 
-    monkeypatch.setattr(original_clusters, "maps_of", dead)
+    monkeypatch.setattr(original_clusters, "averaged_maps", dead)
     (path,) = export_clusters(tmp_path, study.results, progress=False)
     entries = json.loads(path.read_text("utf-8"))
     assert {entry["ARI"] for entry in entries} == {entry["Recall"] for entry in entries} == {None}
@@ -108,13 +107,20 @@ def test_subsets_that_are_too_large_are_left_out(study, tmp_path, monkeypatch, c
     assert "717 images are not clustered" in caplog.text
 
 
+def test_a_network_that_is_not_finite_is_said(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(original_clusters, "averaged_maps", lambda *given: [np.full((72, 4), np.nan)])
+    with pytest.raises(InputError, match="repeat 0 of digits is not finite"):
+        export_clusters(tmp_path, study.results, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_must_be_those_of_the_study(study, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no pretrained networks"):
+    with pytest.raises(InputError, match="no networks pretrained"):
         export_clusters(tmp_path, Results(tmp_path))
     stored = study.results.read_settings()
     stored["features"]["fingerprint"] = "another"
     monkeypatch.setattr(Results, "read_settings", lambda self: stored)
-    with pytest.raises(InputError, match="is of other images"):
+    with pytest.raises(InputError, match="on other images"):
         export_clusters(tmp_path, study.results)
 
 
