@@ -191,9 +191,8 @@ def _marked(
     if arm.kind == "permuted" and not chained:
         mask = permuted_matrices(seed, stream, mask)
     shaped = {name: layer.view_as(pretrained[name]) for name, layer in zip(names, mask, strict=True)}
-    if arm.kind == "permuted" and chained:
-        return renamed_units(shaped, generator(seed, "permuted_mask", stream))
-    return shaped
+    renamed = arm.kind == "permuted" and chained
+    return renamed_units(shaped, generator(seed, "permuted_mask", stream)) if renamed else shaped
 
 
 def renamed_units(mask: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ backbone came with, so an arm keeps or drops what the other domains have taught 
 network goes without the layers above its cut, with the backbone's own norm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -21,7 +21,7 @@ from storage import FeatureSet
 from transfer.arms import CutArm, Layer
 from transfer.features import TokenRows, train_engine
 from transfer.images import Examples
-from transfer.training import REPEATS_PER_UNIT, draw_start
+from transfer.training import REPEATS_PER_UNIT, Course, draw_start
 
 IMAGES_AT_A_TIME = 256  # that are run through frozen layers
 BYTES_KEPT = 10  # of a number of a network that waits: where it starts and if it is frozen, twice while it is stacked
@@ -120,47 +120,31 @@ class TailNetworks:
         return self.depth if arm.kind == "truncated" or arm.prefix == self.depth else 0
 
     def train(
-        self,
-        network: BackboneTail,
-        start: Params,
-        freeze: Params,
-        prefix: int,
-        examples: Examples,
-        batches: Tensor,
-        checkpoints: Sequence[int],
-        learning_rate: float,
-        tick: Callable[[], object] = lambda: None,
+        self, network: BackboneTail, start: Params, freeze: Params, prefix: int, course: Course
     ) -> tuple[Params, Tensor]:
         """As `training.train_stack`, by the engines of the package's own study."""
         if prefix:
-            return self._train_heads(network, start, freeze, examples, batches, checkpoints, learning_rate, tick)
+            return self._train_heads(network, start, freeze, course)
         shape, final, counts = next(iter(start.values())).shape[:2], [], []
-        rates = {name: learning_rate if name.startswith(HEAD) else self.learning_rate for name in start}
+        rates = {name: course.learning_rate if name.startswith(HEAD) else self.learning_rate for name in start}
         rates = {name: torch.full((1, shape[1]), rate, dtype=torch.float64) for name, rate in rates.items()}
         for s in range(shape[0]):  # repeats share nothing, and a stack of all would take their number times the memory
             own, frozen = ({name: value[s : s + 1] for name, value in values.items()} for values in (start, freeze))
             engine = TailEngine(network, self.shortcut, own, rates)
-            params, right = train_engine(engine, frozen, examples, batches[s : s + 1], checkpoints, tick)
+            params, right = train_engine(engine, frozen, course.of(slice(s, s + 1)))
             final.append(params)
             counts.append(right)
         return {name: torch.cat([params[name] for params in final]) for name in start}, torch.cat(counts)
 
     def _train_heads(
-        self,
-        network: BackboneTail,
-        start: Params,
-        freeze: Params,
-        examples: Examples,
-        batches: Tensor,
-        checkpoints: Sequence[int],
-        learning_rate: float,
-        tick: Callable[[], object],
+        self, network: BackboneTail, start: Params, freeze: Params, course: Course
     ) -> tuple[Params, Tensor]:
         """The same where the layers of a repeat's arms are frozen and alike: the images are run through them once."""
         heads = {name.removeprefix(HEAD): value for name, value in start.items() if name.startswith(HEAD)}
         masks = {name: freeze[f"{HEAD}{name}"] for name in heads}
         final, counts = {name: torch.empty_like(value) for name, value in heads.items()}, []
-        for s, order in enumerate(batches):
+        examples = course.examples
+        for s, order in enumerate(course.batches):
             rows, numbers = order.unique(return_inverse=True)
             own = {name: value[s, 0] for name, value in start.items()}
             every = torch.arange(len(examples.test_labels), device=rows.device)
@@ -168,9 +152,9 @@ class TailNetworks:
             of_train = self._features(network, own, examples.inputs, rows)
             of_test = self._features(network, own, examples.test_inputs, every)
             seen = Examples(of_train, train, of_test, test, examples.classes)
-            engine = MatmulEngine({name: value[s : s + 1] for name, value in heads.items()}, learning_rate)
+            engine = MatmulEngine({name: value[s : s + 1] for name, value in heads.items()}, course.learning_rate)
             frozen = {name: mask[s : s + 1] for name, mask in masks.items()}
-            params, right = train_engine(engine, frozen, seen, numbers[None], checkpoints, tick)
+            params, right = train_engine(engine, frozen, course._replace(examples=seen, batches=numbers[None]))
             counts.append(right)
             for name, value in params.items():
                 final[name][s] = value[0]

@@ -5,7 +5,6 @@ same on both sides, but in every arm except `zero-shot` the head is fresh all th
 split is fixed: of each domain and class 80 % to train on, 20 % to test on.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ from storage import FeatureSet
 from transfer.arms import CutArm
 from transfer.images import TEST_FRACTION, Examples
 from transfer.networks import Chain
+from transfer.training import Course
 
 SPLIT_SEED = 0
 
@@ -145,39 +145,24 @@ class FeatureNetworks(Chain):
         return 0
 
     def train(
-        self,
-        network: FeedforwardClassifier,
-        start: Params,
-        freeze: Params,
-        prefix: int,
-        examples: Examples,
-        batches: Tensor,
-        checkpoints: Sequence[int],
-        learning_rate: float,
-        tick: Callable[[], object] = lambda: None,
+        self, network: FeedforwardClassifier, start: Params, freeze: Params, prefix: int, course: Course
     ) -> tuple[Params, Tensor]:
         """As `training.train_stack`, by the engine of the package's own study."""
-        return train_engine(MatmulEngine(start, learning_rate), freeze, examples, batches, checkpoints, tick)
+        return train_engine(MatmulEngine(start, course.learning_rate), freeze, course)
 
 
-def train_engine(
-    engine: MatmulEngine | TailEngine,
-    freeze: Params,
-    examples: Examples,
-    batches: Tensor,
-    checkpoints: Sequence[int],
-    tick: Callable[[], object],
-) -> tuple[Params, Tensor]:
+def train_engine(engine: MatmulEngine | TailEngine, freeze: Params, course: Course) -> tuple[Params, Tensor]:
     """Train the networks of an engine and count their right answers, see `training.train_stack`."""
+    examples = course.examples
     rates = {name: (~frozen).to(examples.inputs.dtype) for name, frozen in freeze.items() if frozen.any()}
     counts = []
-    for first, last in pairwise((0, *checkpoints)):
+    for first, last in pairwise((0, *course.checkpoints)):
         for update in range(first, last):
-            rows = batches[:, update]
+            rows = course.batches[:, update]
             engine.step(examples.inputs[rows], examples.labels[rows], rates, rows)
         counts.append(count_right(engine, examples))
         for _ in range(engine.shape.numel()):
-            tick()
+            course.tick()
     return dict(engine.params), torch.stack(counts, 2)
 
 

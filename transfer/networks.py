@@ -4,7 +4,6 @@ A kind of network says what it looks like for some data and down to some layer, 
 which arms can be trained together, and how a stack of them is trained. `features` and `blocks` have the other kinds.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -15,7 +14,7 @@ from engine import Params
 from transfer.arms import CutArm, Layer, chain
 from transfer.convnet import ConvClassifier
 from transfer.images import Examples
-from transfer.training import CACHE_BYTES, draw_start, train_stack
+from transfer.training import CACHE_BYTES, Course, draw_start, train_stack
 
 
 class Networks(Protocol):
@@ -50,16 +49,7 @@ class Networks(Protocol):
         """How many first layers to run once per image; arms that are trained together have the same number."""
 
     def train(
-        self,
-        network: nn.Module,
-        start: Params,
-        freeze: Params,
-        prefix: int,
-        examples: Examples,
-        batches: Tensor,
-        checkpoints: Sequence[int],
-        learning_rate: float,
-        tick: Callable[[], object],
+        self, network: nn.Module, start: Params, freeze: Params, prefix: int, course: Course
     ) -> tuple[Params, Tensor]:
         """See `training.train_stack`."""
 

@@ -34,7 +34,7 @@ from transfer.images import Examples, Task, nested_rows
 from transfer.networks import Networks
 from transfer.probes import FILE, probe_layers, read_probes
 from transfer.tables import long_table
-from transfer.training import REPEATS_PER_UNIT, draw_batches
+from transfer.training import REPEATS_PER_UNIT, Course, draw_batches
 
 CHECKPOINTS = (50, 100, 200, 400, 1000, 2000)  # updates after which accuracy is measured, and after the last
 
@@ -298,8 +298,8 @@ class TransferStudy:
         freeze = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in start.items()}
         rows = [torch.arange(len(examples))] * len(repeats)
         batches = self._batches(repeats, rows, updates, f"transfer/{task.name}/pretraining")
-        given = examples, batches, [updates], self.settings.transfer_learning_rate, tick
-        final, right = self.networks.train(network, start, freeze, 0, *given)
+        course = Course(examples, batches, [updates], self.settings.transfer_learning_rate, tick)
+        final, right = self.networks.train(network, start, freeze, 0, course)
         arrays = {f"start.{name}": value[:, 0].cpu() for name, value in start.items()}
         arrays |= {f"final.{name}": value[:, 0].cpu() for name, value in final.items()}
         return arrays | {"accuracy": right[:, 0, 0].sum(-1).cpu() / len(examples.test_labels)}
@@ -318,7 +318,7 @@ class TransferStudy:
         examples, checkpoints = self.finetuning(unit.task), self.settings.checkpoints
         rows = [self.rows(unit.task, unit.amount, repeat) for repeat in unit.repeats]
         batches = self._batches(unit.repeats, rows, checkpoints[-1], f"transfer/{unit.task.name}/{unit.amount!r}")
-        given = examples, batches, checkpoints, self.settings.transfer_learning_rate, tick
+        course = Course(examples, batches, checkpoints, self.settings.transfer_learning_rate, tick)
         groups: dict[tuple, list[CutArm]] = {}
         for arm in unit.arms:  # those of one shape, with as many first layers that are run once
             groups.setdefault((arm.cut if arm.kind == "truncated" else None, self.networks.prefix(arm)), []).append(arm)
@@ -329,7 +329,7 @@ class TransferStudy:
             made = [beginning(self.networks, network, *run) for run in runs]
             start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*made, strict=True))
             del made  # of large networks several copies would not fit
-            _, counts = self.networks.train(network, start, freeze, prefix, *given)
+            _, counts = self.networks.train(network, start, freeze, prefix, course)
             right.update(zip(arms, counts.cpu().unbind(1), strict=True))
         totals = torch.bincount(examples.test_labels, minlength=examples.classes).cpu()
         return [

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ STACK_BYTES = 2**20  # of the largest maps of a stack on a CPU: what its second-
 FEWEST_TOGETHER = 3  # networks; fewer are trained one by one
 CACHE_BYTES = 2**29  # of the maps that frozen layers give of one repeat's images; more are computed when they are used
 PIECE_FLOATS = 2**21  # of the largest maps while many images are classified or run through frozen layers
+
+
+class Course(NamedTuple):
+    """What networks are trained and tested on, and how."""
+
+    examples: Examples
+    batches: Tensor  # rows of the examples, int64 [S, U, B]: each repeat has its own, which its arms share
+    checkpoints: Sequence[int]  # after how many updates test images are classified, ascending; the last is U
+    learning_rate: float
+    tick: Callable[[], object] = lambda: None  # called for each network and checkpoint
+
+    def of(self, repeats: slice) -> "Course":
+        """That of some repeats."""
+        return self._replace(batches=self.batches[repeats])
 
 
 def draw_start(network: nn.Module, draw: torch.Generator) -> Params:
@@ -104,31 +119,25 @@ def train_stack(
     start: Params,
     freeze: Params,
     prefix: int,
-    examples: Examples,
-    batches: Tensor,
-    checkpoints: Sequence[int],
-    learning_rate: float,
-    tick: Callable[[], object] = lambda: None,
+    course: Course,
 ) -> tuple[Params, Tensor]:
-    """Train V arms of S repeats; each repeat has its own batches, which its arms share.
+    """Train V arms of S repeats.
 
     Args:
         network: an outline, the same for all.
         start, freeze: name -> ``[S, V, *shape]``, see `train_one`.
         prefix: number of first layers that all these arms freeze, and that are the same in all arms of a repeat.
-        batches: rows of `examples`, int64 ``[S, U, B]``.
-        checkpoints, learning_rate: see `train_one`.
-        tick: called for each network and checkpoint.
 
     Returns:
         Final parameters ``[S, V, *shape]``, and right answers by class, int64 ``[S, V, K, classes]``; -1 where a
         network's outputs were not finite.
     """
+    examples, batches = course.examples, course.batches
     seeds, arms = next(iter(start.values())).shape[:2]
     together = networks_at_a_time(network, prefix, batches.shape[-1], examples.inputs.is_cuda)
     per_stack = max(1, together // arms), min(arms, together)  # repeats and arms
     final = {name: torch.empty_like(value) for name, value in start.items()}
-    counts = batches.new_empty(seeds, arms, len(checkpoints), examples.classes)
+    counts = batches.new_empty(seeds, arms, len(course.checkpoints), examples.classes)
     for s in range(0, seeds, per_stack[0]):
         some = slice(s, s + per_stack[0])
         own = [{name: value[i, 0] for name, value in start.items()} for i in range(s, min(seeds, s + per_stack[0]))]
@@ -138,8 +147,8 @@ def train_stack(
         for v in range(0, arms, per_stack[1]):
             part = some, slice(v, v + per_stack[1])
             given = ({name: value[part] for name, value in values.items()} for values in (start, freeze))
-            stack = ConvStack(network, *given, prefix, learning_rate)
-            counts[part] = _train(stack, seen, examples, batches[some], checkpoints, tick)
+            stack = ConvStack(network, *given, prefix, course.learning_rate)
+            counts[part] = _train(stack, seen, course.of(some))
             for name, value in stack.params.items():
                 final[name][part] = value
     return final, counts
@@ -275,23 +284,16 @@ class ConvStack:
         step_with_rates(self.optimizer, self.rates)
 
 
-def _train(
-    stack: ConvStack,
-    seen: Sequence[SeenInputs],
-    examples: Examples,
-    batches: Tensor,
-    checkpoints: Sequence[int],
-    tick: Callable[[], object],
-) -> Tensor:
+def _train(stack: ConvStack, seen: Sequence[SeenInputs], course: Course) -> Tensor:
     """Train one stack: right answers ``[S, V, K, classes]``."""
-    counts = []
-    for first, last in pairwise((0, *checkpoints)):
+    labels, counts = course.examples.labels, []
+    for first, last in pairwise((0, *course.checkpoints)):
         for update in range(first, last):
-            rows = batches[:, update]
-            stack.step([inputs.batch(own) for inputs, own in zip(seen, rows, strict=True)], examples.labels[rows])
-        counts.append(count_right(stack, seen, examples))
+            rows = course.batches[:, update]
+            stack.step([inputs.batch(own) for inputs, own in zip(seen, rows, strict=True)], labels[rows])
+        counts.append(count_right(stack, seen, course.examples))
         for _ in range(stack.shape.numel()):
-            tick()
+            course.tick()
     return torch.stack(counts, 2)
 
 

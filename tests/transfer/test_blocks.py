@@ -26,7 +26,7 @@ from transfer import (
 from transfer.arms import bits
 from transfer.features import TokenRows
 from transfer.study import beginning, stacked
-from transfer.training import draw_batches, train_one
+from transfer.training import Course, draw_batches, train_one
 
 SEEDS, CHECKPOINTS, RATE = (0, 3), (2, 12), 1e-3
 
@@ -107,7 +107,8 @@ def test_every_arm_equals_the_plain_loop(networks, examples, pretrained, kinds, 
     start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*begun, strict=True))
     rows = torch.arange(len(examples))
     orders = [draw_batches(rows, 16, CHECKPOINTS[-1], generator(seed, "order")) for seed in SEEDS]
-    params, right = made.train(network, start, freeze, prefix, examples, torch.stack(orders), CHECKPOINTS, RATE)
+    course = Course(examples, torch.stack(orders), CHECKPOINTS, RATE)
+    params, right = made.train(network, start, freeze, prefix, course)
     for s, order in enumerate(orders):
         for v, arm in enumerate(arms):
             own = [{name: value[s, v] for name, value in values.items()} for values in (start, freeze)]
@@ -125,7 +126,7 @@ def test_blocks_and_head_have_their_own_learning_rates(networks, examples, pretr
     begun = beginning(made, network, arm, *pretrained, 0)
     start, freeze = (stacked([each], examples.inputs, 1) for each in begun)
     batches = torch.arange(16)[None, None]
-    params, _ = made.train(network, start, freeze, prefix, examples, batches, (1,), 1e-2)
+    params, _ = made.train(network, start, freeze, prefix, Course(examples, batches, (1,), 1e-2))
     moved = {name: (params[name] - start[name]).abs().max().item() for name in start}  # Adam's first step: the rate
     for name, distance in moved.items():
         wanted = 1e-2 if name.startswith("head.") else 0 if prefix else 1e-6
@@ -148,7 +149,7 @@ def test_a_tail_of_two_blocks_has_four_layers_and_is_trained_as_by_the_plain_loo
     assert {name.split(".")[1] for name in frozen} == {"0", "1"}
     order = draw_batches(torch.arange(len(examples)), 16, 3, generator(0, "order"))
     given = (stacked([each], examples.inputs, 1) for each in (start, freeze))
-    params, right = networks.train(network, *given, 0, examples, order[None], (3,), RATE)
+    params, right = networks.train(network, *given, 0, Course(examples, order[None], (3,), RATE))
     double = {name: value.double() for name, value in start.items()}
     wanted, counts = train_one(network, double, freeze, examples, order, (3,), RATE)
     assert torch.equal(right[0, 0], counts)

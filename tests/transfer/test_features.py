@@ -19,7 +19,7 @@ from transfer import (
     feature_tasks,
 )
 from transfer.study import beginning, stacked
-from transfer.training import draw_batches, draw_start, train_one
+from transfer.training import Course, draw_batches, draw_start, train_one
 
 NETWORKS = FeatureNetworks((6, 5, 4))
 SEEDS, CHECKPOINTS = (0, 3), (5, 50)
@@ -63,8 +63,8 @@ def test_every_arm_equals_the_plain_loop(features, depth):
         made += [beginning(NETWORKS, network, arm, before, after, seed) for arm in arms]
     start, freeze = (stacked(each, examples.inputs, len(arms)) for each in zip(*made, strict=True))
     orders = [draw_batches(torch.arange(72), 16, CHECKPOINTS[-1], generator(seed, "order")) for seed in SEEDS]
-    options = examples, torch.stack(orders), CHECKPOINTS, 1e-2
-    params, right = NETWORKS.train(network, start, freeze, 0, *options)
+    course = Course(examples, torch.stack(orders), CHECKPOINTS, 1e-2)
+    params, right = NETWORKS.train(network, start, freeze, 0, course)
     for s, order in enumerate(orders):
         for v, arm in enumerate(arms):
             own = [{name: value[s, v] for name, value in values.items()} for values in (start, freeze)]

@@ -6,7 +6,7 @@ import torch
 from engine import generator
 from transfer import ConvClassifier, Examples, training
 from transfer.arms import KINDS, CutArm, bits, start_of
-from transfer.training import draw_batches, draw_start, train_one, train_stack
+from transfer.training import Course, draw_batches, draw_start, train_one, train_stack
 
 SEEDS, CHECKPOINTS = (3, 8), (10, 50)
 
@@ -46,7 +46,7 @@ def made(arms, network, examples, updates=CHECKPOINTS[-1]):
 def assert_equal_to_the_plain_loop(arms, prefix, examples, network=None, checkpoints=CHECKPOINTS):
     network = network or outline()
     start, freeze, batches = made(arms, network, examples, checkpoints[-1])
-    params, counts = train_stack(network, start, freeze, prefix, examples, batches, checkpoints, 1e-2)
+    params, counts = train_stack(network, start, freeze, prefix, Course(examples, batches, checkpoints, 1e-2))
     for s in range(len(SEEDS)):
         for v in range(len(arms)):
             own = [{name: value[s, v] for name, value in values.items()} for values in (start, freeze)]
@@ -93,7 +93,7 @@ def test_only_images_that_are_drawn_are_run_through_frozen_layers(examples, monk
     network = outline()
     start, freeze, _ = made([CutArm("frozen", 2)], network, examples)
     batches = torch.tensor([[[5, 1], [1, 7]], [[2, 3], [2, 3]]])
-    train_stack(network, start, freeze, 2, examples, batches, (2,), 1e-3)
+    train_stack(network, start, freeze, 2, Course(examples, batches, (2,), 1e-3))
     assert sorted(count for layer, count in seen if layer == 0) == [2, 3, 20, 20]  # drawn, and tested on
 
 
@@ -107,7 +107,7 @@ def test_a_network_that_overflows_is_marked(examples):
     network = outline()
     start, freeze, batches = made([CutArm("scratch", 0)], network, examples)
     start["head.weight"][1] = torch.inf
-    _, counts = train_stack(network, start, freeze, 0, examples, batches, CHECKPOINTS, 1e-3)
+    _, counts = train_stack(network, start, freeze, 0, Course(examples, batches, CHECKPOINTS, 1e-3))
     assert (counts[1] == -1).all()
     assert (counts[0] >= 0).all()
 
