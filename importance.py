@@ -342,7 +342,18 @@ def scaled_update(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
 
     Adam is invariant to the scale of the gradient, so a learning rate per weight has to scale the update itself.
     """
-    return torch.where(rate == 1, new, torch.where(rate == 0, old, old + rate * (new - old)))
+    return torch.where(rate == 0, old, torch.lerp(old, new, rate))
+
+
+def scale_update(parameter: Tensor, old: Tensor, rate: Tensor) -> None:
+    """`scaled_update` of a parameter from `old` to what it is now, in its place.
+
+    On a CPU choosing takes ten times as long as interpolating, and only an update that is not finite needs it.
+    """
+    if parameter.is_cuda or not parameter.sum().isfinite():
+        parameter.copy_(scaled_update(old, parameter, rate))
+    else:
+        torch.lerp(old, parameter, rate, out=parameter)
 
 
 @torch.no_grad()
@@ -357,4 +368,4 @@ def step_with_rates(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, Ten
     before = {parameter: parameter.clone() for parameter in rates}
     optimizer.step()
     for parameter, rate in rates.items():
-        parameter.copy_(scaled_update(before[parameter], parameter, rate))
+        scale_update(parameter, before[parameter], rate)

@@ -9,7 +9,8 @@ empirical risk minimization (ERM), the baseline that is trained beside it on the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ from engine import (
     Params,
     Rates,
     SplitFeatures,
+    Trained,
     accuracies,
+    groups_of,
+    joined,
     make_engine,
     network_start,
     raise_failure,
@@ -155,24 +159,47 @@ def train_holdout(
     if strict:
         raise_failure(unusable, seeds, f"Phase 2, holdout {holdout}")
     distinct, source_of = _distinct(arms)
-    settings, sources = distinct[0].settings, data.sources(holdout)
-    start = _starts(data, holdout, seeds, distinct)
-    learning_rate = distinct[0].learning_rate or settings.ph2_lr_important
-    rates = [arm.backbone_rate for arm in distinct]
-    heads = [arm.settings.ph2_lr_important for arm in distinct]
-    engine = make_engine(data, settings, start, learning_rate, rates, heads)
-    order = training_order(data, seeds, f"phase2/{holdout}", sources, "in", settings)
-    options = {"rates": _rates(data, distinct), "every_epoch": every_epoch, "threads": threads, "on_epoch": on_epoch}
-    trained = train(data, engine, seeds, order, settings.ph2_num_epochs, **options)
+    sources, groups = data.sources(holdout), _groups(data, seeds, distinct)
+    ticks = count(1)
+    options = {"every_epoch": every_epoch, "threads": threads}
+    options["on_epoch"] = lambda: on_epoch() if next(ticks) % len(groups) == 0 else None
+    parts = [_train_group(data, holdout, seeds, group, keep_params, options) for group in groups]
+    start = {name: torch.cat([own[name] for own, _ in parts], 1) for name in parts[0][0]}
+    trained = joined([part for _, part in parts])
     failed = torch.where(unusable == 0, trained.failed.cpu()[:, source_of], unusable)
     if strict:
         raise_failure(failed, seeds, f"Phase 2, holdout {holdout}")
     out = accuracies(trained.correct, data.totals)["out"]
     validation = out[..., [data.domain_names.index(name) for name in sources]].mean(-1)
-    kept = (start, trained.params) if keep_params else ({}, {})
-    start, final = ({name: value.cpu()[:, source_of] for name, value in params.items()} for params in kept)
+    start, final = (
+        {name: value.cpu()[:, source_of] for name, value in params.items()} for params in (start, trained.params)
+    )
     numbers = (trained.loss, trained.train_accuracy, validation, trained.correct)
     return HoldoutNetworks(holdout, tuple(seeds), start, final, *(n.cpu()[:, source_of] for n in numbers), failed)
+
+
+def _groups(data: SplitFeatures, seeds: Sequence[int], arms: Sequence[Masking]) -> list[Sequence[Masking]]:
+    """Arms that are trained in one stack: classifiers on a CPU in `engine.groups_of`, everything else together."""
+    if data.tail is not None or data.features.is_cuda:
+        return [arms]
+    return groups_of(arms, len(seeds), data.network(arms[0].settings.hidden_sizes).size)
+
+
+def _train_group(
+    data: SplitFeatures, holdout: str, seeds: Sequence[int], arms: Sequence[Masking], keep_params: bool, options: dict
+) -> tuple[Params, Trained]:
+    """Train a stack: the starts ``[S, V, *shape]``, nothing if they are not kept, and the networks.
+
+    The first arm of a run has its learning rate; `options` are of `engine.train`.
+    """
+    settings = arms[0].settings
+    start = _starts(data, holdout, seeds, arms)
+    learning_rate = arms[0].learning_rate or settings.ph2_lr_important
+    rates, heads = [arm.backbone_rate for arm in arms], [arm.settings.ph2_lr_important for arm in arms]
+    engine = make_engine(data, settings, start, learning_rate, rates, heads)
+    order = training_order(data, seeds, f"phase2/{holdout}", data.sources(holdout), "in", settings)
+    trained = train(data, engine, seeds, order, settings.ph2_num_epochs, rates=_rates(data, arms), **options)
+    return (start, trained) if keep_params else ({}, replace(trained, params={}))
 
 
 def _distinct(arms: Sequence[Masking]) -> tuple[list[Masking], list[int]]:

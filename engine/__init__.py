@@ -20,6 +20,7 @@ from engine.loop import (
     TrainingFailedError,
     classify,
     failure_reason,
+    joined,
     raise_failure,
     rows_at_a_time,
     train,
@@ -38,7 +39,7 @@ from engine.networks import fit_probes, logistic_regression, make_engine, networ
 from engine.pure import PureNetwork
 from engine.stack import FlatAdam, MatmulEngine, Params, Rates
 from engine.tail import BlockMatrix, ClsShortcut, Half, TailEngine, block_matrices, tail_halves
-from engine.workers import side_by_side, stacks_at_a_time
+from engine.workers import groups_of, side_by_side, stacks_at_a_time
 
 __all__ = [
     "BalancedOrder",
@@ -74,6 +75,8 @@ __all__ = [
     "fit_probes",
     "free_memory",
     "generator",
+    "groups_of",
+    "joined",
     "logistic_regression",
     "loss_gradients",
     "make_engine",

@@ -106,6 +106,13 @@ def train(
     return Trained(params, torch.stack(losses, axis), torch.stack(shares, axis), torch.stack(correct, axis), failed)
 
 
+def joined(parts: Sequence[Trained]) -> Trained:
+    """Stacks ``[S, V, …]`` of the same seeds and epochs as one, their arms behind one another."""
+    params = {name: torch.cat([part.params[name] for part in parts], 1) for name in parts[0].params}
+    rest = ("loss", "train_accuracy", "correct", "failed")
+    return Trained(params, *(torch.cat([getattr(part, name) for part in parts], 1) for name in rest))
+
+
 def gather(
     data: SplitFeatures, rows: Tensor, buffers: dict[int, list[Tensor]], draws: Sequence[torch.Generator] = ()
 ) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.optim.adam import adam
 
 from engine.stack import Params, Rates
-from importance import scaled_update
+from importance import scale_update
 from models import HEAD, BackboneTail
 
 log = getLogger(__name__)
@@ -372,18 +372,15 @@ class TailEngine:
         self.shape = next(iter(self.params.values())).shape[:2]
         self.optimizer = StackedAdam(self.params, learning_rates)
         self.gradients: dict[str, Tensor | None] = {}
-        self._rates: Rates = {}
-        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (1 or 0, weights where it is 0, 0 elsewhere)
 
     def step(self, features: Tensor, targets: Tensor, rates: Rates, domains: Tensor) -> tuple[Tensor, Tensor]:
         """One step of every network on its seed's tokens ``[S, B, T, D]``, see `engine.Engine`.
 
         Parameters that are not in `rates` step in full; `domains` are not used.
         """
-        self._set_rates(rates)
         differentiate = self._one_by_one if self.shortcut is None else self._together
         loss, logits, self.gradients = differentiate(features.to(next(iter(self.params.values())).dtype), targets)
-        self._update(self.gradients)
+        self._update(self.gradients, rates)
         return loss, (logits.argmax(-1) == targets[:, None]).sum(-1)
 
     def _together(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
@@ -413,25 +410,12 @@ class TailEngine:
         loss, logits = (torch.stack(values).unflatten(0, self.shape) for values in (losses, every))
         return loss, logits, {name: value if name in used else None for name, value in gradients.items()}
 
-    def _set_rates(self, rates: Rates) -> None:
-        """Scale updates by these rates from now on; weights at rate 0 are remembered as they are."""
-        if rates is self._rates:  # the same epoch
-            return
-        self._rates, self._frozen = rates, {}
-        if all(bool(((rate == 0) | (rate == 1)).all()) for rate in rates.values()):
-            for name, rate in rates.items():
-                free = rate.to(self.params[name]).expand_as(self.params[name]).contiguous()
-                self._frozen[name] = free, self.params[name] * (1 - free)
-
     @torch.no_grad()
-    def _update(self, gradients: Mapping[str, Tensor | None]) -> None:
-        scaled = () if self._frozen else self._rates
-        before = {name: self.params[name].clone() for name in scaled}
+    def _update(self, gradients: Mapping[str, Tensor | None], rates: Rates) -> None:
+        before = {name: self.params[name].clone() for name in rates}
         self.optimizer.step(gradients)
-        for name in scaled:
-            self.params[name].copy_(scaled_update(before[name], self.params[name], self._rates[name]))
-        for name, (free, held) in self._frozen.items():  # the same as `scaled_update`, several times as fast
-            torch.addcmul(held, self.params[name], free, out=self.params[name])
+        for name, rate in rates.items():
+            scale_update(self.params[name], before[name], rate)
 
     def _logits(self, params: Params, tokens: Tensor) -> Tensor:
         """Tokens ``[S, B, T, D]`` -> logits ``[S, V, B, classes]``."""

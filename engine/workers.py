@@ -26,8 +26,9 @@ from engine.machine import default_workers, free_memory, training_memory
 
 log = logging.getLogger(__name__)
 
-Unit, Result = TypeVar("Unit"), TypeVar("Result")
+Unit, Result, Arm = TypeVar("Unit"), TypeVar("Result"), TypeVar("Arm")
 SECONDS = 0.1  # between two updates of the progress bar
+STACK_FLOATS = 2**20  # in the parameters of a stack on a CPU: Adam goes through those of a larger one in main memory
 
 
 class Bar(Protocol):
@@ -55,6 +56,18 @@ def stacks_at_a_time(networks: int, floats: int, of_batch: int = 0) -> int:
     """
     need = training_memory(networks, floats, of_batch)
     return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
+
+
+def groups_of(arms: Sequence[Arm], seeds: int, floats: int) -> list[Sequence[Arm]]:
+    """Arms in groups of about the same size, so that a stack of one group stays in the processor's cache.
+
+    Args:
+        seeds: each arm has a network of each.
+        floats: numbers in a network.
+    """
+    most = max(1, STACK_FLOATS // (seeds * floats))
+    groups = -(-len(arms) // most)
+    return [arms[len(arms) * i // groups : len(arms) * (i + 1) // groups] for i in range(groups)]
 
 
 def side_by_side(
