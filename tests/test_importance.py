@@ -20,6 +20,7 @@ from importance import (
     marked_weights,
     mask_size,
     normalize,
+    scale_update,
     scaled_update,
     step_with_rates,
     top_k_mask,
@@ -218,6 +219,19 @@ def test_a_scaled_update_lies_between_old_and_new_and_is_exact_at_the_ends(old, 
 def test_a_frozen_weight_survives_an_update_that_is_not_finite():
     old, new = torch.tensor([1.0, 1.0]), torch.tensor([math.nan, math.inf])
     assert torch.equal(scaled_update(old, new, torch.zeros(2)), old)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_updates_in_place_are_the_same_where_one_of_them_is_not_finite(broken):
+    old, new, rate = torch.randn(3, 6), torch.randn(3, 6), torch.tensor([0.0, 0.0, 0.3, 0.7, 1.0, 1.0])
+    finite = new.clone()
+    scale_update(finite, old, rate)
+    assert torch.equal(finite, scaled_update(old, new, rate))
+    new[0] = broken
+    scale_update(new, old, rate)
+    assert torch.equal(new[0, :2], old[0, :2])
+    assert not new[0, 2:].isfinite().any()
+    assert torch.equal(new[1:], finite[1:])
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW])

@@ -203,6 +203,21 @@ def test_arms_that_are_the_same_are_trained_once_and_share_every_bit(data, mask,
     assert not torch.equal(result.loss[:, 0], result.loss[:, 1])
 
 
+def test_arms_in_groups_are_those_of_one_stack_and_the_bar_goes_on_once_an_epoch(data, mask, monkeypatch):
+    arms = [Masking(mask, replace(SETTINGS, ph2_freeze_epoch=epoch)) for epoch in range(5)]
+    found, ticks = [], []
+    for floats in (2**30, 1):
+        monkeypatch.setattr("engine.workers.STACK_FLOATS", floats)
+        found.append(train_holdout(data, "art", SEEDS, arms, on_epoch=lambda: ticks.append(1)))
+    assert len(ticks) == 2 * SETTINGS.ph2_num_epochs
+    whole, parts = found
+    for name, value in whole.final.items():
+        torch.testing.assert_close(parts.final[name], value, rtol=1e-3, atol=1e-4)
+        assert torch.equal(parts.start[name], whole.start[name])
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-3, atol=1e-4)
+    assert parts.correct.shape == whole.correct.shape
+
+
 def test_arms_that_differ_are_not_taken_for_the_same(mask):
     other = [layer.clone() for layer in mask]
     other[3][2, 9, 9] ^= True

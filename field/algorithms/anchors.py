@@ -9,7 +9,7 @@ from torch.func import vmap
 from engine import Params
 from field.algorithms.base import Algorithm, Hyperparameter, Noise, State, choice, log_uniform, register, uniform
 from field.algorithms.gradients import rounding
-from field.algorithms.parts import flatten, scalar, unflatten
+from field.algorithms.parts import flatten, scalar, unflatten, variance
 
 
 @register
@@ -228,19 +228,19 @@ class DSPReg(L2SPBalanced):
     def gradients(self, params, batch, state, noise):
         by_name, risks = self.domain_gradients(params, batch)
         each = vmap(flatten)({name: by_name[name] for name in params})  # [domains, P]
-        variance = self.memory * state["variance"] + (1 - self.memory) * disagreement(each)
-        mean = variance.mean()
-        strength = torch.where(mean > 0, variance / torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0)
+        held = self.memory * state["variance"] + (1 - self.memory) * disagreement(each)
+        mean = held.mean()
+        strength = torch.where(mean > 0, held / torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0)
         moved = flatten(params) - state["start"]
         loss = risks.mean() + self.pull / 2 * (strength * moved.square()).sum()
         direction = each.mean(0) + self.pull * strength * moved
-        return unflatten(direction, params), loss, {"variance": variance}
+        return unflatten(direction, params), loss, {"variance": held}
 
 
 def disagreement(each: Tensor) -> Tensor:
     """Variance over domains of each component, ``[domains, P]`` -> ``[P]``; 0 where it is a rounding error."""
-    variance = each.var(0, correction=0)
-    return torch.where(variance > rounding(each) ** 2 * each.square().mean(0), variance, 0.0)
+    spread = variance(each)
+    return torch.where(spread > rounding(each) ** 2 * each.square().mean(0), spread, 0.0)
 
 
 @register

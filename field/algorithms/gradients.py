@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from engine import Params
 from field.algorithms.base import Algorithm, Hyperparameter, Noise, State, choice, log_uniform, register, uniform
-from field.algorithms.parts import flatten, unflatten
+from field.algorithms.parts import flatten, unflatten, variance
 
 
 class DomainGradients(Algorithm):
@@ -107,9 +107,9 @@ class SANDMask(ANDMask):
     }
 
     def mask(self, each):
-        variance = each.var(0, correction=min(1, len(each) - 1))  # of a single domain: zero, not NaN
+        spread = variance(each, correction=min(1, len(each) - 1))  # of a single domain: zero, not NaN
         over = (each.sign().mean(0).abs() - self.tau).clamp(min=0)
-        return torch.tanh(self.k * over / variance.clamp(min=torch.finfo(each.dtype).tiny))
+        return torch.tanh(self.k * over / spread.clamp(min=torch.finfo(each.dtype).tiny))
 
 
 def agreement(each: Tensor) -> Tensor:

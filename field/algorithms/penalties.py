@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from field.algorithms.base import Algorithm, Hyperparameter, State, log_uniform, register, uniform
-from field.algorithms.parts import one_hot, scalar
+from field.algorithms.parts import one_hot, scalar, variance
 
 STEPS = 5001  # of a training in DomainBed
 BISECTIONS = 40  # halvings of the interval that holds a quantile: far below the noise of a risk
@@ -222,8 +222,8 @@ class IGA(Algorithm):
 
     def loss(self, params, batch, state, noise):
         gradients, risks = self.domain_gradients(params, batch)
-        variance = sum(gradient.var(0, correction=0).sum() for gradient in gradients.values())
-        return risks.mean() + self.penalty_weight * variance, {}
+        spread = sum(variance(gradient).sum() for gradient in gradients.values())
+        return risks.mean() + self.penalty_weight * spread, {}
 
 
 @register

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import Batch
+from field.algorithms.parts import variance
 
 
 def whole_numbers(methods, domains=3, seed=0):
@@ -219,3 +220,10 @@ def test_pcgrad_draws_every_order_of_the_others(methods):
     for i in range(3):
         others = [j for j in range(3) if j != i]
         assert {tuple(order[i].tolist()) for order in orders} == {tuple(others), tuple(reversed(others))}
+
+
+@pytest.mark.parametrize(("dim", "correction"), [(0, 0), (0, 1), (1, 0)])
+def test_the_variance_is_that_of_torch_and_exactly_zero_where_all_are_equal(dim, correction):
+    values = torch.randn(3, 4, 5) + 1000
+    torch.testing.assert_close(variance(values, dim, correction), values.var(dim, correction=correction))
+    assert not variance(torch.full((3, 2), 0.1)).any()
