@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from cli import build_parser
 from config import InputError
-from experiment import build_parser
 from report import write_page
 from report.contents import MOST_ROWS, REPORTS, paragraphs, take_apart
 from report.pieces import SHORT
