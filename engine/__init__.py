@@ -37,8 +37,10 @@ from engine.machine import (
 )
 from engine.networks import fit_probes, logistic_regression, make_engine, network_start, random_start
 from engine.pure import PureNetwork
+from engine.roles import BlockMatrix, Half, block_matrices, tail_halves
+from engine.shortcut import ClsShortcut
 from engine.stack import FlatAdam, MatmulEngine, Params, Rates
-from engine.tail import BlockMatrix, ClsShortcut, Half, TailEngine, block_matrices, tail_halves
+from engine.tail import TailEngine
 from engine.workers import groups_of, side_by_side, stacks_at_a_time
 
 __all__ = [

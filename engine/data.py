@@ -14,7 +14,7 @@ from torch import Tensor
 from config import ImageSettings, InputError, Settings
 from dataset import split
 from engine.machine import free_memory
-from engine.tail import ClsShortcut
+from engine.shortcut import ClsShortcut
 from models import BackboneTail, FeedforwardClassifier, WholeBackbone
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.data import Network
+from engine.shortcut import NOTHING, ClsShortcut
 from engine.stack import Params
-from engine.tail import NOTHING, ClsShortcut
 from models import HEAD, BackboneTail, FeedforwardClassifier, WholeBackbone
 
 

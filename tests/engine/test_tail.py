@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from engine import BlockMatrix, ClsShortcut, TailEngine, block_matrices
-from engine.tail import TimesConstant, normalization
+from engine.shortcut import TimesConstant, normalization
 from importance import weight_rates
 from models import BackboneTail, FeatureExtractor, FeedforwardClassifier
 from trainer_phase1 import train_network
