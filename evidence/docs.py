@@ -24,6 +24,7 @@ from evidence.form_tables import sentences as form_sentences
 from evidence.report import (
     contrast_sentences,
     family_shown,
+    in_points,
     interval,
     probe_sentence,
     splits_shown,
@@ -230,7 +231,8 @@ def _columns_tables(folder: Path) -> dict[str, str]:
 
 def _forms_tables(reference: Path) -> dict[str, str]:
     """What the studies of forms, and their confirmation, say: name -> Markdown."""
-    explored = [pd.read_csv(path) for path in sorted(reference.glob("forms/*/forms.csv"))]
+    parts = sorted(reference.glob("forms/*/"), key=lambda path: (len(path.name), path.name))  # width_64, width_128
+    explored = [pd.read_csv(path / "forms.csv") for path in parts]
     confirmed = pd.read_csv(reference / "confirmation" / "forms.csv")
     contrasts = pd.read_csv(reference / "confirmation" / "contrasts.csv")
     found = [text for own in explored for part, table in own.groupby("part") for text in form_sentences(table, part)]
@@ -238,13 +240,24 @@ def _forms_tables(reference: Path) -> dict[str, str]:
     tables += [table for _, table in confirmed.groupby("place", sort=False)]
     wide = forms_wide(tables)
     starts = starts_shown(pd.read_csv(reference / "forms" / "width_10" / "starts.csv")).reset_index()
+    near = [pd.read_csv(path / "closer.csv") for path in parts if (path / "closer.csv").is_file()]
+    closer = [row for table in near for row in _closer_rows(table)]
     return {
         "forms-findings": "\n".join(paragraph(text, "- ") for text in found),
         "forms-table": markdown_table("lr" + "r" * (wide.shape[1] - 2), [*wide], wide.to_numpy()),
+        "forms-closer": markdown_table("lrlr", ["part", "form", "difference", "points"], closer),
         "forms-starts": markdown_table("llrrr", [*starts], starts.to_numpy()),
         "confirmation-finding": "\n".join(paragraph(text, "- ") for text in contrast_sentences(contrasts)),
         "confirmation-short": paragraph(confirmation_sentence(contrasts)),
     }
+
+
+def _closer_rows(table: pd.DataFrame) -> list[tuple]:
+    """A part's `closer_table` for reading."""
+    return [
+        (row.part, f"{row.criterion} {row.density:g} %", row.difference, in_points(row.mean, row.low, row.high))
+        for row in table.itertuples()
+    ]
 
 
 def _entry(row: Mapping, path: str) -> object:

@@ -72,17 +72,22 @@ def sentences(table: pd.DataFrame, part: str) -> list[str]:
     above, below = forms[forms["twin_low"] > 0], forms[forms["twin_high"] < 0]
     best = forms.loc[forms["mean"].idxmax()]
     over = forms[forms["erm_low"] > 0]
+    twins = "its random twin" if len(above) == 1 else "their random twins"
     return [
-        f"{part}: of {len(forms)} forms {len(above)} are above their random twins ({_named(above)}) and {len(below)} "
-        f"below ({_named(below)}); {len(over)} are above plain training ({_named(over)}), which has "
-        f"{100 * erm['mean']:.1f} %.",
+        f"{part}: of {len(forms)} forms, {_lying(above)} above {twins}{_named(above)}, {_lying(below)} below"
+        f"{_named(below)}; {_lying(over)} above plain training{_named(over)}, which has {100 * erm['mean']:.1f} %.",
         f"{part}: the best mean is that of {best['criterion']} at {best['density']:g} % ({100 * best['mean']:.1f} %): "
         f"{points(best, 'twin')} points over its twin, {points(best, 'erm')} over plain training.",
     ]
 
 
+def _lying(forms: pd.DataFrame) -> str:
+    return {0: "none lies", 1: "1 lies"}.get(len(forms), f"{len(forms)} lie")
+
+
 def _named(forms: pd.DataFrame) -> str:
-    return ", ".join(f"{row.criterion} {row.density:g} %" for row in forms.itertuples()) or "none"
+    names = ", ".join(f"{row.criterion} {row.density:g} %" for row in forms.itertuples())
+    return f" ({names})" if names else ""
 
 
 def points(row: pd.Series, prefix: str) -> str:
