@@ -338,22 +338,22 @@ def weight_rates(mask: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def scaled_update(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
-    """The fraction `rate` of an optimizer's update: ``old + rate·(new − old)``, exactly `new` at 1 and `old` at 0.
+    """The fraction `rate` of an optimizer's update: ``old + rate·(new − old)``, `old` itself at 0 and `new` at 1.
 
     Adam is invariant to the scale of the gradient, so a learning rate per weight has to scale the update itself.
     """
-    return torch.where(rate == 0, old, torch.lerp(old, new, rate))
+    return torch.where(rate == 0, old, torch.lerp(old, new, rate.to(old.dtype)))
 
 
-def scale_update(parameter: Tensor, old: Tensor, rate: Tensor) -> None:
-    """`scaled_update` of a parameter from `old` to what it is now, in its place.
+def scale_update_(parameter: Tensor, old: Tensor, rate: Tensor) -> None:
+    """`scaled_update` in place: of a parameter that was `old` before the optimizer's step.
 
     On a CPU choosing takes ten times as long as interpolating, and only an update that is not finite needs it.
     """
-    if parameter.is_cuda or not parameter.sum().isfinite():
-        parameter.copy_(scaled_update(old, parameter, rate))
-    else:
-        torch.lerp(old, parameter, rate, out=parameter)
+    finite = parameter.device.type == "cpu" and bool(parameter.sum().isfinite())
+    torch.lerp(old, parameter, rate.to(old.dtype), out=parameter)
+    if not finite:
+        torch.where(rate == 0, old, parameter, out=parameter)
 
 
 @torch.no_grad()
@@ -362,10 +362,10 @@ def step_with_rates(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, Ten
 
     Args:
         optimizer: has its gradients; its learning rate is that of a weight of rate 1.
-        rates: parameter -> factor on its update, of the same shape. A weight of rate 0 keeps its exact bits, momentum
+        rates: parameter -> factor on its update, of the same shape. A weight of rate 0 keeps its exact value, momentum
             and weight decay notwithstanding; parameters that are not in `rates` step in full.
     """
     before = {parameter: parameter.clone() for parameter in rates}
     optimizer.step()
     for parameter, rate in rates.items():
-        scale_update(parameter, before[parameter], rate)
+        scale_update_(parameter, before[parameter], rate)

@@ -11,6 +11,7 @@ empirical risk minimization (ERM), the baseline that is trained beside it on the
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from engine import (
     training_order,
 )
 from importance import Layers, degenerate, normalize, score_weights, top_k_mask, unimportant_rate, weight_rates
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -159,11 +162,13 @@ def train_holdout(
     if strict:
         raise_failure(unusable, seeds, f"Phase 2, holdout {holdout}")
     distinct, source_of = _distinct(arms)
-    sources, groups = data.sources(holdout), _groups(data, seeds, distinct)
+    size = data.network(distinct[0].settings.hidden_sizes).size
+    sources, groups = data.sources(holdout), in_stacks(data, len(seeds), distinct, size)
     ticks = count(1)
     options = {"every_epoch": every_epoch, "threads": threads}
     options["on_epoch"] = lambda: on_epoch() if next(ticks) % len(groups) == 0 else None
-    parts = [_train_group(data, holdout, seeds, group, keep_params, options) for group in groups]
+    rate = distinct[0].learning_rate or distinct[0].settings.ph2_lr_important
+    parts = [_train_group(data, holdout, seeds, group, rate, keep_params, options) for group in groups]
     start = {name: torch.cat([own[name] for own, _ in parts], 1) for name in parts[0][0]}
     trained = joined([part for _, part in parts])
     failed = torch.where(unusable == 0, trained.failed.cpu()[:, source_of], unusable)
@@ -178,23 +183,31 @@ def train_holdout(
     return HoldoutNetworks(holdout, tuple(seeds), start, final, *(n.cpu()[:, source_of] for n in numbers), failed)
 
 
-def _groups(data: SplitFeatures, seeds: Sequence[int], arms: Sequence[Masking]) -> list[Sequence[Masking]]:
-    """Arms that are trained in one stack: classifiers on a CPU in `engine.groups_of`, everything else together."""
-    if data.tail is not None or data.features.is_cuda:
-        return [arms]
-    return groups_of(arms, len(seeds), data.network(arms[0].settings.hidden_sizes).size)
+def in_stacks(data: SplitFeatures, seeds: int, arms: Sequence[Item], floats: int) -> list[Sequence[Item]]:
+    """The arms of each stack that is trained: of classifiers on a CPU `engine.groups_of`, else all of them together.
+
+    Args:
+        seeds: their number.
+        floats: numbers in a network.
+    """
+    return [arms] if data.tail is not None or data.features.is_cuda else groups_of(arms, seeds, floats)
 
 
 def _train_group(
-    data: SplitFeatures, holdout: str, seeds: Sequence[int], arms: Sequence[Masking], keep_params: bool, options: dict
+    data: SplitFeatures,
+    holdout: str,
+    seeds: Sequence[int],
+    arms: Sequence[Masking],
+    learning_rate: float,
+    keep_params: bool,
+    options: dict,
 ) -> tuple[Params, Trained]:
     """Train a stack: the starts ``[S, V, *shape]``, nothing if they are not kept, and the networks.
 
-    The first arm of a run has its learning rate; `options` are of `engine.train`.
+    `learning_rate` is that of the run; `options` are of `engine.train`.
     """
     settings = arms[0].settings
     start = _starts(data, holdout, seeds, arms)
-    learning_rate = arms[0].learning_rate or settings.ph2_lr_important
     rates, heads = [arm.backbone_rate for arm in arms], [arm.settings.ph2_lr_important for arm in arms]
     engine = make_engine(data, settings, start, learning_rate, rates, heads)
     order = training_order(data, seeds, f"phase2/{holdout}", data.sources(holdout), "in", settings)
@@ -223,7 +236,7 @@ def _starts(data: SplitFeatures, holdout: str, seeds: Sequence[int], arms: Seque
     for v, arm in enumerate(arms):
         if arm.prune:
             for weights, mask in zip(network.tracked(start), arm.mask, strict=True):
-                weights[:, v] *= mask
+                weights[:, v].masked_fill_(~mask.to(weights.device), 0)
     return start
 
 

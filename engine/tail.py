@@ -1,7 +1,7 @@
 """Stacks of `models.BackboneTail`: the last blocks of a vision transformer, trained for all seeds and arms at once.
 
-A single block whose roles are known takes the shortcut of `engine.shortcut`; other blocks, and several, take the module
-itself, one network after the other.
+A single block that `ClsShortcut` covers takes that; other blocks, and several, take the module itself, one network
+after the other.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 
 from engine.shortcut import ClsShortcut
 from engine.stack import Params, Rates
-from importance import scale_update
+from importance import scale_update_
 from models import HEAD, BackboneTail
 
 
@@ -83,7 +83,7 @@ class TailEngine:
         before = {name: self.params[name].clone() for name in rates}
         self.optimizer.step(gradients)
         for name, rate in rates.items():
-            scale_update(self.params[name], before[name], rate)
+            scale_update_(self.params[name], before[name], rate)
 
     def _logits(self, params: Params, tokens: Tensor) -> Tensor:
         """Tokens ``[S, B, T, D]`` -> logits ``[S, V, B, classes]``."""

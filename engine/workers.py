@@ -26,7 +26,7 @@ from engine.machine import default_workers, free_memory, training_memory
 
 log = logging.getLogger(__name__)
 
-Unit, Result, Arm = TypeVar("Unit"), TypeVar("Result"), TypeVar("Arm")
+Unit, Result, Item = TypeVar("Unit"), TypeVar("Result"), TypeVar("Item")
 SECONDS = 0.1  # between two updates of the progress bar
 STACK_FLOATS = 2**20  # in the parameters of a stack on a CPU: Adam goes through those of a larger one in main memory
 
@@ -58,7 +58,7 @@ def stacks_at_a_time(networks: int, floats: int, of_batch: int = 0) -> int:
     return int(max(1, min(default_workers(), free_memory() / 2 / max(need, 1))))
 
 
-def groups_of(arms: Sequence[Arm], seeds: int, floats: int) -> list[Sequence[Arm]]:
+def groups_of(arms: Sequence[Item], seeds: int, floats: int) -> list[Sequence[Item]]:
     """Arms in groups of about the same size, so that a stack of one group stays in the processor's cache.
 
     Args:

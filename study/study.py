@@ -22,7 +22,7 @@ from study.records import SELECTIONS, Counted, make_records
 from study.report import report, unlearned
 from study.run import Run, check_density
 from trainer_phase1 import DomainNetworks, train_domain
-from trainer_phase2 import HoldoutMasks, HoldoutNetworks, masks_for, train_holdout
+from trainer_phase2 import HoldoutMasks, HoldoutNetworks, in_stacks, masks_for, train_holdout
 
 OF_MASKS = ("importance_criterion", "importance_aggregation", "importance_threshold_percentile", "mask_scope")
 
@@ -85,7 +85,7 @@ class Study:
             options |= {"evidence": evidence, "every_epoch": not self.records_only}
             return train_domain(run.data, *unit, run.settings, **options)
 
-        run.check_memory(units, max(map(len, self.by_holdout.values())))  # Phase 2 needs the most
+        run.check_memory(units, self._together)  # Phase 2 needs the most
         with run.writing(units):
             floats, epochs = run.network.size, run.settings.ph1_num_epochs
             for networks in run.side_by_side("Phase 1", units, train, epochs, floats):
@@ -114,13 +114,21 @@ class Study:
             options |= {"keep_params": not self.records_only, "every_epoch": not self.records_only}
             return arms, train_holdout(run.data, holdout, seeds, maskings, **options), source.own(run.settings)
 
-        most = max(map(len, self.by_holdout.values()))
-        run.check_memory(units, most)
+        run.check_memory(units, self._together)
         with run.writing(units):
             run.keep_phase1(weights=any(arm.settings(run.settings).ph2_init in MERGES for arm in self.arms))
-            floats, epochs = run.network.size * most, run.settings.ph2_num_epochs
+            floats, epochs = run.network.size * self._together, run.settings.ph2_num_epochs
             for arms, networks, masks in run.side_by_side("Phase 2", units, train, epochs, floats):
                 self._save(arms, networks, masks)
+
+    @property
+    def _together(self) -> int:
+        """Arms whose networks are in memory at a time: where only records are kept, those of a stack."""
+        run, most = self.run, max(map(len, self.by_holdout.values()))
+        if not self.records_only:
+            return most
+        seeds = min(len(run.seeds), run.execution.seeds_per_chunk)
+        return max(map(len, in_stacks(run.data, seeds, range(most), run.network.size)))
 
     def report(self) -> str:
         """The answer as text, of all that the directory holds; written to ``summary_report.txt`` as well."""

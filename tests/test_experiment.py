@@ -12,6 +12,8 @@ import torch
 import transformers
 
 import config
+import experiment
+from cli.parser import COMMANDS
 from config import InputError
 from storage import Results, load_features
 from study import figures
@@ -33,6 +35,10 @@ def feature_file(tmp_path_factory):
 def run(command, feature_file):
     """The command `run` with a short training: (directory, options) -> as `command`."""
     return lambda out, *options: command("run", "--features", feature_file, "--results-dir", out, *SMALL, *options)
+
+
+def test_what_can_be_typed_is_what_can_be_done():
+    assert [*COMMANDS] == [*experiment.COMMANDS]
 
 
 def test_run_writes_everything_and_says_what_it_works_on(run, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from importance import (
     marked_weights,
     mask_size,
     normalize,
-    scale_update,
+    scale_update_,
     scaled_update,
     step_with_rates,
     top_k_mask,
@@ -221,14 +221,25 @@ def test_a_frozen_weight_survives_an_update_that_is_not_finite():
     assert torch.equal(scaled_update(old, new, torch.zeros(2)), old)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", [torch.float16, torch.float32, torch.float64])
+def test_rates_may_be_of_another_type_than_the_weights(kind, weights):
+    weight = nn.Parameter(torch.ones(3, dtype=weights))
+    weight.grad = torch.ones(3, dtype=weights)
+    rate = torch.tensor([0.0, 0.25, 1.0]).to(kind)
+    step_with_rates(torch.optim.SGD([weight], lr=0.5), {weight: rate})
+    assert weight.dtype == weights
+    assert weight.tolist() == (1 - 0.5 * rate.double()).tolist()
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_updates_in_place_are_the_same_where_one_of_them_is_not_finite(broken):
     old, new, rate = torch.randn(3, 6), torch.randn(3, 6), torch.tensor([0.0, 0.0, 0.3, 0.7, 1.0, 1.0])
     finite = new.clone()
-    scale_update(finite, old, rate)
+    scale_update_(finite, old, rate)
     assert torch.equal(finite, scaled_update(old, new, rate))
     new[0] = broken
-    scale_update(new, old, rate)
+    scale_update_(new, old, rate)
     assert torch.equal(new[0, :2], old[0, :2])
     assert not new[0, 2:].isfinite().any()
     assert torch.equal(new[1:], finite[1:])

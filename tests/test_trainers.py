@@ -203,19 +203,32 @@ def test_arms_that_are_the_same_are_trained_once_and_share_every_bit(data, mask,
     assert not torch.equal(result.loss[:, 0], result.loss[:, 1])
 
 
-def test_arms_in_groups_are_those_of_one_stack_and_the_bar_goes_on_once_an_epoch(data, mask, monkeypatch):
+@pytest.mark.parametrize(("arms_at_a_time", "stacks"), [(1, [1] * 5), (2, [1, 2, 2])])
+def test_arms_in_groups_are_those_of_one_stack_and_the_bar_goes_on_once_an_epoch(
+    data, mask, monkeypatch, arms_at_a_time, stacks
+):
     arms = [Masking(mask, replace(SETTINGS, ph2_freeze_epoch=epoch)) for epoch in range(5)]
-    found, ticks = [], []
-    for floats in (2**30, 1):
-        monkeypatch.setattr("engine.workers.STACK_FLOATS", floats)
+    arms[1:1] = arms[:1]  # the same networks, in the first stack
+    found, ticks, trained = [], [], []
+
+    def engine(data, settings, start, *rates):
+        trained.append(start["layers.0.bias"].shape[1])
+        return make_engine(data, settings, start, *rates)
+
+    monkeypatch.setattr("trainer_phase2.make_engine", engine)
+    for together in (5, arms_at_a_time):
+        monkeypatch.setattr("engine.workers.STACK_FLOATS", together * len(SEEDS) * data.network((10,) * 5).size)
         found.append(train_holdout(data, "art", SEEDS, arms, on_epoch=lambda: ticks.append(1)))
+    assert trained == [5, *stacks]
     assert len(ticks) == 2 * SETTINGS.ph2_num_epochs
     whole, parts = found
+    assert torch.equal(parts.loss[:, 0], parts.loss[:, 1])
     for name, value in whole.final.items():
         torch.testing.assert_close(parts.final[name], value, rtol=1e-3, atol=1e-4)
         assert torch.equal(parts.start[name], whole.start[name])
     torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-3, atol=1e-4)
     assert parts.correct.shape == whole.correct.shape
+    assert (parts.correct - whole.correct).abs().max() <= 2  # an image whose two best classes are as good as equal
 
 
 def test_arms_that_differ_are_not_taken_for_the_same(mask):

@@ -130,11 +130,14 @@ def test_half_of_the_free_memory_decides_how_many_stacks_are_trained_at_a_time_o
         assert stacks_at_a_time(100, 50) == expected
 
 
-@pytest.mark.parametrize(("count", "seeds", "floats"), [(7, 3, 2**20), (7, 3, 100), (100, 10, 2**14), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("count", "seeds", "floats"), [(7, 3, 2**20), (7, 3, 100), (7, 4, 2**16), (100, 10, 2**14), (1, 1, 1)]
+)
 def test_arms_are_grouped_in_order_so_that_a_stack_is_small_or_a_single_arm(count, seeds, floats):
     groups = groups_of(range(count), seeds, floats)
     assert [arm for group in groups for arm in group] == [*range(count)]
     sizes = {len(group) for group in groups}
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) == 1 or max(sizes) * seeds * floats <= workers.STACK_FLOATS
-    assert len(groups) == 1 or (max(sizes) + 1) * (len(groups) - 1) >= count  # none more than are needed
+    most = max(1, workers.STACK_FLOATS // (seeds * floats))
+    assert len(groups) == -(-count // most)
