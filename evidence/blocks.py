@@ -24,6 +24,7 @@ import config
 from config import BlockSettings, InputError, Settings
 from evidence import own_rates
 from evidence.contrasts import Contrast, seed_averages
+from evidence.own_rates import BLOCKS, OwnRates, at_rate
 from evidence.report import (
     PLUS_MINUS,
     by_density,
@@ -110,11 +111,6 @@ def freeze_epoch(epochs: int) -> int:
     return max(1, math.floor(epochs * config.PH2_FREEZE_EPOCH / config.PH2_NUM_EPOCHS + 0.5))
 
 
-def at_rate(arm: Arm, rate: float) -> Arm:
-    """The arm with a learning rate of the blocks."""
-    return own_rates.at_rate(arm, rate, own_rates.BLOCKS)
-
-
 class BlockProtocol:
     """Trains the arms at all rates, then at those that were chosen, and says what they show; resumable as a `Study` is.
 
@@ -144,16 +140,14 @@ class BlockProtocol:
     ):
         sweep_seeds = run.seeds[:SWEEP_SEEDS] if sweep_seeds is None else check_seeds(sweep_seeds)
         _check(run.settings, run.seeds, sweep_seeds)
-        self.run, self.results, self.studies, self.seeds = run, Results(directory), {}, {}
+        self.run, self.results, self.own = run, Results(directory), {}
         places = _places(self.results.directory, controls, weights) if places is None else places
         self.chosen, self.fixed = places.get(CHOSEN), None
         for folder in (name for name in FOLDERS if name in places):
-            arms = [at_rate(arm, rate) for arm in arms_of(folder, run.settings) for rate in RATES]
-            self.seeds[folder] = run.seeds if folder == "grid" else sweep_seeds
-            own = run.beside(places[folder], seeds=self.seeds[folder][: RATE_SEEDS[folder]])
-            self.studies[folder] = Study(own, arms, records_only=True)
+            own = run.beside(places[folder], seeds=run.seeds if folder == "grid" else sweep_seeds)
+            self.own[folder] = OwnRates(own, arms_of(folder, run.settings), BLOCKS, RATES, RATE_SEEDS[folder], label)
         if controls:
-            arms = [at_rate(arm, run.settings.backbone_learning_rate) for arm in arms_of("grid", run.settings)]
+            arms = [at_rate(arm, run.settings.backbone_learning_rate, BLOCKS) for arm in arms_of("grid", run.settings)]
             self.fixed = Study(run.beside(places["grid"], seeds=sweep_seeds), arms, records_only=True)
 
     @classmethod
@@ -191,57 +185,48 @@ class BlockProtocol:
 
     def train(self) -> None:
         """Train what is missing."""
-        for study in self.studies.values():
-            study.train()
+        for own in self.own.values():
+            own.tried.train()
         for study in self.beyond_choosing():
             study.train()
         if self.chosen is not None:
-            networks = sum(len(arms_of(f, self.run.settings)) * len(seeds) for f, seeds in self.seeds.items())
+            networks = sum(len(own.arms) * len(own.run.seeds) for own in self.own.values())
             size = 4 * self.run.network.size * networks * len(self.run.holdouts)  # float32
             log.info("The weights will take %.1f MB of disk, in '%s'.", size / 1e6, self.chosen.directory)
-            for study in (study for folder in self.studies for study in self.at_own_rates(folder, self.chosen)):
+            for study in (study for own in self.own.values() for study in self._with_weights(own)):
                 study.train()
 
     def beyond_choosing(self) -> list[Study]:
         """What is trained once the rates are known: all arms at their own, and those of the grid at one."""
-        own = [study for folder in self.studies for study in self.at_own_rates(folder)]
-        return own if self.fixed is None else [*own, self.fixed]
+        whole = [own.whole for own in self.own.values()]
+        return whole if self.fixed is None else [*whole, self.fixed]
 
-    def at_own_rates(self, folder: str, place: Results | None = None) -> list[Study]:
-        """The arms of a results directory at the rates that were chosen for them: a study of all seeds per holdout.
-
-        Args:
-            folder: its name, of `FOLDERS`; all rates must have been trained.
-            place: where the networks are kept; default none are, and the directory itself gets the records.
-        """
-        run, arms = self.run, {label(arm): arm for arm in arms_of(folder, self.run.settings)}
-        rates, studies = chosen_rates(self.studies[folder].records(), [*arms.values()], run.holdouts), []
-        for holdout, chosen in rates.groupby("holdout", sort=False):
-            own = [at_rate(arms[row.arm], row.rate) for row in chosen.itertuples()]
-            results = self.studies[folder].run.results if place is None else place
-            alone = Run(run.features, run.settings, results, self.seeds[folder], holdout, run.execution)
-            studies.append(Study(alone, own, records_only=place is None))
-        return studies
+    def _with_weights(self, own: OwnRates) -> list[Study]:
+        """Arms at the rates that were chosen for them, whose networks are kept: a study for each holdout."""
+        return [
+            Study(Run(own.run.features, own.run.settings, self.chosen, own.run.seeds, holdout, own.run.execution), arms)
+            for holdout, arms in own.at_rates().items()
+        ]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Everything the report says in numbers, by file name."""
-        arms = {folder: arms_of(folder, self.run.settings) for folder in self.studies}
-        tried = {folder: study.records() for folder, study in self.studies.items()}
-        trained = [*self.studies.values(), *self.beyond_choosing()]
+        arms = {folder: own.arms for folder, own in self.own.items()}
+        tried = {folder: own.tried.records() for folder, own in self.own.items()}
+        trained = [*(own.tried for own in self.own.values()), *self.beyond_choosing()]
         every = [*{record["key"]: record for study in trained for record in study.records()}.values()]
         frozen = [arm for folder in arms if folder != "schedule" for arm in arms[folder]]
         rates = chosen_rates([r for records in tried.values() for r in records], frozen, self.run.holdouts)
         fixed = rates.assign(rate=self.run.settings.backbone_learning_rate)
         fixed = fixed[fixed["arm"].isin([label(arm) for arm in arms["grid"]])]
         tables = {"rates": rates} | answers(every, frozen, rates, "")
-        seeds = (self.fixed or self.studies["grid"]).run.seeds
+        seeds = (self.fixed or self.own["grid"].tried).run.seeds
         tables |= answers([r for r in every if r["seed"] in seeds], arms["grid"], fixed, "_fixed_rate")
         if "controls" in arms:
             tables["controls"] = controls_table(tables["seeds"])
         if "schedule" in arms:
             scheduled = [ERM, HEAD, *arms["schedule"]]
             rates = chosen_rates(tried["grid"] + tried["schedule"], scheduled, self.run.holdouts)
-            own = [record for record in every if record["seed"] in self.seeds["schedule"]]
+            own = [record for record in every if record["seed"] in self.own["schedule"].run.seeds]
             tables |= {"rates_schedule": rates} | answers(own, scheduled, rates, "_schedule")
             tables["decaying"] = decaying_table(tables["seeds_schedule"])
         return tables
@@ -250,8 +235,7 @@ class BlockProtocol:
         """Write tables (CSV) and ``report.txt``; returns the report."""
         tables = self.tables()
         whole = [  # a study of each directory, of all seeds: for what failed
-            Study(self.run.beside(study.run.results, seeds=self.seeds[folder]), study.arms, records_only=True)
-            for folder, study in self.studies.items()
+            Study(own.run, own.tried.arms, records_only=True) for own in self.own.values()
         ]
         text = report(tables, self.run, whole)
         optional = [f"{name}{ending}" for name in TABLES for ending in ("_fixed_rate", "_schedule")]
@@ -287,12 +271,12 @@ def _check(settings: Settings, seeds: Sequence[int], sweep_seeds: Sequence[int])
 
 def chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], holdouts: Sequence[str]) -> pd.DataFrame:
     """The rate of each arm and holdout, see `own_rates.chosen_rates`."""
-    return own_rates.chosen_rates(records, arms, holdouts, own_rates.BLOCKS, RATES, label)
+    return own_rates.chosen_rates(records, arms, holdouts, BLOCKS, RATES, label)
 
 
 def at_chosen_rates(records: Sequence[Mapping], arms: Sequence[Arm], rates: pd.DataFrame) -> list[dict]:
     """The records of each arm at its rate on each holdout, under the arm's label."""
-    return own_rates.at_chosen_rates(records, arms, rates, own_rates.BLOCKS, label)
+    return own_rates.at_chosen_rates(records, arms, rates, BLOCKS, label)
 
 
 def answers(

@@ -8,6 +8,7 @@ that rate alone.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pandas as pd
 
@@ -80,7 +81,7 @@ class OwnRates:
     rate_seeds: int
     label: Callable[[Arm], str]
 
-    @property
+    @cached_property
     def tried(self) -> Study:
         """All arms at all rates, on the first seeds."""
         arms = [at_rate(arm, rate, self.setting) for arm in self.arms for rate in self.rates]
@@ -92,15 +93,18 @@ class OwnRates:
         records = self.tried.records()
         return chosen_rates(records, self.arms, self.run.holdouts, self.setting, self.rates, self.label)
 
-    @property
-    def whole(self) -> Study:
-        """The arms at their rates, on all seeds."""
+    def at_rates(self) -> dict[str, list[Arm]]:
+        """Holdout -> the arms at the rates that they chose there; all rates must have been trained."""
         named = {self.label(arm): arm for arm in self.arms}
-        arms = {
+        return {
             holdout: [at_rate(named[row.arm], row.rate, self.setting) for row in chosen.itertuples()]
             for holdout, chosen in self.chosen().groupby("holdout", sort=False)
         }
-        return Study(self.run, arms, records_only=True)
+
+    @property
+    def whole(self) -> Study:
+        """The arms at their rates, on all seeds."""
+        return Study(self.run, self.at_rates(), records_only=True)
 
     def train(self) -> None:
         """Train what is missing."""

@@ -18,7 +18,6 @@ from evidence.blocks import (
     RATES,
     arms_of,
     at_chosen_rates,
-    at_rate,
     cautions,
     chosen_rates,
     freeze_epoch,
@@ -27,10 +26,15 @@ from evidence.blocks import (
     report,
 )
 from evidence.figures import save_blocks
+from evidence.own_rates import BLOCKS, at_rate
 from study import Execution, Run
 from tests.factories import dated, make_record, save_blobs, token_blobs
 
 SETTINGS = Settings.current(trained_blocks=1, batch_size=16, ph1_num_epochs=1, ph2_num_epochs=1)
+
+
+def rated(arm, rate):
+    return at_rate(arm, rate, BLOCKS)
 
 
 def protocol(directory, features=None, seeds=(0, 1), settings=SETTINGS, controls=False, sweep_seeds=None, **options):
@@ -49,7 +53,7 @@ def whole(tmp_path_factory):
 
 def validated(arm, rate, holdout, seed, validation):
     accuracy = None if validation is None else rate  # so that the accuracy tells which rate was taken
-    return make_record(at_rate(arm, rate).name, holdout, seed, accuracy) | {"validation": validation}
+    return make_record(rated(arm, rate).name, holdout, seed, accuracy) | {"validation": validation}
 
 
 def test_each_arm_takes_the_rate_of_best_mean_validation_the_smaller_of_equals():
@@ -77,10 +81,10 @@ def test_each_arm_takes_the_rate_of_best_mean_validation_the_smaller_of_equals()
 
 def test_arms_are_labelled_and_each_is_trained_at_all_rates(whole):
     assert [label(arm) for arm in (ERM, HEAD, masked("random_layer", 0.1))] == ["erm", "head", "random_layer 0.1 %"]
-    assert {folder: len(arms_of(folder, SETTINGS)) for folder in whole.studies} == {
+    assert {folder: len(arms_of(folder, SETTINGS)) for folder in whole.own} == {
         "grid": 10, "controls": 12, "schedule": 6,
     }  # fmt: skip
-    for folder, study in whole.studies.items():
+    for folder, study in ((folder, own.tried) for folder, own in whole.own.items()):
         assert len(study.records()) == len(arms_of(folder, SETTINGS)) * len(RATES) * 3 * 2  # holdouts, seeds
         assert {record["selection"] for record in study.records()} == {"last"}
         kept = {path.name for path in study.run.results.directory.iterdir()} - {".lock"}
@@ -102,7 +106,9 @@ def test_tables_and_report_say_what_was_measured(whole):
     assert controls.loc[("inverted", 1.0), ["n", "mean"]].tolist() == pytest.approx([2, expected])
     assert len(controls) == 3 * 4
     fixed = tables["seeds_fixed_rate"]["erm"]
-    at_default = [r for r in whole.studies["grid"].records() if r["algorithm"] == "erm[BACKBONE_LEARNING_RATE=0.0001]"]
+    at_default = [
+        r for r in whole.own["grid"].tried.records() if r["algorithm"] == "erm[BACKBONE_LEARNING_RATE=0.0001]"
+    ]
     expected = pd.DataFrame([(r["seed"], r["accuracy"]["full"]) for r in at_default]).groupby(0)[1].mean()
     assert fixed.tolist() == pytest.approx(expected.tolist())
     for word in (
@@ -127,7 +133,7 @@ def test_the_schedule_stands_beside_the_frozen_arms_under_the_same_names(whole):
     seed, arm = 1, "importance[IMPORTANCE_THRESHOLD_PERCENTILE=10.0,BLOCK_FREEZE_EPOCH={},BACKBONE_LEARNING_RATE={}]"
     found = [
         r["accuracy"]["full"]
-        for r in whole.studies["schedule"].records()
+        for r in whole.own["schedule"].tried.records()
         if r["seed"] == seed and r["algorithm"] == arm.format(1, rates["importance 10 %", r["holdout"]])
     ]
     averages, decaying = tables["seeds_schedule"], tables["decaying"].set_index(["arm", "baseline"])
@@ -139,13 +145,13 @@ def test_the_schedule_stands_beside_the_frozen_arms_under_the_same_names(whole):
 
 def test_what_is_exploratory_takes_seeds_of_its_own(tmp_path):
     made = protocol(tmp_path, seeds=range(12), controls=True)
-    assert {name: len(seeds) for name, seeds in made.seeds.items()} == {"grid": 12, "controls": 10, "schedule": 10}
+    assert {name: len(own.run.seeds) for name, own in made.own.items()} == {"grid": 12, "controls": 10, "schedule": 10}
     made = protocol(tmp_path, seeds=(0, 1, 2), controls=True, sweep_seeds=(1, 2))
-    assert made.seeds["controls"] == (1, 2)
+    assert made.own["controls"].run.seeds == (1, 2)
 
 
 def test_what_failed_and_what_did_not_learn_is_said(whole):
-    tables, run, studies = whole.tables(), whole.run, list(whole.studies.values())
+    tables, run, studies = whole.tables(), whole.run, [own.tried for own in whole.own.values()]
     assert not any(words in report(tables, run, studies) for words in ("did not learn", "failed and are left out"))
     tables["rates"]["validation"] = 0.34  # of three classes
     (sentence,) = cautions(tables["rates"], run)
@@ -168,7 +174,7 @@ def test_figures_and_findings_are_made_from_the_tables(whole, tmp_path):
 
 
 def test_records_alone_are_enough_to_go_on(whole, tmp_path):
-    grid = whole.studies["grid"].run.results.directory
+    grid = whole.own["grid"].run.results.directory
     (tmp_path / "grid").mkdir()
     for name in ("records.jsonl", "settings.json"):
         shutil.copy(grid / name, tmp_path / "grid" / name)
@@ -179,8 +185,8 @@ def test_records_alone_are_enough_to_go_on(whole, tmp_path):
     pd.testing.assert_frame_equal(again.tables()["accuracy"], protocol(whole.results.directory).tables()["accuracy"])
     more = protocol(tmp_path, seeds=(0, 1, 2))
     more.train()
-    assert {record["seed"] for record in more.studies["grid"].records()} == {0, 1, 2}
-    assert more.studies["grid"].run.archive.phase1_seeds("art") == {2}
+    assert {record["seed"] for record in more.own["grid"].tried.records()} == {0, 1, 2}
+    assert more.own["grid"].run.archive.phase1_seeds("art") == {2}
 
 
 def test_seeds_beyond_the_first_are_trained_at_the_chosen_rates_and_at_one(tmp_path, monkeypatch):
@@ -188,24 +194,24 @@ def test_seeds_beyond_the_first_are_trained_at_the_chosen_rates_and_at_one(tmp_p
     made = protocol(tmp_path, seeds=(0, 1, 2), controls=True, sweep_seeds=(1, 2))
     made.train()
     tables, found = made.tables(), {}
-    for folder, study in made.studies.items():
-        records = pd.DataFrame(study.run.results.records())
+    for folder, own in made.own.items():
+        records = pd.DataFrame(own.run.results.records())
         found[folder] = {seed: {*of.groupby(["algorithm", "holdout"]).groups} for seed, of in records.groupby("seed")}
     holdouts = made.run.holdouts
     wanted = {
-        folder: {(at_rate(arm, rate).name, h) for arm in arms_of(folder, SETTINGS) for rate in RATES for h in holdouts}
+        folder: {(rated(arm, rate).name, h) for arm in arms_of(folder, SETTINGS) for rate in RATES for h in holdouts}
         for folder in found
     }
     named = {label(arm): arm for folder in ("grid", "controls") for arm in arms_of(folder, SETTINGS)}
-    own = {(at_rate(named[row.arm], row.rate).name, row.holdout) for row in tables["rates"].itertuples()}
-    fixed = {(at_rate(arm, 1e-4).name, holdout) for arm in arms_of("grid", SETTINGS) for holdout in holdouts}
+    own = {(rated(named[row.arm], row.rate).name, row.holdout) for row in tables["rates"].itertuples()}
+    fixed = {(rated(arm, 1e-4).name, holdout) for arm in arms_of("grid", SETTINGS) for holdout in holdouts}
     assert found["grid"] == {0: wanted["grid"], 1: own & wanted["grid"] | fixed, 2: own & wanted["grid"] | fixed}
     assert found["controls"] == {1: wanted["controls"], 2: own & wanted["controls"]}
     assert tables["seeds"].notna().sum().to_dict() == {
         name: 3 if name.split()[0] in ("erm", "head", *CRITERIA) else 2 for name in tables["seeds"]
     }
     assert list(tables["seeds_fixed_rate"].index) == [1, 2]
-    first = [r for r in made.studies["grid"].run.results.records() if r["seed"] == 0]
+    first = [r for r in made.own["grid"].run.results.records() if r["seed"] == 0]
     chosen = chosen_rates(first, arms_of("grid", SETTINGS), holdouts)
     pd.testing.assert_frame_equal(tables["rates"].iloc[: len(chosen)], chosen)
     assert "3 seeds" in made.write()
@@ -213,7 +219,7 @@ def test_seeds_beyond_the_first_are_trained_at_the_chosen_rates_and_at_one(tmp_p
 
 def test_of_arms_that_are_added_those_alone_are_trained(whole, tmp_path):
     """The rates of the grid may be extended: what is there stays as it is, in its place."""
-    old = whole.studies["grid"].run.results.directory
+    old = whole.own["grid"].run.results.directory
     lines = (old / "records.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if '"erm[BACKBONE_LEARNING_RATE=0.0003]"' not in line]
     assert len(lines) - len(kept) == 3 * 2
@@ -232,15 +238,15 @@ def test_weights_are_kept_of_each_arm_at_its_chosen_rate(whole, tmp_path, caplog
     caplog.set_level("INFO")
     for name in ("records.jsonl", "settings.json"):
         (tmp_path / "grid").mkdir(exist_ok=True)
-        shutil.copy(whole.studies["grid"].run.results.directory / name, tmp_path / "grid" / name)
+        shutil.copy(whole.own["grid"].run.results.directory / name, tmp_path / "grid" / name)
     kept = protocol(tmp_path, weights=True)
     kept.train()
     rates = kept.tables()["rates"]
     named = {label(arm): arm for arm in arms_of("grid", SETTINGS)}
-    wanted = {(at_rate(named[row.arm], row.rate).name, row.holdout): row for row in rates.itertuples()}
+    wanted = {(rated(named[row.arm], row.rate).name, row.holdout): row for row in rates.itertuples()}
     records, grid = (
         {r["key"]: r["accuracy"]["full"] for r in results.records() if (r["algorithm"], r["holdout"]) in wanted}
-        for results in (kept.chosen, kept.studies["grid"].run.results)
+        for results in (kept.chosen, kept.own["grid"].run.results)
     )
     assert len(grid) == len(wanted) * 2  # seeds
     assert {key: records[key] for key in grid} == pytest.approx(grid)
