@@ -7,7 +7,8 @@ device, there as well. They take turns:
 - fused: the same loop with fused Adam;
 - scikit_learn: `MLPClassifier` (CPU only);
 - engine: `engine.train` with S networks side by side, each with its own batches, and with six arms per seed that share
-  the batches of their seed; with --compiled also with `torch.compile(step, mode="reduce-overhead")`.
+  the batches of their seed; with --compiled also with `torch.compile(step, mode="reduce-overhead")`;
+- engine_rates: the six arms with a learning rate per weight, a tenth for two in five of the tracked ones.
 The making of networks, and the first epoch (of a compiled step the first three), are not counted.
 
 Run:  python benchmarks/training.py --output benchmarks/results/training_cpu.json
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 
 from config import Settings
 from engine import BatchOrder, MatmulEngine, SplitFeatures, random_start, train
+from importance import weight_rates
 from models import FeedforwardClassifier
 from trainer_phase1 import train_network
 
@@ -148,8 +150,12 @@ def engine_seconds(data: SplitFeatures, contender: Contender, epochs: int) -> fl
         torch.compiler.reset()  # what was compiled for other stacks counts towards a limit
         stack.step = torch.compile(stack.step, mode="reduce-overhead", dynamic=False)
     order = BatchOrder(seeds, "benchmark", rows_to_train_on(data, seeds), settings.batch_size)
-    clock = Clock(contender.device)
-    train(data, stack, seeds, order, epochs + (3 if compiled else 1), on_epoch=clock.end)
+    clock, rates = Clock(contender.device), {}
+    if contender.name == "engine_rates":
+        names = data.network(settings.hidden_sizes).tracked_names
+        rates = {name: weight_rates(torch.rand_like(stack.params[name]) < 0.6, 0.1) for name in names}
+    options = {"rates": lambda epoch: rates, "on_epoch": clock.end}
+    train(data, stack, seeds, order, epochs + (3 if compiled else 1), **options)
     return clock.seconds(epochs)
 
 
@@ -159,6 +165,7 @@ SECONDS = {
     "scikit_learn": scikit_learn_seconds,
     "engine": engine_seconds,
     "engine_compiled": engine_seconds,
+    "engine_rates": engine_seconds,
 }
 
 
@@ -168,7 +175,8 @@ def contenders(args: argparse.Namespace, device: str, feature_size: int) -> list
     stacks = [(count, 1) for count in args.networks]
     stacks += [(ARMS * round(count / ARMS), ARMS) for count in args.networks if count >= 2 * ARMS]
     engines = ("engine", "engine_compiled") if args.compiled else ("engine",)
-    return found + [Contender(feature_size, name, device, *stack) for stack in stacks for name in engines]
+    found += [Contender(feature_size, name, device, *stack) for stack in stacks for name in engines]
+    return found + [Contender(feature_size, "engine_rates", device, *stack) for stack in stacks if stack[1] > 1]
 
 
 def measure(args: argparse.Namespace) -> Measured:

@@ -19,7 +19,7 @@ from config import InputError
 from evidence.blocks import controls_shown, decaying_shown, densities_shown, rates_shown, sentences
 from evidence.columns import column_sentences, columns_shown
 from evidence.confirmation import confirmation_sentence
-from evidence.form_tables import forms_wide, starts_shown
+from evidence.form_tables import forms_wide, ranks_sentence, starts_shown
 from evidence.form_tables import sentences as form_sentences
 from evidence.report import (
     contrast_sentences,
@@ -69,16 +69,15 @@ BENCHMARKS = {
         "results",
         {
             "D": "feature_size",
-            "contender": "contender",
+            "contender": "name",
             "networks": "networks",
-            "per second": "networks_per_second",
-            "/ plain": "speedup.plain_loop",
-            "/ fused": "speedup.plain_loop_fused",
-            "/ processes": "speedup.two_processes_fused",
-            "/ scikit-learn": "speedup.scikit_learn",
-            "of the floor": "fraction_of_floor",
+            "arms": "arms",
+            "epochs per second": "rate",
+            "/ plain": "rate_over.plain",
+            "/ fused": "rate_over.fused",
+            "/ scikit-learn": "rate_over.scikit_learn",
         },
-        lambda row: row["contender"].startswith("matmul"),
+        lambda row: row["name"].startswith("engine"),
     ),
     "blocks": Benchmark(
         "blocks_cpu",
@@ -110,7 +109,7 @@ BENCHMARKS = {
     "methods": Benchmark(
         "methods_cpu",
         "results",
-        {"method": "method", "batches": "batches", "seconds": "seconds", "/ ERM": "cost_relative_to_erm"},
+        {"method": "method", "batches": "batches", "seconds": "seconds", "/ plain training": "over_plain_training"},
     ),
     "extraction": Benchmark(
         "extraction_cpu",
@@ -231,21 +230,25 @@ def _columns_tables(folder: Path) -> dict[str, str]:
 
 def _forms_tables(reference: Path) -> dict[str, str]:
     """What the studies of forms, and their confirmation, say: name -> Markdown."""
-    parts = sorted(reference.glob("forms/*/"), key=lambda path: (len(path.name), path.name))  # width_64, width_128
+    found = [path.parent for path in reference.glob("forms/*/forms.csv")]
+    parts = sorted(found, key=lambda path: (len(path.name), path.name))  # width_64, width_128
     explored = [pd.read_csv(path / "forms.csv") for path in parts]
     confirmed = pd.read_csv(reference / "confirmation" / "forms.csv")
     contrasts = pd.read_csv(reference / "confirmation" / "contrasts.csv")
-    found = [text for own in explored for part, table in own.groupby("part") for text in form_sentences(table, part)]
-    tables = [table for own in explored for _, table in own.groupby("part")]
-    tables += [table for _, table in confirmed.groupby("place", sort=False)]
-    wide = forms_wide(tables)
+    each = [(part, table) for own in explored for part, table in own.groupby("part", sort=False)]
+    found = [text for part, table in each for text in form_sentences(table, part)]
+    tables = [table for _, table in each]
+    widths = {part: table for part, table in each if part.startswith("width_")}
+    wide, elsewhere = forms_wide(tables), forms_wide([table for _, table in confirmed.groupby("place", sort=False)])
     starts = starts_shown(pd.read_csv(reference / "forms" / "width_10" / "starts.csv")).reset_index()
     near = [pd.read_csv(path / "closer.csv") for path in parts if (path / "closer.csv").is_file()]
     closer = [row for table in near for row in _closer_rows(table)]
     return {
         "forms-findings": "\n".join(paragraph(text, "- ") for text in found),
+        "forms-ranks": paragraph(ranks_sentence(widths)),
         "forms-table": markdown_table("lr" + "r" * (wide.shape[1] - 2), [*wide], wide.to_numpy()),
-        "forms-closer": markdown_table("lrlr", ["part", "form", "difference", "points"], closer),
+        "forms-elsewhere": markdown_table("lr" + "r" * (elsewhere.shape[1] - 2), [*elsewhere], elsewhere.to_numpy()),
+        "forms-closer": markdown_table("lllr", ["part", "form", "difference", "points"], closer),
         "forms-starts": markdown_table("llrrr", [*starts], starts.to_numpy()),
         "confirmation-finding": "\n".join(paragraph(text, "- ") for text in contrast_sentences(contrasts)),
         "confirmation-short": paragraph(confirmation_sentence(contrasts)),

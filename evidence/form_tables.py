@@ -5,6 +5,7 @@ own count in each matrix.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import pandas as pd
 
@@ -79,6 +80,17 @@ def sentences(table: pd.DataFrame, part: str) -> list[str]:
         f"{part}: the best mean is that of {best['criterion']} at {best['density']:g} % ({100 * best['mean']:.1f} %): "
         f"{points(best, 'twin')} points over its twin, {points(best, 'erm')} over plain training.",
     ]
+
+
+def ranks_sentence(parts: Mapping[str, pd.DataFrame]) -> str:
+    """Whether the same forms are above their twins everywhere: rank correlations between parts' `forms_table`."""
+    twins = {part: table.set_index(["criterion", "density"])["twin_mean"].dropna() for part, table in parts.items()}
+    found = []
+    for one, other in combinations(twins, 2):
+        both = pd.concat([twins[one], twins[other]], axis=1, join="inner")
+        rank = f"{both.corr('spearman').iloc[0, 1]:+.2f}".replace("-", "−")
+        found.append(f"{rank} between {one} and {other} ({len(both)} forms)")
+    return f"Spearman's rank correlation of form minus twin: {', '.join(found)}."
 
 
 def _lying(forms: pd.DataFrame) -> str:

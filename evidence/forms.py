@@ -36,6 +36,7 @@ from evidence.form_tables import (
     forms_shown,
     forms_table,
     label,
+    ranks_sentence,
     sentences,
     start_arms,
     starts_shown,
@@ -248,6 +249,8 @@ def report(tables: Mapping[str, pd.DataFrame], protocol: FormsProtocol) -> str:
     for part, own in tables["forms"].groupby("part", sort=False):
         for text in [*sentences(own, part), *_cautions(tables["rates"], part, protocol.runs[part])]:
             lines += textwrap.wrap(text, 118)
+    if len(protocol.runs) > 1:
+        lines += textwrap.wrap(ranks_sentence(dict(iter(tables["forms"].groupby("part", sort=False)))), 118)
     lines += ["", *EXPLANATION.splitlines()]
     for part, own in tables["forms"].groupby("part", sort=False):
         lines += section(f"{part}: accuracy (%), and differences (points)", forms_shown(own))

@@ -8,7 +8,7 @@ import pytest
 import config
 from config import InputError
 from evidence import FormsProtocol
-from evidence.form_tables import best_forms, closer_arms, differences, form, forms_at, forms_wide, label
+from evidence.form_tables import best_forms, closer_arms, differences, form, forms_at, forms_wide, label, ranks_sentence
 from evidence.forms import DENSITIES, RATE_SEEDS, RATES
 from evidence.own_rates import CLASSIFIER, at_rate
 from importance import CRITERIA
@@ -104,6 +104,14 @@ def test_forms_of_several_parts_stand_side_by_side():
         ["movement", "10", "59.0 (−0.4, +0.3)", ""],
         ["agree", "60", "61.0 (+1.1*, −2.0*)", "61.0 (+1.1*, −2.0*)"],
     ]
+
+
+def test_ranks_of_forms_are_compared_between_parts_over_what_both_have():
+    forms = [("erm", 100.0), ("movement", 60.0), ("agree", 60.0), ("joint", 60.0), ("snip", 60.0)]
+    table = pd.DataFrame(forms, columns=["criterion", "density"])
+    up, down = (table.assign(twin_mean=[float("nan"), *values]) for values in ((1, 2, 3, 9), (8, 3, 2, 1)))
+    text = ranks_sentence({"width_10": up, "width_32": down.iloc[:-1], "width_64": up})
+    assert "−1.00 between width_10 and width_32 (3 forms), +1.00 between width_10 and width_64 (4 forms)" in text
 
 
 def test_the_best_two_are_looked_at_closer(data, tmp_path, small_rates):
