@@ -428,7 +428,7 @@ def test_blocks_from_images_to_prediction(of_images, command, lively_vit, tmp_pa
     code, printed, _ = of_images("run", *options)
     assert code == 0
     assert f"17 tokens of each image before the last {'block' if blocks == 1 else '2 blocks'}" in printed
-    assert caplog.text.count("shortcut") == (blocks == 2)
+    assert caplog.text.count("The shortcut does not cover") == (blocks == 2)
     assert "cannot be drawn" not in caplog.text
     out = tmp_path / "out"
     drawn = {path.stem for path in (out / "plots").iterdir()}
